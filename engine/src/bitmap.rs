@@ -1,0 +1,200 @@
+//! Which pages must be sent: one bit a page, one owner, no syscalls.
+//!
+//! A [`crate::dirty::DirtySource`] sets bits, the pump of a round takes them out as runs. What a round
+//! took but did not deliver is given back, so that an aborted migration forgets nothing.
+
+use crate::page::PageRun;
+
+/// A set of pages.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    words: Vec<u64>,
+    pages: u64,
+    set: u64,
+}
+
+impl DirtyBitmap {
+    /// An empty set over `pages` pages.
+    #[must_use]
+    pub fn new(pages: u64) -> Self {
+        let words = usize::try_from(pages.div_ceil(64)).expect("a bitmap fits the address space");
+        Self { words: vec![0; words], pages, set: 0 }
+    }
+
+    /// How many pages it ranges over.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// How many pages are in the set.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.set
+    }
+
+    /// Whether no page is in the set.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.set == 0
+    }
+
+    /// Whether a page is in the set.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    #[must_use]
+    pub fn contains(&self, pfn: u64) -> bool {
+        assert!(pfn < self.pages, "page {pfn} of {}", self.pages);
+        self.words[(pfn / 64) as usize] >> (pfn % 64) & 1 == 1
+    }
+
+    /// Adds a run; pages already in the set stay in it.
+    ///
+    /// # Panics
+    /// If the run reaches beyond the last page.
+    pub fn insert(&mut self, run: PageRun) {
+        self.for_each_word(run, |word, mask| {
+            let added = (mask & !*word).count_ones();
+            *word |= mask;
+            i64::from(added)
+        });
+    }
+
+    /// Takes a run out; pages not in the set are passed over.
+    ///
+    /// # Panics
+    /// If the run reaches beyond the last page.
+    pub fn remove(&mut self, run: PageRun) {
+        self.for_each_word(run, |word, mask| {
+            let removed = (mask & *word).count_ones();
+            *word &= !mask;
+            -i64::from(removed)
+        });
+    }
+
+    /// Adds every page of `other`, and leaves `other` empty.
+    ///
+    /// # Panics
+    /// If the two range over different numbers of pages.
+    pub fn absorb(&mut self, other: &mut Self) {
+        assert_eq!(self.pages, other.pages, "two bitmaps of one memory");
+        let mut set = 0;
+        for (mine, theirs) in self.words.iter_mut().zip(&mut other.words) {
+            *mine |= std::mem::take(theirs);
+            set += u64::from(mine.count_ones());
+        }
+        self.set = set;
+        other.set = 0;
+    }
+
+    /// The first run of the set at or after `from`, at most `pages_max` long.
+    ///
+    /// # Panics
+    /// If `pages_max` is zero.
+    #[must_use]
+    pub fn next_run(&self, from: u64, pages_max: u64) -> Option<PageRun> {
+        assert!(pages_max > 0, "a run has at least one page");
+        let first = self.next_bit(from, false)?;
+        let end = self.next_bit(first, true).unwrap_or(self.pages).min(first.saturating_add(pages_max));
+        Some(PageRun::between(first, end))
+    }
+
+    /// All runs in rising order, each at most `pages_max` long.
+    pub fn runs(&self, pages_max: u64) -> impl Iterator<Item = PageRun> + '_ {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let run = self.next_run(from, pages_max)?;
+            from = run.end();
+            Some(run)
+        })
+    }
+
+    /// The first page at or after `from` that is in the set (or, `inverted`, is not).
+    fn next_bit(&self, from: u64, inverted: bool) -> Option<u64> {
+        if from >= self.pages {
+            return None;
+        }
+        let flip = if inverted { u64::MAX } else { 0 };
+        let mut index = (from / 64) as usize;
+        let mut word = (self.words[index] ^ flip) & (u64::MAX << (from % 64));
+        while word == 0 {
+            index += 1;
+            word = *self.words.get(index)? ^ flip;
+        }
+        let bit = index as u64 * 64 + u64::from(word.trailing_zeros());
+        (bit < self.pages).then_some(bit)
+    }
+
+    /// Calls `change` for each word that the run touches with the mask of its bits there; `change`
+    /// returns by how many pages the set grew.
+    fn for_each_word(&mut self, run: PageRun, mut change: impl FnMut(&mut u64, u64) -> i64) {
+        let (first, end) = (run.first.0, run.end());
+        assert!(end <= self.pages, "pages {first}..{end} of {}", self.pages);
+        let mut at = first;
+        while at < end {
+            let stop = end.min((at / 64 + 1) * 64);
+            let width = stop - at;
+            let mask = (u64::MAX >> (64 - width)) << (at % 64);
+            let grown = change(&mut self.words[(at / 64) as usize], mask);
+            self.set = self.set.checked_add_signed(grown).expect("never below zero");
+            at = stop;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn run_in(pages: u64) -> impl Strategy<Value = PageRun> {
+        (0..pages)
+            .prop_flat_map(move |first| (Just(first), first + 1..=pages))
+            .prop_map(|(a, b)| PageRun::between(a, b))
+    }
+
+    /// A memory size and operations on it: true inserts, false removes.
+    fn script() -> impl Strategy<Value = (u64, Vec<(bool, PageRun)>)> {
+        (1u64..400).prop_flat_map(|pages| {
+            (Just(pages), prop::collection::vec((any::<bool>(), run_in(pages)), 0..40))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn it_is_the_set_it_says((pages, script) in script(), longest in 1u64..100) {
+            let mut bitmap = DirtyBitmap::new(pages);
+            let mut model = BTreeSet::new();
+            for (insert, run) in script {
+                if insert {
+                    bitmap.insert(run);
+                    model.extend(run.first.0..run.end());
+                } else {
+                    bitmap.remove(run);
+                    model.retain(|p| !(run.first.0..run.end()).contains(p));
+                }
+                prop_assert_eq!(bitmap.count(), model.len() as u64);
+            }
+            prop_assert!((0..pages).all(|p| bitmap.contains(p) == model.contains(&p)));
+            let runs: Vec<_> = bitmap.runs(longest).collect();
+            prop_assert!(runs.iter().all(|r| r.count <= longest));
+            prop_assert!(runs.windows(2).all(|w| w[0].end() <= w[1].first.0));
+            let flat: Vec<_> = runs.iter().flat_map(|r| r.first.0..r.end()).collect();
+            prop_assert_eq!(flat, model.into_iter().collect::<Vec<_>>());
+        }
+
+        #[test]
+        fn what_is_given_back_is_not_lost((pages, script) in script(), other in prop::collection::vec(0u64..400, 0..20)) {
+            let (mut kept, mut taken) = (DirtyBitmap::new(pages), DirtyBitmap::new(pages));
+            for (_, run) in script { kept.insert(run) }
+            for p in other.into_iter().filter(|p| *p < pages) { taken.insert(PageRun::between(p, p + 1)) }
+            let want: BTreeSet<_> = (0..pages).filter(|p| kept.contains(*p) || taken.contains(*p)).collect();
+            kept.absorb(&mut taken);
+            prop_assert!(taken.is_empty());
+            prop_assert_eq!(kept.count(), want.len() as u64);
+            prop_assert!((0..pages).all(|p| kept.contains(p) == want.contains(&p)));
+        }
+    }
+}

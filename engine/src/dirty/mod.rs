@@ -1,0 +1,25 @@
+//! Where dirty pages come from.
+
+pub mod pagemap;
+
+use crate::bitmap::DirtyBitmap;
+use crate::error::Result;
+
+/// What one harvest did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Harvest {
+    /// Pages reported as written since the harvest before.
+    pub pages: u64,
+}
+
+/// Tells which pages were written since it was asked last.
+///
+/// # Contract
+/// Protection of every reported page is re-armed **before** `harvest` returns, so a write that comes
+/// while the page is being read or sent makes it dirty again. The first harvest reports what was
+/// written since the source was made. Dropping it ends the tracking: the guest runs at full speed
+/// again and nothing of it is left behind.
+pub trait DirtySource: Send {
+    /// Adds to `into` every page written since the last call.
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest>;
+}

@@ -1,0 +1,90 @@
+//! The one error type of the engine: what failed, on what, and what to do about it.
+
+use std::io;
+
+/// Why a migration was refused, aborted, or left in doubt.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A check before anything was touched. The text names the thing and the mend.
+    #[error("{0}")]
+    Refused(String),
+    /// A system call failed.
+    #[error("{what}")]
+    Os {
+        /// What was being done.
+        what: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The lanes failed.
+    #[error("the data lanes failed")]
+    Transport(#[from] pageferry_transport::Error),
+    /// QEMU refused a command.
+    #[error("QEMU refused {command}: {reason}")]
+    Qmp {
+        /// The QMP command.
+        command: String,
+        /// QEMU's own words.
+        reason: String,
+    },
+    /// The guest, or the process that runs it, is in a state that the migration cannot go on from.
+    #[error("{0}")]
+    Guest(String),
+    /// A wait ended at its deadline.
+    #[error("timed out after {seconds:.1} s: {what}")]
+    Timeout {
+        /// What did not come.
+        what: String,
+        /// How long it was waited for, in seconds.
+        seconds: f64,
+    },
+    /// The peer sent something that the protocol does not allow.
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(String),
+    /// The peer aborted and said why.
+    #[error("the {side} aborted: {reason}")]
+    PeerAborted {
+        /// Which side: `source` or `destination`.
+        side: &'static str,
+        /// Its words.
+        reason: String,
+    },
+    /// The operator cancelled.
+    #[error("cancelled by the operator")]
+    Cancelled,
+    /// The guest writes faster than the link carries, and the user did not allow a longer downtime.
+    #[error("{0}")]
+    NotConverging(String),
+    /// Commit was sent and no answer came: who runs the guest is not known here.
+    #[error("{0}")]
+    Unknown(String),
+}
+
+/// Result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A preflight refusal.
+    pub fn refused(what: impl Into<String>) -> Self {
+        Self::Refused(what.into())
+    }
+
+    /// A failed system call, with what was being done.
+    pub fn os(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Os { what: what.into(), source: source.into() }
+    }
+
+    /// The whole chain of causes on one line, for reports and for the peer.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(next) = cause {
+            text.push_str(": ");
+            text.push_str(&next.to_string());
+            cause = next.source();
+        }
+        text
+    }
+}

@@ -1,0 +1,98 @@
+//! What the engine needs of whoever runs the guest, at either end.
+//!
+//! ```text
+//!   source:       describe, preflight, start_tracking ... arm, pause, save, seal, end
+//!                 any failure before seal(): resume()
+//!   destination:  describe ... load, seal, run            any failure before seal(): discard()
+//! ```
+
+pub mod qemu;
+
+use crate::dirty::DirtySource;
+use crate::error::Result;
+use crate::memory::GuestMemory;
+use pageferry_transport::MemoryRegion;
+use serde::{Deserialize, Serialize};
+
+/// One block of guest memory, as the two ends compare it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockDescription {
+    /// Name of the block.
+    pub name: String,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// What must be equal on both sides for a guest to move.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestDescription {
+    /// Who runs it: `qemu`, `synthetic`.
+    pub monitor: String,
+    /// Machine type, with its version (`pc-q35-10.0`).
+    pub machine: String,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// The memory blocks, in order.
+    pub blocks: Vec<BlockDescription>,
+}
+
+/// A guest that can be moved away.
+pub trait SourceGuest: Send {
+    /// What the destination must match.
+    fn describe(&self) -> GuestDescription;
+
+    /// Its memory, mapped readable in this process.
+    fn memory(&self) -> &GuestMemory;
+
+    /// Largest device state that `save` may produce, in bytes.
+    fn state_bytes_max(&self) -> u64;
+
+    /// Whether its vCPUs run. A guest that its operator paused is moved paused.
+    fn is_running(&mut self) -> Result<bool>;
+
+    /// Starts to follow writes. Everything already in memory counts as not written.
+    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>>;
+
+    /// Does what can be done ahead of the blackout, with the guest still running.
+    fn arm(&mut self) -> Result<()>;
+
+    /// Stops the vCPUs. When it returns, the guest writes no more memory by itself; saving may still
+    /// write some.
+    fn pause(&mut self) -> Result<()>;
+
+    /// Hands the device state to `sink`, piece by piece, while it is being made.
+    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;
+
+    /// The last act before Commit is sent: from here on nothing on this host, whatever dies, may let
+    /// the guest run again by itself.
+    fn seal(&mut self) -> Result<()>;
+
+    /// Takes back everything since `arm`; the guest runs again if it ran before. Must work from
+    /// any state, must be safe to call twice, and lifts the seal: it is called only when the guest
+    /// can never run at the destination.
+    fn resume(&mut self) -> Result<()>;
+
+    /// Ends the guest here: it runs at the destination.
+    fn end(&mut self) -> Result<()>;
+}
+
+/// A guest that waits to be filled.
+pub trait DestinationGuest: Send {
+    /// What it is; must equal the source's.
+    fn describe(&self) -> GuestDescription;
+
+    /// Its memory, mapped writable in this process.
+    fn memory(&self) -> &GuestMemory;
+
+    /// Takes the device state from the first `len` bytes of `state`. All memory has arrived.
+    fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()>;
+
+    /// Commit has come: from here on the guest must run here, even if this process dies.
+    fn seal(&mut self) -> Result<()>;
+
+    /// Lets the vCPUs run, if they ran at the source.
+    fn run(&mut self, was_running: bool) -> Result<()>;
+
+    /// Throws the copy away; it never runs.
+    fn discard(&mut self);
+}

@@ -1,0 +1,228 @@
+//! Guest memory as the engine sees it: slots, each a shared mapping, laid end to end on one line of
+//! pages.
+
+use crate::error::{Error, Result};
+use crate::page::{PAGE_BYTES, PageRun, pages_in};
+use pageferry_transport::{Access, LocalSlice, MemoryRegion};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+/// One block of guest memory: a memfd or a file in a memory file system, shared with whoever runs
+/// the guest.
+#[derive(Debug)]
+pub struct MemorySlot {
+    /// The name by which both ends know it (QEMU: the RAM block's name).
+    pub name: String,
+    /// First page on the line of all slots.
+    pub first_page: u64,
+    /// Page size of its backing in bytes: 4096, or that of its huge pages.
+    pub backing_page_bytes: u64,
+    /// Where the guest's process has it mapped: what a dirty source scans.
+    pub process_address: u64,
+    region: Arc<MemoryRegion>,
+    file: File,
+}
+
+impl MemorySlot {
+    /// Its mapping in this process.
+    #[must_use]
+    pub fn region(&self) -> &Arc<MemoryRegion> {
+        &self.region
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        pages_in(self.region.len() as u64)
+    }
+
+    /// The pages on the line of all slots.
+    #[must_use]
+    pub fn run(&self) -> PageRun {
+        PageRun::between(self.first_page, self.first_page + self.pages())
+    }
+}
+
+/// A block of memory to be mapped: what [`GuestMemory::map`] takes.
+#[derive(Debug)]
+pub struct SlotSource {
+    /// See [`MemorySlot::name`].
+    pub name: String,
+    /// An open file description of our own of the memory file.
+    pub file: File,
+    /// Where the block begins in the file, in bytes. Only zero can be mapped today.
+    pub file_offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// See [`MemorySlot::backing_page_bytes`].
+    pub backing_page_bytes: u64,
+    /// See [`MemorySlot::process_address`].
+    pub process_address: u64,
+}
+
+/// All memory of one guest.
+#[derive(Debug)]
+pub struct GuestMemory {
+    slots: Vec<MemorySlot>,
+    pages: u64,
+}
+
+impl GuestMemory {
+    /// Maps every block, in this order.
+    pub fn map(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
+        let mut slots = Vec::with_capacity(blocks.len());
+        let mut pages = 0;
+        for block in blocks {
+            if block.bytes == 0 || block.bytes % PAGE_BYTES != 0 || block.file_offset != 0 {
+                return Err(Error::refused(format!(
+                    "memory block {}: {} bytes at offset {} of its file; only whole files of whole 4 KiB pages can be moved",
+                    block.name, block.bytes, block.file_offset
+                )));
+            }
+            let len = usize::try_from(block.bytes)
+                .map_err(|_| Error::refused("guest memory exceeds the address space"))?;
+            let region = MemoryRegion::map_shared(block.file.as_fd(), block.file_offset, len, access)?;
+            slots.push(MemorySlot {
+                name: block.name,
+                first_page: pages,
+                backing_page_bytes: block.backing_page_bytes,
+                process_address: block.process_address,
+                region,
+                file: block.file,
+            });
+            pages += block.bytes / PAGE_BYTES;
+        }
+        if slots.is_empty() {
+            return Err(Error::refused("the guest has no memory that could be moved"));
+        }
+        Ok(Self { slots, pages })
+    }
+
+    /// The slots in order.
+    #[must_use]
+    pub fn slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    /// Pages in all.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Bytes in all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.pages * PAGE_BYTES
+    }
+
+    /// Index of the slot that holds a page, and the page's byte offset in it.
+    ///
+    /// # Panics
+    /// If there is no such page.
+    #[must_use]
+    pub fn locate(&self, pfn: u64) -> (usize, u64) {
+        assert!(pfn < self.pages, "page {pfn} of {}", self.pages);
+        let index = self.slots.partition_point(|s| s.first_page <= pfn) - 1;
+        (index, (pfn - self.slots[index].first_page) * PAGE_BYTES)
+    }
+
+    /// The bytes of a run. The run must lie within one slot.
+    pub fn slice(&self, run: PageRun) -> Result<LocalSlice> {
+        let (index, offset) = self.locate(run.first.0);
+        Ok(self.slots[index].region.slice(offset as usize, run.bytes() as usize)?)
+    }
+
+    /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`); the rest is a hole
+    /// and reads as zeros. Reading a hole through a mapping would allocate it, so nobody should.
+    pub fn touched(&self) -> Result<Vec<PageRun>> {
+        let mut runs = Vec::new();
+        for slot in &self.slots {
+            let mut at = 0;
+            let end = slot.region.len() as u64;
+            while at < end {
+                let data = match seek(&slot.file, SeekFrom::Data(at)) {
+                    Ok(offset) if offset < end => offset,
+                    Ok(_) | Err(Errno::NXIO) => break,
+                    Err(e) => {
+                        return Err(Error::os(format!("looking for touched pages of {}", slot.name), e));
+                    }
+                };
+                let hole = seek(&slot.file, SeekFrom::Hole(data))
+                    .map_err(|e| Error::os(format!("looking for holes of {}", slot.name), e))?
+                    .min(end);
+                runs.push(PageRun::between(
+                    slot.first_page + data / PAGE_BYTES,
+                    slot.first_page + hole.div_ceil(PAGE_BYTES),
+                ));
+                at = hole;
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Makes every page outside `keep` (rising, not overlapping) a hole, so that it reads as zeros.
+    /// Only what is not a hole yet is punched.
+    pub fn punch_outside(&self, keep: &crate::bitmap::DirtyBitmap) -> Result<u64> {
+        let mut punched = 0;
+        for run in self.touched()? {
+            let mut at = run.first.0;
+            while at < run.end() {
+                let kept = keep.next_run(at, u64::MAX).filter(|k| k.first.0 < run.end());
+                let stop = kept.map_or(run.end(), |k| k.first.0);
+                if at < stop {
+                    self.punch(PageRun::between(at, stop))?;
+                    punched += stop - at;
+                }
+                at = kept.map_or(run.end(), |k| k.end());
+            }
+        }
+        Ok(punched)
+    }
+
+    /// Makes a run within one slot a hole. Part of a huge page cannot be freed, only zeroed, which
+    /// the kernel does by itself.
+    fn punch(&self, run: PageRun) -> Result<()> {
+        let (index, offset) = self.locate(run.first.0);
+        let slot = &self.slots[index];
+        fallocate(&slot.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, run.bytes())
+            .map_err(|e| Error::os(format!("punching a hole into {}", slot.name), e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bitmap::DirtyBitmap;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    fn block(name: &str, pages: u64) -> SlotSource {
+        let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, pages * PAGE_BYTES).unwrap();
+        SlotSource {
+            name: name.into(),
+            file,
+            file_offset: 0,
+            bytes: pages * PAGE_BYTES,
+            backing_page_bytes: PAGE_BYTES,
+            process_address: 0,
+        }
+    }
+
+    #[test]
+    fn touched_pages_are_found_and_the_rest_is_punched() {
+        let memory = GuestMemory::map(vec![block("a", 16), block("b", 16)], Access::Write).unwrap();
+        for page in [3u64, 4, 20] {
+            let (slot, offset) = memory.locate(page);
+            memory.slots()[slot].region().write(offset as usize, &[7]).unwrap();
+        }
+        assert_eq!(memory.touched().unwrap(), [PageRun::between(3, 5), PageRun::between(20, 21)]);
+        let mut keep = DirtyBitmap::new(memory.pages());
+        keep.insert(PageRun::between(4, 8));
+        assert_eq!(memory.punch_outside(&keep).unwrap(), 2);
+        assert_eq!(memory.touched().unwrap(), [PageRun::between(4, 5)]);
+    }
+}

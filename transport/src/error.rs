@@ -1,0 +1,66 @@
+//! The one error type of this crate: what failed, on what, and what to do about it.
+
+use std::io;
+
+/// What can go wrong between two registered regions.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A lane is gone or refused an operation; the whole link is unusable from here on.
+    #[error("lane {lane}: {operation} failed")]
+    Lane {
+        /// Index of the lane, from zero.
+        lane: usize,
+        /// What was being done.
+        operation: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The peer closed a lane in an orderly way before it was asked to.
+    #[error("lane {lane}: the peer closed the connection")]
+    Closed {
+        /// Index of the lane, from zero.
+        lane: usize,
+    },
+    /// The peer sent something that the protocol does not allow.
+    #[error("lane {lane}: the peer broke the lane protocol: {what}")]
+    Protocol {
+        /// Index of the lane, from zero.
+        lane: usize,
+        /// What was wrong with it.
+        what: String,
+    },
+    /// A wait ended at its deadline.
+    #[error("timed out while waiting for {what}")]
+    Timeout {
+        /// What did not come.
+        what: &'static str,
+    },
+    /// A region, slice or address that does not fit what was registered.
+    #[error("{what}")]
+    Bounds {
+        /// Which check failed, with the numbers.
+        what: String,
+    },
+    /// A system call on local memory or local set-up failed.
+    #[error("{what}")]
+    Os {
+        /// What was being done, and the mend where there is one.
+        what: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A step of the link's life was asked for in the wrong order.
+    #[error("{0}")]
+    State(&'static str),
+}
+
+/// Result of every fallible call in this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A failed system call, with what was being done.
+    pub fn os(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        Self::Os { what: what.into(), source: source.into() }
+    }
+}

@@ -1,0 +1,52 @@
+//! Moves bytes between registered memory regions. Knows no VM and no page.
+//!
+//! ```text
+//!   initiator (source host)                     target (destination host)
+//!   ----------------------                      -------------------------
+//!   register(region)                            expose(region) -> RemoteRegion
+//!   post([WorkRequest]) --- lane 0 ===========> bytes appear in the exposed region
+//!                       --- lane 1 ===========>
+//!   poll() -> Completion::Write
+//!   fence(tag)          --- on every lane ====> wait_fence(tag)
+//!   poll() -> Completion::Fence                 revoke()
+//! ```
+//!
+//! # The contract, the same for every link
+//!
+//! - **Lane.** One queue pair or one TCP connection. A remote address belongs to one lane for the
+//!   life of the link ([`lane_of`]: stripes of [`STRIPE_BYTES`] go round the lanes), so two writes
+//!   to one address never overtake each other. Writes to different stripes may.
+//! - **Post.** [`Initiator::post`] accepts a prefix of the batch and says how long it is; zero means
+//!   that there is no credit and the caller should [`Initiator::poll`]. The local memory may go on
+//!   changing while a write is in flight: what arrives is then any mix of old and new bytes, and it
+//!   is the caller's duty to write that memory again.
+//! - **Completion of a write.** The link is done with the local memory. It says nothing about the
+//!   remote side.
+//! - **Fence.** [`Initiator::fence`] is ordered behind every write posted before it, on every lane.
+//!   When [`Target::wait_fence`] returns, the destination's CPU sees all of those writes. When the
+//!   initiator polls [`Completion::Fence`], the target's link has received the fence on every lane.
+//!   A fence is the only proof that bytes have arrived.
+//! - **Credits.** Each lane holds a bounded number of bytes and work requests in flight
+//!   ([`credit`]); memory use does not grow with what is posted.
+//! - **Deadlines.** Every wait takes an [`std::time::Instant`] and returns [`Error::Timeout`] or
+//!   zero completions when it passes. Nothing blocks without one.
+//! - **Failure.** One broken lane breaks the link: every later call returns an error that names the
+//!   lane. What was in flight is then in an unknown state at the destination.
+//! - **Peers are not trusted.** Every address, length and key from the wire is checked against the
+//!   exposed regions before a byte is placed. Nothing that a peer sends can panic.
+//! - **Revoke.** After [`Target::revoke`] returns, no byte of the exposed regions changes any more
+//!   through this link. The destination revokes before its guest's first instruction.
+
+pub mod credit;
+pub mod error;
+pub mod link;
+pub mod loopback;
+pub mod preamble;
+pub mod region;
+pub mod tcp;
+pub mod work;
+
+pub use error::{Error, Result};
+pub use link::{Initiator, STRIPE_BYTES, Target, TransportKind, lane_of};
+pub use region::{Access, LocalSlice, MemoryRegion, RemoteKey, RemoteRegion};
+pub use work::{Completion, FenceTag, RemoteAddr, WorkId, WorkRequest};

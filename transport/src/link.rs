@@ -1,0 +1,102 @@
+//! The two ends of a link, and the rule that says which lane carries which address.
+
+use crate::error::Result;
+use crate::region::{MemoryRegion, RemoteRegion};
+use crate::work::{Completion, FenceTag, WorkRequest};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Remote addresses are dealt to lanes in stripes of this many bytes: a huge page, so that a
+/// contiguous run stays one write on one lane, and small enough that lanes share a round evenly.
+pub const STRIPE_BYTES: u64 = 2 << 20;
+
+/// The lane that carries every write to `addr`, for the life of a link with `lanes` lanes.
+///
+/// # Panics
+/// If `lanes` is zero, which no link has.
+#[must_use]
+pub fn lane_of(addr: u64, lanes: usize) -> usize {
+    assert!(lanes > 0, "a link has at least one lane");
+    usize::try_from((addr / STRIPE_BYTES) % lanes as u64).expect("below the number of lanes")
+}
+
+/// What carries the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TransportKind {
+    /// TCP connections driven by io_uring.
+    Tcp,
+    /// Memory copies inside one process.
+    Loopback,
+}
+
+impl TransportKind {
+    /// The name used in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Loopback => "loopback",
+        }
+    }
+}
+
+/// The end that pushes: it runs on the source host.
+pub trait Initiator: Send {
+    /// What carries the bytes.
+    fn kind(&self) -> TransportKind;
+
+    /// Number of lanes, at least one.
+    fn lanes(&self) -> usize;
+
+    /// Makes `region` known to the link so that slices of it can be posted. Not for the blackout:
+    /// on RDMA this is where memory is pinned.
+    fn register(&mut self, region: &Arc<MemoryRegion>) -> Result<()>;
+
+    /// Posts a prefix of `batch` and returns its length; zero means no credit. Whatever was
+    /// accepted is on its way when this returns: no further call is needed to flush it.
+    fn post(&mut self, batch: &[WorkRequest]) -> Result<usize>;
+
+    /// Appends completions to `out` and returns how many. With nothing to hand, waits until
+    /// `deadline` for the first and then returns zero; a deadline in the past only looks.
+    fn poll(&mut self, out: &mut Vec<Completion>, deadline: Instant) -> Result<usize>;
+
+    /// Sends a fence behind everything posted so far, on every lane.
+    fn fence(&mut self, tag: FenceTag) -> Result<()>;
+
+    /// Bytes that crossed the lanes so far, headers included.
+    fn bytes_on_wire(&self) -> u64;
+}
+
+/// The end that is written to: it runs on the destination host.
+pub trait Target: Send {
+    /// Allows the peer to write `region`, and returns how the peer must address it.
+    fn expose(&mut self, region: &Arc<MemoryRegion>) -> Result<RemoteRegion>;
+
+    /// Waits until the fence `tag` has come on every lane: from then on this host's CPU sees every
+    /// write that was posted before it. Fences may be skipped: waiting for a later tag is enough.
+    fn wait_fence(&mut self, tag: FenceTag, deadline: Instant) -> Result<()>;
+
+    /// Bytes placed so far. Rises while the peer is alive and sending, so a caller can tell a slow
+    /// peer from a dead one. Returns the lane's error if one has broken.
+    fn bytes_placed(&mut self) -> Result<u64>;
+
+    /// Takes back every permission to write. When this returns no byte changes any more.
+    fn revoke(&mut self) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_has_one_lane_and_stripes_go_round() {
+        for lanes in 1..9 {
+            for stripe in 0..64u64 {
+                let base = stripe * STRIPE_BYTES;
+                let lane = lane_of(base, lanes);
+                assert_eq!(lane, lane_of(base + STRIPE_BYTES - 1, lanes));
+                assert_eq!(lane_of(base + STRIPE_BYTES, lanes), (lane + 1) % lanes);
+            }
+        }
+    }
+}

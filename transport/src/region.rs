@@ -1,0 +1,211 @@
+//! Memory that both this process and others write: mapped, bounds-checked, never `&mut [u8]`.
+//!
+//! Guest memory changes under our feet (vCPUs and QEMU's threads write it at any moment), so no
+//! Rust reference to its bytes ever exists: only copies in and out, and addresses handed to the
+//! kernel or to a NIC together with something that keeps the mapping alive.
+
+use crate::error::{Error, Result};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::mm::Advice;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+/// What this process may do with a mapped region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read only: the source's view of a running guest.
+    Read,
+    /// Read and write: the destination's view.
+    Write,
+}
+
+/// A mapping of memory that can be registered with a link. Unmapped when the last owner is gone.
+#[derive(Debug)]
+pub struct MemoryRegion {
+    map: MmapRaw,
+    access: Access,
+}
+
+impl MemoryRegion {
+    /// Maps `len` bytes of `file` (a memfd, a file in a memory file system) at `offset`, shared with
+    /// everyone else who maps it.
+    pub fn map_shared(file: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Arc<Self>> {
+        if len == 0 {
+            return Err(Error::Bounds { what: "a memory region of zero bytes".into() });
+        }
+        let mut options = MmapOptions::new();
+        options.offset(offset).len(len);
+        let map = match access {
+            Access::Read => options.map_raw_read_only(file.as_raw_fd()),
+            Access::Write => options.map_raw(file.as_raw_fd()),
+        }
+        .map_err(|e| Error::os(format!("mapping {len} bytes of guest memory at offset {offset:#x}"), e))?;
+        Ok(Arc::new(Self { map, access }))
+    }
+
+    /// Maps `len` bytes of zeros that belong to this process.
+    pub fn anonymous(len: usize) -> Result<Arc<Self>> {
+        let fd = rustix::fs::memfd_create("pageferry", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(|e| Error::os("creating a memfd", e))?;
+        rustix::fs::ftruncate(&fd, len as u64)
+            .map_err(|e| Error::os(format!("sizing a memfd to {len} bytes"), e))?;
+        Self::map_shared(rustix::fd::AsFd::as_fd(&fd), 0, len, Access::Write)
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Never: a region has at least one byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Whether this process may write it.
+    #[must_use]
+    pub fn writable(&self) -> bool {
+        self.access == Access::Write
+    }
+
+    /// Address of the first byte, for the kernel or a NIC. Whoever keeps it keeps the `Arc` too.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// Fails unless `[offset, offset + len)` lies inside.
+    pub fn check(&self, offset: usize, len: usize) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len() => Ok(()),
+            _ => Err(Error::Bounds {
+                what: format!(
+                    "{len} bytes at offset {offset:#x} do not fit a region of {:#x} bytes",
+                    self.len()
+                ),
+            }),
+        }
+    }
+
+    /// A checked piece of this region, which keeps it mapped.
+    pub fn slice(self: &Arc<Self>, offset: usize, len: usize) -> Result<LocalSlice> {
+        self.check(offset, len)?;
+        Ok(LocalSlice { region: Arc::clone(self), offset, len })
+    }
+
+    /// Copies bytes out. Bytes that somebody writes meanwhile may come torn.
+    pub fn read(&self, offset: usize, out: &mut [u8]) -> Result<()> {
+        self.check(offset, out.len())?;
+        // SAFETY: the range was checked, the mapping lives as long as `self`, and `out` is memory of
+        // this process that cannot overlap it: nobody holds a reference into a region.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.as_ptr().add(offset).cast_const(), out.as_mut_ptr(), out.len())
+        };
+        Ok(())
+    }
+
+    /// Copies bytes in.
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        self.check(offset, bytes.len())?;
+        if !self.writable() {
+            return Err(Error::State("writing a region that is mapped read-only"));
+        }
+        // SAFETY: the range was checked, the mapping is writable and lives as long as `self`, and no
+        // reference into it exists that `bytes` could be.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(offset), bytes.len()) };
+        Ok(())
+    }
+
+    /// Has the kernel make every page of the range present and writable now, so that nobody faults
+    /// on it later (`MADV_POPULATE_WRITE`, Linux 5.14).
+    pub fn populate(&self, offset: usize, len: usize) -> Result<()> {
+        self.check(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let advice = if self.writable() { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        // SAFETY: the range was checked and is a mapping of ours; populating it changes no content.
+        unsafe { rustix::mm::madvise(self.as_ptr().add(offset).cast(), len, advice) }
+            .map_err(|e| Error::os(format!("populating {len} bytes of guest memory"), e))
+    }
+}
+
+/// A piece of a region, checked when it was made. Cloning counts a reference to the mapping.
+#[derive(Debug, Clone)]
+pub struct LocalSlice {
+    region: Arc<MemoryRegion>,
+    offset: usize,
+    len: usize,
+}
+
+impl LocalSlice {
+    /// The region it is a piece of.
+    #[must_use]
+    pub fn region(&self) -> &Arc<MemoryRegion> {
+        &self.region
+    }
+
+    /// Offset within the region, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of the first byte; valid while this slice or its region lives.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.region.as_ptr().wrapping_add(self.offset)
+    }
+}
+
+/// The target's name for an exposed region, as it travels with every write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RemoteKey(pub u32);
+
+/// How the peer must address an exposed region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RemoteRegion {
+    /// Address of its first byte in the target's terms.
+    pub base: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Goes with every write.
+    pub key: RemoteKey,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_beyond_the_region_is_refused() {
+        let region = MemoryRegion::anonymous(8192).unwrap();
+        assert!(region.slice(0, 8192).is_ok());
+        assert!(region.slice(1, 8192).is_err());
+        assert!(region.slice(usize::MAX, 2).is_err());
+    }
+
+    #[test]
+    fn bytes_written_are_bytes_read() {
+        let region = MemoryRegion::anonymous(4096).unwrap();
+        region.write(100, b"ferry").unwrap();
+        let mut out = [0; 5];
+        region.read(100, &mut out).unwrap();
+        assert_eq!(&out, b"ferry");
+        assert!(region.read(4093, &mut out).is_err());
+    }
+}
