@@ -39,12 +39,18 @@
 
 pub mod credit;
 pub mod error;
+mod exposed;
+mod failure;
+mod fences;
 pub mod link;
 pub mod loopback;
 pub mod preamble;
 pub mod region;
 pub mod tcp;
 pub mod work;
+
+#[cfg(test)]
+mod contract;
 
 pub use error::{Error, Result};
 pub use link::{Initiator, STRIPE_BYTES, Target, TransportKind, lane_of};

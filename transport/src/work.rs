@@ -1,5 +1,7 @@
 //! Work requests and completions: what is posted to a link, and what comes back.
 
+use crate::error::{Error, Result};
+use crate::link::STRIPE_BYTES;
 use crate::region::{LocalSlice, RemoteKey};
 
 /// The caller's name for a write; comes back unchanged in its completion.
@@ -29,6 +31,24 @@ pub struct WorkRequest {
     pub local: LocalSlice,
     /// Where they go.
     pub remote: RemoteAddr,
+}
+
+impl WorkRequest {
+    /// The rules that every link holds a request to, whatever carries it.
+    pub(crate) fn check(&self) -> Result<()> {
+        let (addr, len) = (self.remote.addr, self.local.len() as u64);
+        if len == 0 {
+            return Err(Error::Bounds { what: format!("a write of zero bytes to {addr:#x}") });
+        }
+        match addr.checked_add(len - 1) {
+            Some(last) if last / STRIPE_BYTES == addr / STRIPE_BYTES => Ok(()),
+            _ => Err(Error::Bounds {
+                what: format!(
+                    "a write of {len} bytes to {addr:#x} crosses a stripe of {STRIPE_BYTES:#x} bytes: split it there"
+                ),
+            }),
+        }
+    }
 }
 
 /// What [`crate::Initiator::poll`] hands back.

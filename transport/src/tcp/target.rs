@@ -1,0 +1,153 @@
+//! The end that is written to: exposes regions, and knows which fences have come.
+
+use super::receiver::Receiver;
+use super::ring::Ring;
+use super::{check_lanes, prepare, spawn};
+use crate::error::{Error, Result};
+use crate::exposed::Exposed;
+use crate::failure::LaneFailure;
+use crate::fences::Arrivals;
+use crate::link::Target;
+use crate::region::{MemoryRegion, RemoteRegion};
+use crate::work::FenceTag;
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// The target of a TCP link. Dropping it revokes.
+#[derive(Debug)]
+pub struct TcpTarget {
+    shared: Arc<Shared>,
+    lanes: Vec<(Arc<TcpStream>, Option<JoinHandle<()>>)>,
+}
+
+/// What the threads of the lanes and the target have in common.
+#[derive(Debug)]
+pub(super) struct Shared {
+    exposed: Mutex<Exposed>,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+    pub(super) placed_bytes: AtomicU64,
+    pub(super) stopping: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Progress {
+    arrivals: Arrivals,
+    failure: Option<LaneFailure>,
+}
+
+impl Shared {
+    pub(super) fn exposed(&self) -> MutexGuard<'_, Exposed> {
+        // Here and below: a table that is whole at every moment, so a panic elsewhere spoils nothing.
+        self.exposed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a fence; false if the peer may not send it.
+    #[must_use]
+    pub(super) fn arrive(&self, lane: usize, tag: FenceTag) -> bool {
+        let rising = self.progress().arrivals.arrive(lane, tag);
+        self.changed.notify_all();
+        rising
+    }
+
+    /// Notes the first failure and tells whoever waits. Not one that we cause ourselves by ending.
+    pub(super) fn fail(&self, failure: LaneFailure) {
+        if !self.stopping.load(Ordering::Relaxed) {
+            self.progress().failure.get_or_insert(failure);
+            self.changed.notify_all();
+        }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl TcpTarget {
+    /// Takes over connected streams, one a lane in this order, whose preambles have been exchanged.
+    pub fn new(streams: Vec<TcpStream>) -> Result<Self> {
+        check_lanes(&streams)?;
+        let progress = Progress { arrivals: Arrivals::new(streams.len()), failure: None };
+        let shared = Arc::new(Shared {
+            exposed: Mutex::new(Exposed::new()),
+            progress: Mutex::new(progress),
+            changed: Condvar::new(),
+            placed_bytes: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        });
+        let mut this = Self { shared, lanes: Vec::with_capacity(streams.len()) };
+        for (lane, stream) in streams.into_iter().enumerate() {
+            prepare(lane, &stream)?;
+            let stream = Arc::new(stream);
+            let receiver = Receiver::new(lane, Ring::new()?, Arc::clone(&stream), Arc::clone(&this.shared));
+            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run())?;
+            this.lanes.push((stream, Some(thread)));
+        }
+        Ok(this)
+    }
+
+    /// Ends the lanes. Closing a socket alone would not do: the kernel goes on handing out what it
+    /// had received before. So the threads are told, and waited for.
+    fn stop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        for (stream, _) in &self.lanes {
+            // An error means that the connection is gone, which is what is wanted.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        for (_, thread) in &mut self.lanes {
+            if let Some(thread) = thread.take() {
+                // A thread that panicked places nothing any more either.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl Target for TcpTarget {
+    fn expose(&mut self, region: &Arc<MemoryRegion>) -> Result<RemoteRegion> {
+        self.shared.exposed().expose(region)
+    }
+
+    fn wait_fence(&mut self, tag: FenceTag, deadline: Instant) -> Result<()> {
+        let mut progress = self.shared.progress();
+        loop {
+            if progress.arrivals.reached(tag) {
+                return Ok(());
+            }
+            if let Some(failure) = &progress.failure {
+                return Err(failure.into());
+            }
+            if self.shared.stopping.load(Ordering::Relaxed) {
+                return Err(Error::State("waiting for a fence after the link was revoked"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout { what: "a fence on every lane" });
+            }
+            (progress, _) =
+                self.shared.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn bytes_placed(&mut self) -> Result<u64> {
+        match &self.shared.progress().failure {
+            Some(failure) => Err(failure.into()),
+            None => Ok(self.shared.placed_bytes.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn revoke(&mut self) -> Result<()> {
+        self.stop();
+        self.shared.exposed().revoke();
+        Ok(())
+    }
+}
+
+impl Drop for TcpTarget {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
