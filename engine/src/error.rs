@@ -32,12 +32,10 @@ pub enum Error {
     #[error("{0}")]
     Guest(String),
     /// A wait ended at its deadline.
-    #[error("timed out after {seconds:.1} s: {what}")]
+    #[error("timed out while {what}")]
     Timeout {
-        /// What did not come.
+        /// What was being done or waited for.
         what: String,
-        /// How long it was waited for, in seconds.
-        seconds: f64,
     },
     /// The peer sent something that the protocol does not allow.
     #[error("the peer broke the protocol: {0}")]

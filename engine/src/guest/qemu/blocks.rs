@@ -1,0 +1,531 @@
+//! Where the guest's memory lies in a running QEMU, and whether it can be moved.
+//!
+//! ```text
+//!   x-query-ramblock    which blocks there are, and at which address in QEMU's process
+//!   /proc/PID/maps      which file lies there, shared or private
+//!   /proc/PID/fd/N      the same file (device and inode), opened anew as our own
+//!   qom-list /objects   what kind of backend it is
+//! ```
+//!
+//! A block that is shared **and** made by `memory-backend-file` is moved by the engine: QEMU leaves
+//! exactly those out of its own stream (capability `x-ignore-shared`). Until 8.0 shared was enough;
+//! since 8.1 (its flag `RAM_NAMED_FILE`) shared memory without a name, such as that of
+//! `memory-backend-memfd`, travels in QEMU's stream, in the blackout, and so is refused here.
+//! Everything small that is private (firmware, video memory) travels in that stream too.
+
+use super::qmp::{Qmp, Version};
+use crate::error::{Error, Result};
+use crate::memory::SlotSource;
+use pageferry_transport::Access;
+use rustix::fs::{fstat, fstatfs};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// The guest's memory, sorted by how it travels.
+#[derive(Debug)]
+pub struct GuestBlocks {
+    /// Moved by the engine, in the order of their names (the same order on both sides).
+    pub shared: Vec<SlotSource>,
+    /// Moved by QEMU in its own stream.
+    pub unshared: Vec<UnsharedBlock>,
+}
+
+/// A block that QEMU sends itself, with the device state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnsharedBlock {
+    /// QEMU's name of the block: `pc.bios`, `0000:00:01.0/vga.vram`.
+    pub name: String,
+    /// Bytes of it that are in use.
+    pub bytes: u64,
+}
+
+/// The first QEMU whose `x-ignore-shared` asks for a named file too.
+const NAMED_FILE_SINCE: (u32, u32) = (8, 1);
+/// The first QEMU whose `x-query-ramblock` tells host addresses.
+const ADDRESSES_SINCE: (u32, u32) = (8, 0);
+
+/// Finds the memory of the guest that QEMU process `pid` runs, and opens the shared part.
+///
+/// # Errors
+/// [`Error::Refused`] with the mend where some of the guest's memory cannot be moved.
+pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Result<GuestBlocks> {
+    let version = qmp.version();
+    if (version.major, version.minor) < ADDRESSES_SINCE {
+        return Err(Error::refused(format!(
+            "QEMU {version} is too old: it does not tell where guest memory lies; pageferry needs QEMU {}.{} or newer",
+            ADDRESSES_SINCE.0, ADDRESSES_SINCE.1
+        )));
+    }
+    let blocks = parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
+    let backends = backends(qmp, deadline)?;
+    let maps_path = format!("/proc/{pid}/maps");
+    let maps = fs::read_to_string(&maps_path).map_err(|e| Error::os(format!("reading {maps_path}"), e))?;
+    let maps: Vec<Mapping> = maps.lines().filter_map(Mapping::parse).collect();
+    let mut found = GuestBlocks { shared: Vec::new(), unshared: Vec::new() };
+    for block in blocks {
+        if block.name.is_empty() {
+            continue; // a backend that no device uses
+        }
+        let backend = backends.get(block.backend_id()).map(String::as_str);
+        let file = shared_file(&maps, &block);
+        match judge(version, &block, backend, file.is_some())? {
+            Way::Engine => {
+                let file = file.ok_or_else(|| Error::Guest(format!("{} is not mapped", block.name)))?;
+                found.shared.push(open(pid, &block, &file, access)?);
+            }
+            Way::QemuStream => {
+                found.unshared.push(UnsharedBlock { name: block.name, bytes: block.used_bytes });
+            }
+        }
+    }
+    if found.shared.is_empty() {
+        return Err(Error::refused(
+            "this QEMU has no guest memory that could be moved (is it `-machine none`?)",
+        ));
+    }
+    found.shared.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(found)
+}
+
+/// How a block travels.
+#[derive(Debug, PartialEq, Eq)]
+enum Way {
+    Engine,
+    QemuStream,
+}
+
+/// Decides how a block travels. Pure.
+fn judge(version: Version, block: &RamBlock, backend: Option<&str>, shared: bool) -> Result<Way> {
+    let needs_name = (version.major, version.minor) >= NAMED_FILE_SINCE;
+    let id = block.backend_id();
+    // A machine without a backend of its own names its memory `pc.ram` or the like.
+    let (new_id, machine) = match id.ends_with(".ram") {
+        true => ("ram0", " -machine memory-backend=ram0"),
+        false => (id, ""),
+    };
+    let mend = format!(
+        "start QEMU under `pageferry run`, or with -object memory-backend-file,id={new_id},size={},\
+         mem-path=/dev/shm/NAME,share=on{machine}",
+        block.used_bytes
+    );
+    match (backend, shared) {
+        (None, _) => Ok(Way::QemuStream),
+        (Some("memory-backend-file"), true) => Ok(Way::Engine),
+        (Some(_), true) if !needs_name => Ok(Way::Engine),
+        (Some(kind), true) => Err(Error::refused(format!(
+            "memory block {id} is shared, but a {kind}: QEMU {version} would send all of it in its own stream, in \
+             the blackout: {mend}"
+        ))),
+        (Some(_), false) => Err(Error::refused(format!(
+            "memory block {id} ({} MiB) is not shared, so pageferry cannot reach it: {mend}",
+            block.used_bytes >> 20
+        ))),
+    }
+}
+
+/// The memory backends by id, with their types.
+fn backends(qmp: &mut Qmp, deadline: Instant) -> Result<HashMap<String, String>> {
+    Ok(objects(qmp, deadline)?.into_iter().filter(|(_, kind)| kind.starts_with("memory-backend")).collect())
+}
+
+/// The user-created objects: id and type.
+fn objects(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<(String, String)>> {
+    let list = qmp.execute("qom-list", json!({ "path": "/objects" }), deadline)?;
+    let of = |object: &Value| {
+        let kind = object.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+        Some((object.get("name")?.as_str()?.to_owned(), kind.to_owned()))
+    };
+    Ok(list.as_array().into_iter().flatten().filter_map(of).collect())
+}
+
+/// Devices and back ends that write guest memory from outside QEMU's process, where the tracking
+/// does not see it. Empty if the guest can be moved. (vhost in the kernel writes through QEMU's own
+/// page tables and is seen.)
+pub fn outside_writers(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<String>> {
+    let mut monitor = |command: &str| -> Result<String> {
+        let arguments = json!({ "command-line": command });
+        let answer = qmp.execute("human-monitor-command", arguments, deadline)?;
+        answer
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| Error::Guest(format!("QEMU answered `{command}` with something else than a text")))
+    };
+    let mut names = devices_outside(&monitor("info qtree")?);
+    names.extend(networks_outside(&monitor("info network")?));
+    for (id, kind) in objects(qmp, deadline)? {
+        if is_outside(&kind) {
+            names.push(format!("{kind} ({id})"));
+        }
+    }
+    Ok(names)
+}
+
+/// Types of devices, network back ends and objects whose other half is another process or hardware.
+fn is_outside(kind: &str) -> bool {
+    ["vhost-user", "vhost-vdpa", "vfio-", "x-vfio-", "ivshmem", "x-pci-proxy", "cryptodev-vhost-user"]
+        .iter()
+        .any(|prefix| kind.starts_with(prefix))
+}
+
+/// Lines of `info qtree` look like `dev: vfio-pci, id "gpu"`.
+fn devices_outside(qtree: &str) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    let mut depth_hidden = None;
+    for line in qtree.lines() {
+        let depth = line.len() - line.trim_start().len();
+        if depth_hidden.is_some_and(|hidden| depth > hidden) {
+            continue; // the inner half of a device already named
+        }
+        depth_hidden = None;
+        let Some((kind, id)) = line.trim_start().strip_prefix("dev: ").and_then(|l| l.split_once(", id "))
+        else {
+            continue;
+        };
+        if is_outside(kind) {
+            let id = id.trim_matches('"');
+            names.push(if id.is_empty() { kind.to_owned() } else { format!("{kind} ({id})") });
+            depth_hidden = Some(depth);
+        }
+    }
+    names
+}
+
+/// Lines of `info network` look like ` \ net0: index=0,type=vhost-user,...`.
+fn networks_outside(text: &str) -> Vec<String> {
+    let outside = |line: &str| {
+        let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": ")?;
+        let kind = rest.split(',').find_map(|p| p.strip_prefix("type="))?;
+        is_outside(kind).then(|| format!("netdev {kind} ({name})"))
+    };
+    text.lines().filter_map(outside).collect()
+}
+
+fn human_text(answer: &Value) -> Result<String> {
+    answer
+        .get("human-readable-text")
+        .and_then(Value::as_str)
+        .map(str::to_owned)
+        .ok_or_else(|| Error::Guest("QEMU's x-query-ramblock answered without a text".into()))
+}
+
+/// A line of `x-query-ramblock`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RamBlock {
+    name: String,
+    page_bytes: u64,
+    used_bytes: u64,
+    address: u64,
+}
+
+impl RamBlock {
+    /// The id of its backend, if it has one. Machines up to 4.0 name the block by the object's path,
+    /// and a device on a bus puts its own path before the id.
+    fn backend_id(&self) -> &str {
+        self.name.rsplit('/').next().unwrap_or(&self.name)
+    }
+}
+
+/// Reads the table by its header, since columns were added over time.
+fn parse_ramblocks(text: &str) -> Result<Vec<RamBlock>> {
+    let odd = |what: &str| Error::Guest(format!("QEMU's x-query-ramblock is not understood: {what}"));
+    let mut lines = text.lines().filter(|l| !l.trim().is_empty());
+    let header = lines.next().ok_or_else(|| odd("it is empty"))?;
+    let columns: Vec<&str> =
+        header.trim().strip_prefix("Block Name").ok_or_else(|| odd(header))?.split_whitespace().collect();
+    let column = |name: &str| columns.iter().position(|c| *c == name).ok_or_else(|| odd(header));
+    let (page, used, address) = (column("PSize")?, column("Used")?, column("HVA")?);
+    if page != 0 {
+        return Err(odd(header));
+    }
+    let mut blocks = Vec::new();
+    for line in lines {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        // A page size is two words ("4 KiB"), and a block may have no name.
+        let rest = words.len().checked_sub(columns.len() + 1).ok_or_else(|| odd(line))?;
+        let hex = |column: usize| -> Option<u64> {
+            u64::from_str_radix(words.get(rest + 1 + column)?.strip_prefix("0x")?, 16).ok()
+        };
+        let unit = match words[rest + 1] {
+            "B" => 1,
+            "KiB" => 1 << 10,
+            "MiB" => 1 << 20,
+            "GiB" => 1 << 30,
+            _ => return Err(odd(line)),
+        };
+        blocks.push(RamBlock {
+            name: words[..rest].join(" "),
+            page_bytes: words[rest]
+                .parse::<u64>()
+                .ok()
+                .and_then(|n| n.checked_mul(unit))
+                .ok_or_else(|| odd(line))?,
+            used_bytes: hex(used).ok_or_else(|| odd(line))?,
+            address: hex(address).ok_or_else(|| odd(line))?,
+        });
+    }
+    Ok(blocks)
+}
+
+/// A line of `/proc/PID/maps`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    shared: bool,
+    offset: u64,
+    /// Major and minor number.
+    device: (u64, u64),
+    inode: u64,
+}
+
+impl Mapping {
+    fn parse(line: &str) -> Option<Self> {
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let shared = words.next()?.ends_with('s');
+        let offset = hex(words.next()?)?;
+        let (major, minor) = words.next()?.split_once(':')?;
+        let inode = words.next()?.parse().ok()?;
+        Some(Self {
+            start: hex(start)?,
+            end: hex(end)?,
+            shared,
+            offset,
+            device: (hex(major)?, hex(minor)?),
+            inode,
+        })
+    }
+}
+
+/// The file that all of a block is a shared mapping of, in one piece.
+fn shared_file(maps: &[Mapping], block: &RamBlock) -> Option<Mapping> {
+    let end = block.address.checked_add(block.used_bytes)?;
+    let first = maps.iter().find(|m| m.start <= block.address && block.address < m.end)?;
+    let offset = first.offset + (block.address - first.start);
+    let mut at = block.address;
+    // The kernel splits a mapping where NUMA policy or advice changes.
+    for part in maps.iter().filter(|m| m.end > block.address && m.start < end) {
+        let same = part.shared && part.inode != 0 && part.device == first.device && part.inode == first.inode;
+        let reached = part.start.max(block.address);
+        if !same || reached != at || part.offset + (reached - part.start) != offset + (at - block.address) {
+            return None;
+        }
+        at = part.end.min(end);
+    }
+    (at == end && at > block.address).then(|| Mapping { offset, ..first.clone() })
+}
+
+/// Opens the file behind a block through one of QEMU's own descriptors: the file may have no name
+/// any more, and this needs no more permission than tracing does.
+fn open(pid: u32, block: &RamBlock, file: &Mapping, access: Access) -> Result<SlotSource> {
+    let name = block.backend_id();
+    let path = descriptor_of(pid, file)?.ok_or_else(|| {
+        Error::refused(format!(
+            "QEMU (process {pid}) holds no descriptor of the file behind memory block {name}, so pageferry cannot open it"
+        ))
+    })?;
+    let opened = File::options()
+        .read(true)
+        .write(access == Access::Write)
+        .open(&path)
+        .map_err(|e| Error::os(format!("opening the memory of block {name} ({})", path.display()), e))?;
+    let stat = fstat(&opened).map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?;
+    if !is_file(file, stat.st_dev, stat.st_ino) {
+        return Err(Error::Guest(format!("QEMU closed the file behind memory block {name} meanwhile")));
+    }
+    let kind =
+        fstatfs(&opened).map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?.f_type;
+    if ![TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(kind as u64)) {
+        return Err(Error::refused(format!(
+            "memory block {name} lies in a file on a disk, whose writes the kernel cannot follow: give it a mem-path \
+             in /dev/shm or in a hugetlbfs"
+        )));
+    }
+    Ok(SlotSource {
+        name: block.name.clone(),
+        file: opened,
+        file_offset: file.offset,
+        bytes: block.used_bytes,
+        backing_page_bytes: block.page_bytes,
+        process_address: block.address,
+    })
+}
+
+/// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` of `linux/magic.h`; memfds lie in these too.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+fn descriptor_of(pid: u32, file: &Mapping) -> Result<Option<PathBuf>> {
+    let directory = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&directory).map_err(|e| Error::os(format!("reading {directory}"), e))?;
+    for entry in entries.flatten() {
+        // A descriptor may be closed between the listing and here.
+        if let Ok(metadata) = fs::metadata(entry.path())
+            && is_file(file, metadata.dev(), metadata.ino())
+        {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
+}
+
+fn is_file(file: &Mapping, device: u64, inode: u64) -> bool {
+    let major_minor = (u64::from(rustix::fs::major(device)), u64::from(rustix::fs::minor(device)));
+    file.inode == inode && file.device == major_minor
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::qemu::testing::TestQemu;
+    use pageferry_transport::MemoryRegion;
+    use std::os::fd::AsFd;
+
+    const V10: Version = Version { major: 10, minor: 0, micro: 2 };
+
+    #[test]
+    fn the_table_of_qemu_10_is_read() {
+        let text = "              Block Name    PSize              Offset               Used              Total                HVA  RO\n\
+           pageferry.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f0db7fff000  rw\n\
+                            4 KiB  0x0000000010000000 0x0000000000200000 0x0000000000200000 0x00007f0e0dcfb000  rw\n\
+0000:00:03.0/virtio-net-pci.rom    4 KiB  0x00000000060c0000 0x0000000000040000 0x0000000000040000 0x00007fcda5a00000  ro\n\
+                    huge    2 MiB  0x0000000000000000 0x0000000000200000 0x0000000000200000 0x00007f0e0c400000  rw\n\n";
+        let blocks = parse_ramblocks(text).unwrap();
+        let names: Vec<_> = blocks.iter().map(|b| b.name.as_str()).collect();
+        assert_eq!(names, ["pageferry.ram", "", "0000:00:03.0/virtio-net-pci.rom", "huge"]);
+        assert_eq!(
+            blocks[0],
+            RamBlock {
+                name: "pageferry.ram".into(),
+                page_bytes: 4096,
+                used_bytes: 256 << 20,
+                address: 0x7f0d_b7ff_f000
+            }
+        );
+        assert_eq!(blocks[3].page_bytes, 2 << 20);
+    }
+
+    #[test]
+    fn other_tables_are_refused_and_not_misread() {
+        let old = "  Block Name    PSize              Offset               Used              Total\n  pc.ram    4 KiB  0x0 0x1000 0x1000\n";
+        for odd in ["", "nonsense", old, &format!("{}\n x 4 KiB 0x0", old.lines().next().unwrap())] {
+            assert!(parse_ramblocks(odd).is_err(), "{odd}");
+        }
+        let header = "Block Name PSize Offset Used Total HVA RO\n";
+        for line in [
+            "a 4 KiB",
+            "a 4 XiB 0x0 0x1 0x1 0x1 rw",
+            "a 4 KiB 0x0 zz 0x1 0x1 rw",
+            "a -1 KiB 0x0 0x1 0x1 0x1 rw",
+        ] {
+            assert!(parse_ramblocks(&format!("{header}{line}")).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn only_one_unbroken_shared_mapping_of_one_file_will_do() {
+        let block = RamBlock { name: "r".into(), page_bytes: 4096, used_bytes: 0x3000, address: 0x10_1000 };
+        let find = |lines: &[&str]| {
+            let maps: Vec<_> = lines.iter().map(|l| Mapping::parse(l).unwrap()).collect();
+            shared_file(&maps, &block).map(|m| m.offset)
+        };
+        let whole = "101000-104000 rw-s 00000000 00:01 7 /memfd:r (deleted)";
+        assert_eq!(find(&[whole]), Some(0));
+        assert_eq!(find(&["100000-105000 rw-s 00004000 00:01 7 /memfd:r"]), Some(0x5000));
+        let (a, b) = ("101000-102000 rw-s 00000000 00:01 7 x", "102000-104000 rw-s 00001000 00:01 7 x");
+        assert_eq!(find(&[a, b]), Some(0));
+        assert_eq!(find(&[a]), None, "half of it");
+        assert_eq!(find(&[b]), None, "the other half");
+        assert_eq!(find(&[a, "102000-104000 rw-s 00002000 00:01 7 x"]), None, "a gap in the file");
+        assert_eq!(find(&[a, "102000-104000 rw-s 00001000 00:01 8 x"]), None, "another file");
+        assert_eq!(find(&[a, "102000-104000 rw-p 00001000 00:01 7 x"]), None, "half private");
+        assert_eq!(find(&["101000-104000 rw-s 00000000 00:00 0"]), None, "no file");
+        assert_eq!(find(&[]), None);
+    }
+
+    #[test]
+    fn what_cannot_move_is_refused_with_the_mend() {
+        let block = RamBlock { name: "ram0".into(), page_bytes: 4096, used_bytes: 1 << 30, address: 0 };
+        assert_eq!(judge(V10, &block, Some("memory-backend-file"), true).unwrap(), Way::Engine);
+        assert_eq!(judge(V10, &block, None, false).unwrap(), Way::QemuStream);
+        for (kind, shared) in
+            [("memory-backend-memfd", true), ("memory-backend-file", false), ("memory-backend-ram", false)]
+        {
+            let text = judge(V10, &block, Some(kind), shared).unwrap_err().to_string();
+            assert!(text.contains("mem-path=/dev/shm/NAME,share=on"), "{text}");
+        }
+        let v8 = Version { major: 8, minor: 0, micro: 5 };
+        assert_eq!(judge(v8, &block, Some("memory-backend-memfd"), true).unwrap(), Way::Engine);
+    }
+
+    #[test]
+    fn outside_writers_are_named() {
+        let qtree = "bus: main-system-bus\n  type System\n  dev: q35-pcihost, id \"\"\n    bus: pcie.0\n      type PCIE\n      \
+            dev: vhost-user-fs-pci, id \"fs\"\n        tag = \"x\"\n        bus: virtio-bus\n          dev: vhost-user-fs-device, id \"\"\n      \
+            dev: vfio-pci, id \"\"\n        host = \"0000:01:00.0\"\n      dev: virtio-net-pci, id \"vfio-like\"\n";
+        assert_eq!(devices_outside(qtree), ["vhost-user-fs-pci (fs)", "vfio-pci"]);
+        let network = "nn: index=0,type=nic,model=virtio-net-pci\n \\ u0: index=0,type=vhost-user,queues=1\nt: index=0,type=tap\n";
+        assert_eq!(networks_outside(network), ["netdev vhost-user (u0)"]);
+    }
+
+    #[test]
+    fn memory_of_a_real_qemu_is_found_and_is_the_same_memory() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = directory.path().join("ram");
+        let backend = format!("memory-backend-file,id=ram0,size=64M,mem-path={},share=on", path.display());
+        let mut qemu = TestQemu::start(&[
+            "-m",
+            "64M",
+            "-object",
+            &backend,
+            "-machine",
+            "q35,memory-backend=ram0",
+            "-vga",
+            "std",
+        ]);
+        let pid = qemu.pid();
+        let found = find(&mut qemu.qmp, pid, Access::Write, TestQemu::soon()).unwrap();
+        assert_eq!(found.shared.len(), 1);
+        let ram = &found.shared[0];
+        assert_eq!((ram.name.as_str(), ram.bytes, ram.file_offset), ("ram0", 64 << 20, 0));
+        assert!(found.unshared.iter().any(|b| b.name.ends_with("vga.vram") && b.bytes == 16 << 20));
+        let mapped =
+            MemoryRegion::map_shared(ram.file.as_fd(), 0, ram.bytes as usize, Access::Write).unwrap();
+        mapped.write(1 << 20, b"ferry").unwrap();
+        let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+        let mut seen = [0; 5];
+        std::os::unix::fs::FileExt::read_exact_at(&memory, &mut seen, ram.process_address + (1 << 20))
+            .unwrap();
+        assert_eq!(&seen, b"ferry");
+        assert!(outside_writers(&mut qemu.qmp, TestQemu::soon()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn private_and_nameless_memory_of_a_real_qemu_is_refused() {
+        for (options, word) in [
+            (vec!["-m", "64M", "-machine", "q35"], "is not shared"),
+            (
+                vec![
+                    "-m",
+                    "64M",
+                    "-object",
+                    "memory-backend-memfd,id=ram0,size=64M,share=on",
+                    "-machine",
+                    "q35,memory-backend=ram0",
+                ],
+                "would send all of it",
+            ),
+            (vec!["-machine", "none"], "no guest memory"),
+        ] {
+            let mut qemu = TestQemu::start(&options);
+            let pid = qemu.pid();
+            let text = find(&mut qemu.qmp, pid, Access::Read, TestQemu::soon()).unwrap_err().to_string();
+            assert!(text.contains(word), "{options:?}: {text}");
+        }
+    }
+}

@@ -1,0 +1,617 @@
+//! A client of the QEMU Machine Protocol over a unix socket.
+//!
+//! One JSON object a line each way. QEMU greets, we negotiate capabilities, then commands and their
+//! answers alternate while events come in between at any time:
+//!
+//! ```text
+//!   {"QMP": {"version": ...}}                      <-
+//!                                                  -> {"execute": "qmp_capabilities", "id": 1}
+//!   {"return": {}, "id": 1}                        <-
+//!                                                  -> {"execute": "stop", "id": 2}
+//!   {"event": "STOP", ...}                         <-      kept for wait_event
+//!   {"return": {}, "id": 2}                        <-
+//! ```
+//!
+//! Every wait blocks in `poll(2)` until bytes or its deadline come. A command is one `sendmsg`. What
+//! QEMU sends is checked: a line has a bounded length, and no answer can panic.
+
+use crate::error::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, recv, sendmsg, socket_with,
+};
+use serde_json::{Value, json};
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Longest line that is taken from QEMU, in bytes. Its longest answers (`query-qmp-schema`, a device
+/// tree) are some hundred KiB.
+const LINE_BYTES_MAX: usize = 8 << 20;
+
+/// Events that are kept until somebody waits for them; beyond that the oldest are dropped.
+const EVENTS_MAX: usize = 4096;
+
+/// Bytes asked for in one `recv`.
+const RECV_BYTES: usize = 64 << 10;
+
+/// QEMU's version, from its greeting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// 10 in 10.0.2.
+    pub major: u32,
+    /// 0 in 10.0.2.
+    pub minor: u32,
+    /// 2 in 10.0.2.
+    pub micro: u32,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// Something that QEMU said without being asked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Its name: `STOP`, `MIGRATION`, `SHUTDOWN`.
+    pub name: String,
+    /// Its data; null where it has none.
+    pub data: Value,
+    /// When QEMU says it happened, since the epoch, in microseconds; zero where it did not say.
+    pub at_us: u64,
+}
+
+/// A connection to one QEMU. See the [module](self).
+#[derive(Debug)]
+pub struct Qmp {
+    socket: OwnedFd,
+    path: PathBuf,
+    version: Version,
+    lines: LineBuffer,
+    events: VecDeque<Event>,
+    next_id: u64,
+    broken: bool,
+}
+
+impl Qmp {
+    /// Connects to a QMP socket and negotiates.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the mend where there is no socket, nobody listens, or another client
+    /// holds it; [`Error::Guest`] if QEMU hangs up.
+    pub fn connect(path: &Path, deadline: Instant) -> Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )
+        .map_err(|e| Error::os("making a unix socket", e))?;
+        let address = SocketAddrUnix::new(path)
+            .map_err(|e| Error::os(format!("the QMP socket's path {} is too long", path.display()), e))?;
+        connect(&socket, &address).map_err(|e| refused_to_connect(path, e))?;
+        Self::over(socket, path, deadline)
+    }
+
+    /// Greets and negotiates over a connected socket, which is made non-blocking. `path` is for
+    /// messages alone.
+    pub fn over(socket: OwnedFd, path: &Path, deadline: Instant) -> Result<Self> {
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| Error::os("making a socket non-blocking", e))?;
+        let mut qmp = Self {
+            socket,
+            path: path.to_owned(),
+            version: Version { major: 0, minor: 0, micro: 0 },
+            lines: LineBuffer::default(),
+            events: VecDeque::new(),
+            next_id: 1,
+            broken: false,
+        };
+        let greeting = qmp.read_value(deadline, "the greeting").map_err(|e| match e {
+            Error::Timeout { .. } => busy(path),
+            other => other,
+        })?;
+        qmp.version = version_in(&greeting).ok_or_else(|| {
+            Error::refused(format!(
+                "{} is not a QMP socket: it answered {} (is it a monitor in `readline` mode, or another program?)",
+                path.display(),
+                excerpt(&greeting.to_string())
+            ))
+        })?;
+        qmp.execute("qmp_capabilities", Value::Null, deadline)?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Runs a command and returns what it returns. `arguments` is an object, or null for none.
+    /// Events that come meanwhile are kept.
+    ///
+    /// # Errors
+    /// [`Error::Qmp`] if QEMU refuses it, [`Error::Guest`] if QEMU hangs up, [`Error::Timeout`].
+    /// After a timeout the connection is still good: the late answer is thrown away.
+    pub fn execute(&mut self, command: &str, arguments: Value, deadline: Instant) -> Result<Value> {
+        self.send_and_wait(command, arguments, &[], deadline)
+    }
+
+    /// Like [`Qmp::execute`], with a file descriptor that QEMU gets a copy of (`getfd`, `add-fd`).
+    pub fn execute_with_fd(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+        deadline: Instant,
+    ) -> Result<Value> {
+        self.send_and_wait(command, arguments, &[fd], deadline)
+    }
+
+    /// Returns the first event that `wanted` accepts: one already kept, or one still to come. Other
+    /// events stay kept, in their order.
+    pub fn wait_event(&mut self, deadline: Instant, mut wanted: impl FnMut(&Event) -> bool) -> Result<Event> {
+        if let Some(index) = self.events.iter().position(&mut wanted)
+            && let Some(event) = self.events.remove(index)
+        {
+            return Ok(event);
+        }
+        loop {
+            let value = self.read_value(deadline, "an event")?;
+            if let Some(event) = event_in(&value) {
+                if wanted(&event) {
+                    return Ok(event);
+                }
+                self.keep(event);
+            }
+        }
+    }
+
+    /// Takes every event that is there now, oldest first, without waiting.
+    pub fn drain_events(&mut self) -> Result<Vec<Event>> {
+        while let Some(value) = self.read_ready()? {
+            if let Some(event) = event_in(&value) {
+                self.keep(event);
+            }
+        }
+        Ok(self.events.drain(..).collect())
+    }
+
+    fn send_and_wait(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<Value> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut message = json!({ "execute": command, "id": id });
+        if !arguments.is_null() {
+            message["arguments"] = arguments;
+        }
+        let mut line = message.to_string().into_bytes();
+        line.push(b'\n');
+        self.send(command, &line, fds, deadline)?;
+        loop {
+            let mut value = self.read_value(deadline, command)?;
+            if let Some(event) = event_in(&value) {
+                self.keep(event);
+            } else if value.get("id").and_then(Value::as_u64) == Some(id) {
+                return match value.get("error") {
+                    None => Ok(value.get_mut("return").map_or(Value::Null, Value::take)),
+                    Some(error) => Err(Error::Qmp {
+                        command: command.into(),
+                        reason: error
+                            .get("desc")
+                            .and_then(Value::as_str)
+                            .map_or_else(|| excerpt(&error.to_string()), str::to_owned),
+                    }),
+                };
+            } else if value.get("id").is_none() && value.get("error").is_some() {
+                return Err(
+                    self.broke(format!("it could not read a command: {}", excerpt(&value.to_string())))
+                );
+            }
+            // Anything else is the late answer to a command that timed out.
+        }
+    }
+
+    /// Sends a whole line; descriptors travel with its first byte.
+    fn send(&mut self, command: &str, line: &[u8], fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<()> {
+        if self.broken {
+            return Err(self.closed());
+        }
+        let mut sent = 0;
+        while sent < line.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+                return Err(Error::Guest(format!("{command}: more descriptors than one message takes")));
+            }
+            match sendmsg(&self.socket, &[IoSlice::new(&line[sent..])], &mut control, SendFlags::NOSIGNAL) {
+                Ok(count) => sent += count,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, deadline, command).inspect_err(|_| {
+                    // Half a line can never be taken back.
+                    self.broken |= sent > 0;
+                })?,
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(self.closed()),
+                Err(e) => return Err(Error::os(format!("sending {command} to QEMU"), e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_value(&mut self, deadline: Instant, what: &str) -> Result<Value> {
+        loop {
+            if let Some(value) = self.read_ready()? {
+                return Ok(value);
+            }
+            self.wait(PollFlags::IN, deadline, what)?;
+        }
+    }
+
+    /// The next line if it has come in whole, without waiting.
+    fn read_ready(&mut self) -> Result<Option<Value>> {
+        loop {
+            if let Some(line) = self.lines.next_line() {
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                return match serde_json::from_slice(&line) {
+                    Ok(value) => Ok(Some(value)),
+                    Err(e) => Err(self.broke(format!(
+                        "it sent a line that is not JSON ({e}): {}",
+                        excerpt(&String::from_utf8_lossy(&line))
+                    ))),
+                };
+            }
+            if self.broken {
+                return Err(self.closed());
+            }
+            match recv(&self.socket, self.lines.room(), RecvFlags::empty()) {
+                Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(self.closed()),
+                Ok((_, count)) if self.lines.came(count) => {}
+                Ok(_) => {
+                    return Err(self.broke(format!("it sent a line of more than {LINE_BYTES_MAX} bytes")));
+                }
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(Error::os("reading from QEMU's QMP socket", e)),
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Instant, what: &str) -> Result<()> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            match poll(&mut [PollFd::new(&self.socket, flags)], Some(&timeout)) {
+                Ok(0) if Instant::now() >= deadline => {
+                    return Err(Error::Timeout {
+                        what: format!("waiting for QEMU ({}): {what}", self.path.display()),
+                    });
+                }
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(Error::os("waiting for QEMU's QMP socket", e)),
+            }
+        }
+    }
+
+    fn keep(&mut self, event: Event) {
+        if self.events.len() == EVENTS_MAX {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    fn closed(&mut self) -> Error {
+        self.broken = true;
+        Error::Guest(format!("QEMU closed its QMP connection ({}): it exited or died", self.path.display()))
+    }
+
+    fn broke(&mut self, what: String) -> Error {
+        self.broken = true;
+        Error::Guest(format!("QEMU broke the QMP protocol on {}: {what}", self.path.display()))
+    }
+}
+
+/// A deadline this far from now; for callers that count in durations.
+#[must_use]
+pub fn within(duration: Duration) -> Instant {
+    Instant::now() + duration
+}
+
+fn refused_to_connect(path: &Path, errno: Errno) -> Error {
+    let path_text = path.display();
+    match errno {
+        Errno::NOENT => Error::refused(format!(
+            "there is no QMP socket {path_text}: start QEMU with -qmp unix:{path_text},server=on,wait=off, or name the right one"
+        )),
+        Errno::CONNREFUSED => Error::refused(format!(
+            "nobody listens on the QMP socket {path_text}: the QEMU that made it is gone (if one still runs, \
+             another client may hold its only connection)"
+        )),
+        Errno::ACCESS | Errno::PERM => Error::refused(format!(
+            "no permission to connect to the QMP socket {path_text}: run pageferry as the user that runs QEMU, or as root"
+        )),
+        Errno::AGAIN => busy(path),
+        Errno::PROTOTYPE => {
+            Error::refused(format!("{path_text} is not a stream socket, so not a QMP socket"))
+        }
+        other => Error::os(format!("connecting to the QMP socket {path_text}"), other),
+    }
+}
+
+fn busy(path: &Path) -> Error {
+    Error::refused(format!(
+        "no greeting comes from the QMP socket {}: another client holds it (libvirt, a script, another pageferry; \
+         QEMU serves one client a socket), or QEMU hangs. Start QEMU with a second -qmp socket for pageferry, or end \
+         the other client",
+        path.display()
+    ))
+}
+
+fn version_in(greeting: &Value) -> Option<Version> {
+    let qemu = greeting.get("QMP")?.get("version")?.get("qemu")?;
+    let part = |name: &str| u32::try_from(qemu.get(name)?.as_u64()?).ok();
+    Some(Version { major: part("major")?, minor: part("minor")?, micro: part("micro")? })
+}
+
+fn event_in(value: &Value) -> Option<Event> {
+    let name = value.get("event")?.as_str()?.to_owned();
+    let stamp = |part: &str| value.get("timestamp")?.get(part)?.as_u64();
+    let at_us = stamp("seconds")
+        .zip(stamp("microseconds"))
+        .and_then(|(s, us)| s.checked_mul(1_000_000)?.checked_add(us));
+    Some(Event { name, data: value.get("data").cloned().unwrap_or(Value::Null), at_us: at_us.unwrap_or(0) })
+}
+
+/// The beginning of a text, for messages.
+fn excerpt(text: &str) -> String {
+    const CHARS: usize = 200;
+    match text.char_indices().nth(CHARS) {
+        Some((at, _)) => format!("{}...", &text[..at]),
+        None => text.to_owned(),
+    }
+}
+
+/// Bytes received and not yet taken as lines.
+#[derive(Debug, Default)]
+struct LineBuffer {
+    bytes: Vec<u8>,
+    /// How many of `bytes` were received; the rest is room.
+    filled: usize,
+    /// How many of those were searched in vain for the end of a line.
+    searched: usize,
+}
+
+impl LineBuffer {
+    fn room(&mut self) -> &mut [u8] {
+        self.bytes.resize(self.filled + RECV_BYTES, 0);
+        &mut self.bytes[self.filled..]
+    }
+
+    /// Counts what was received into the room. False if a line is too long.
+    fn came(&mut self, count: usize) -> bool {
+        self.filled = (self.filled + count).min(self.bytes.len());
+        let unsearched = &self.bytes[self.searched..self.filled];
+        self.filled <= LINE_BYTES_MAX || unsearched.contains(&b'\n')
+    }
+
+    fn next_line(&mut self) -> Option<Vec<u8>> {
+        let Some(length) = self.bytes[self.searched..self.filled].iter().position(|b| *b == b'\n') else {
+            self.searched = self.filled;
+            return None;
+        };
+        let end = self.searched + length + 1;
+        let line = self.bytes.drain(..end).collect();
+        self.filled -= end;
+        self.searched = 0;
+        Some(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::thread::{self, JoinHandle};
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 1, "major": 9}, "package": ""}, "capabilities": ["oob"]}}"#;
+
+    fn soon() -> Instant {
+        within(Duration::from_secs(10))
+    }
+
+    /// A QEMU that greets, answers the negotiation, and then does as `then` says.
+    fn fake(then: impl FnOnce(BufReader<UnixStream>) + Send + 'static) -> (Result<Qmp>, JoinHandle<()>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let qemu = thread::spawn(move || {
+            let mut stream = BufReader::new(theirs);
+            say(&mut stream, GREETING);
+            assert_eq!(hear(&mut stream)["execute"], "qmp_capabilities");
+            say(&mut stream, r#"{"return": {}, "id": 1}"#);
+            then(stream);
+        });
+        (Qmp::over(ours.into(), Path::new("/fake"), soon()), qemu)
+    }
+
+    fn say(stream: &mut BufReader<UnixStream>, line: &str) {
+        stream.get_mut().write_all(format!("{line}\r\n").as_bytes()).unwrap();
+    }
+
+    fn hear(stream: &mut BufReader<UnixStream>) -> Value {
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or(Value::Null)
+    }
+
+    #[test]
+    fn events_between_a_command_and_its_answer_are_kept_in_order() {
+        let (qmp, qemu) = fake(|mut stream| {
+            assert_eq!(hear(&mut stream), json!({"execute": "stop", "id": 2}));
+            say(&mut stream, r#"{"timestamp": {"seconds": 3, "microseconds": 7}, "event": "STOP"}"#);
+            say(&mut stream, r#"{"event": "MIGRATION", "data": {"status": "setup"}}"#);
+            say(&mut stream, r#"{"return": {"done": true}, "id": 2}"#);
+            say(&mut stream, r#"{"event": "MIGRATION", "data": {"status": "active"}}"#);
+            hear(&mut stream);
+        });
+        let mut qmp = qmp.unwrap();
+        assert_eq!(qmp.version(), Version { major: 9, minor: 1, micro: 2 });
+        assert_eq!(qmp.execute("stop", Value::Null, soon()).unwrap(), json!({"done": true}));
+        let active = qmp.wait_event(soon(), |e| e.data["status"] == "active").unwrap();
+        assert_eq!(active.name, "MIGRATION");
+        let stop = qmp.wait_event(soon(), |_| true).unwrap();
+        assert_eq!((stop.name.as_str(), stop.at_us), ("STOP", 3_000_007));
+        assert_eq!(qmp.drain_events().unwrap().len(), 1);
+        drop(qmp);
+        qemu.join().unwrap();
+    }
+
+    #[test]
+    fn a_refusal_carries_the_words_of_qemu() {
+        let (qmp, qemu) = fake(|mut stream| {
+            assert_eq!(hear(&mut stream)["arguments"], json!({"uri": "fd:x"}));
+            say(&mut stream, r#"{"id": 2, "error": {"class": "GenericError", "desc": "no such fd"}}"#);
+        });
+        let error = qmp.unwrap().execute("migrate", json!({"uri": "fd:x"}), soon()).unwrap_err();
+        assert_eq!(error.to_string(), "QEMU refused migrate: no such fd");
+        qemu.join().unwrap();
+    }
+
+    #[test]
+    fn after_a_timeout_the_late_answer_is_not_taken_for_the_next() {
+        let (qmp, qemu) = fake(|mut stream| {
+            hear(&mut stream);
+            hear(&mut stream);
+            say(&mut stream, r#"{"return": "late", "id": 2}"#);
+            say(&mut stream, r#"{"return": "right", "id": 3}"#);
+        });
+        let mut qmp = qmp.unwrap();
+        let error = qmp.execute("slow", Value::Null, within(Duration::from_millis(20))).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        assert_eq!(qmp.execute("quick", Value::Null, soon()).unwrap(), "right");
+        qemu.join().unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_travels_with_its_command() {
+        let path = tempfile::tempdir().unwrap().keep().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let qemu = thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let mut stream = BufReader::new(stream);
+            say(&mut stream, GREETING);
+            hear(&mut stream);
+            say(&mut stream, r#"{"return": {}, "id": 1}"#);
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = rustix::net::RecvAncillaryBuffer::new(&mut space);
+            let mut bytes = [0; 4096];
+            let got = rustix::net::recvmsg(
+                stream.get_ref(),
+                &mut [std::io::IoSliceMut::new(&mut bytes)],
+                &mut control,
+                RecvFlags::empty(),
+            )
+            .unwrap();
+            assert!(bytes[..got.bytes].starts_with(b"{"));
+            let fds: Vec<OwnedFd> = control
+                .drain()
+                .filter_map(|m| match m {
+                    rustix::net::RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+                    _ => None,
+                })
+                .flatten()
+                .collect();
+            say(&mut stream, r#"{"return": {}, "id": 2}"#);
+            let mut text = String::new();
+            std::fs::File::from(fds.into_iter().next().unwrap()).read_to_string(&mut text).unwrap();
+            text
+        });
+        let mut qmp = Qmp::connect(&path, soon()).unwrap();
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        qmp.execute_with_fd("getfd", json!({"fdname": "x"}), reader.as_fd(), soon()).unwrap();
+        writer.write_all(b"through").unwrap();
+        drop((reader, writer));
+        assert_eq!(qemu.join().unwrap(), "through");
+        std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_qemu_that_dies_is_said_to_have_died() {
+        let (qmp, qemu) = fake(|mut stream| {
+            hear(&mut stream);
+        });
+        let mut qmp = qmp.unwrap();
+        let error = qmp.execute("stop", Value::Null, soon()).unwrap_err();
+        assert!(error.to_string().contains("exited or died"), "{error}");
+        assert!(qmp.execute("stop", Value::Null, soon()).is_err());
+        assert!(qmp.wait_event(soon(), |_| true).is_err());
+        qemu.join().unwrap();
+    }
+
+    #[test]
+    fn a_socket_held_by_another_client_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("qmp");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let error = Qmp::connect(&path, within(Duration::from_millis(20))).unwrap_err();
+        assert!(error.to_string().contains("another client holds it"), "{error}");
+        let error = Qmp::connect(&directory.path().join("none"), soon()).unwrap_err();
+        assert!(error.to_string().contains("there is no QMP socket"), "{error}");
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused_and_a_long_one_is_not() {
+        let (qmp, qemu) = fake(|mut stream| {
+            hear(&mut stream);
+            say(&mut stream, &format!(r#"{{"return": "{}", "id": 2}}"#, "x".repeat(3 << 20)));
+            hear(&mut stream);
+            let _ = stream.get_mut().write_all(&vec![b'x'; LINE_BYTES_MAX + RECV_BYTES]);
+        });
+        let mut qmp = qmp.unwrap();
+        let long = qmp.execute("long", Value::Null, soon()).unwrap();
+        assert_eq!(long.as_str().map(str::len), Some(3 << 20));
+        let error = qmp.execute("endless", Value::Null, soon()).unwrap_err();
+        assert!(error.to_string().contains("a line of more than"), "{error}");
+        drop(qmp);
+        qemu.join().unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_can_make_it_panic(lines in prop::collection::vec(prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..60),
+            "[{}\\[\\]\",:a-z0-9 ]{0,60}".prop_map(String::into_bytes),
+            Just(GREETING.as_bytes().to_vec()),
+            Just(br#"{"event": 7}"#.to_vec()),
+            Just(br#"{"return": {}, "id": 1}"#.to_vec()),
+            Just(br#"{"event": "X", "timestamp": {"seconds": 18446744073709551615, "microseconds": 9}}"#.to_vec()),
+        ], 0..6)) {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            for line in lines {
+                theirs.write_all(&line).unwrap();
+                theirs.write_all(b"\n").unwrap();
+            }
+            theirs.shutdown(std::net::Shutdown::Write).unwrap();
+            if let Ok(mut qmp) = Qmp::over(ours.into(), Path::new("/fake"), soon()) {
+                let _ = qmp.execute("x", Value::Null, soon());
+                let _ = qmp.wait_event(soon(), |_| false);
+            }
+        }
+    }
+}
