@@ -7,12 +7,15 @@
 //! ```
 
 pub mod qemu;
+pub mod synthetic;
 
 use crate::dirty::DirtySource;
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use crate::policy::FixedCosts;
 use pageferry_transport::MemoryRegion;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// One block of guest memory, as the two ends compare it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,16 +39,31 @@ pub struct GuestDescription {
     pub blocks: Vec<BlockDescription>,
 }
 
+/// Fails once the process that runs the guest has ended. Cheap enough for every batch.
+pub type Liveness = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
 /// A guest that can be moved away.
 pub trait SourceGuest: Send {
     /// What the destination must match.
     fn describe(&self) -> GuestDescription;
 
+    /// Fails, with the mend, if something stands against moving it. Touches nothing.
+    fn preflight(&mut self) -> Result<()>;
+
     /// Its memory, mapped readable in this process.
-    fn memory(&self) -> &GuestMemory;
+    fn memory(&self) -> &Arc<GuestMemory>;
 
     /// Largest device state that `save` may produce, in bytes.
     fn state_bytes_max(&self) -> u64;
+
+    /// What the device state will probably be, in bytes.
+    fn state_bytes_expected(&self) -> u64;
+
+    /// What a blackout costs besides pushing pages; the harvest's part is measured by the engine.
+    fn fixed_costs(&self) -> FixedCosts;
+
+    /// A check, usable from anywhere, that whoever runs the guest still lives.
+    fn liveness(&self) -> Liveness;
 
     /// Whether its vCPUs run. A guest that its operator paused is moved paused.
     fn is_running(&mut self) -> Result<bool>;
@@ -82,7 +100,10 @@ pub trait DestinationGuest: Send {
     fn describe(&self) -> GuestDescription;
 
     /// Its memory, mapped writable in this process.
-    fn memory(&self) -> &GuestMemory;
+    fn memory(&self) -> &Arc<GuestMemory>;
+
+    /// A check, usable from anywhere, that whoever will run the guest still lives.
+    fn liveness(&self) -> Liveness;
 
     /// Takes the device state from the first `len` bytes of `state`. All memory has arrived.
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()>;

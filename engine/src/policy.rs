@@ -1,0 +1,263 @@
+//! When to switch over: a pure function of what was measured.
+//!
+//! After each round the engine knows how many pages the guest has written meanwhile (the residue).
+//! Either they are few enough that pausing now keeps the downtime below the user's limit, or another
+//! round is worth it because rounds still shrink, or they do not shrink any more and somebody has to
+//! decide. Nothing here does I/O, so that the same code can be simulated and property-tested.
+
+use crate::page::PAGE_BYTES;
+
+/// A round must leave less than this share of the best residue so far to count as progress.
+const PROGRESS_SHARE: f64 = 0.9;
+
+/// Rounds in a row without progress before the policy calls it stuck. Single rounds vary with what
+/// the guest happens to do; five in a row do not.
+const ROUNDS_WITHOUT_PROGRESS_MAX: u32 = 5;
+
+/// What to do about a guest whose rounds do not shrink.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenStuck {
+    /// Say so and leave the guest at the source.
+    #[default]
+    Abort,
+    /// Switch over all the same: the downtime will be longer than asked for.
+    Switchover,
+}
+
+/// The parts of a blackout that do not depend on the residue, in microseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FixedCosts {
+    /// Stopping the vCPUs.
+    pub pause_us: u64,
+    /// The last harvests.
+    pub harvest_us: u64,
+    /// Saving the device state; goes on while the residue is pushed.
+    pub save_us: u64,
+    /// Loading it.
+    pub load_us: u64,
+    /// Letting the vCPUs run.
+    pub resume_us: u64,
+}
+
+/// What one finished round showed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Observation {
+    /// Index of the round, from zero.
+    pub round: u32,
+    /// Pages that are dirty now.
+    pub residue_pages: u64,
+    /// What the link carried, in bytes a second, measured to the fence's completion.
+    pub bytes_per_second: f64,
+    /// Expected device state in bytes.
+    pub state_bytes: u64,
+    /// Round trip of the control connection, in microseconds.
+    pub round_trip_us: u64,
+    /// See [`FixedCosts`].
+    pub fixed: FixedCosts,
+}
+
+/// What the user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest blackout, in microseconds.
+    pub downtime_us_max: u64,
+    /// See [`WhenStuck`].
+    pub when_stuck: WhenStuck,
+    /// Most rounds before the policy calls it stuck.
+    pub rounds_max: u32,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Send the residue while the guest runs, and look again.
+    Iterate,
+    /// Pause the guest.
+    SwitchOver,
+    /// Rounds do not shrink: stop, and say this.
+    GiveUp(String),
+}
+
+/// The policy's memory between rounds.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    limits: Limits,
+    best_residue_pages: u64,
+    rounds_without_progress: u32,
+}
+
+/// The blackout if the guest were paused now, in microseconds:
+/// pause + harvest + max(residue / bandwidth, save) + state / bandwidth + round trips + load + resume.
+#[must_use]
+pub fn predict_blackout_us(seen: &Observation) -> u64 {
+    // Two and a half: the fence with Prepare out and Ready back, Commit out and Running back, and the
+    // lanes' own acknowledgement under way.
+    const ROUND_TRIPS: f64 = 2.5;
+    let per_byte_us = 1e6 / seen.bytes_per_second.max(1.0);
+    let push_us = (seen.residue_pages * PAGE_BYTES) as f64 * per_byte_us;
+    let state_us = seen.state_bytes as f64 * per_byte_us;
+    let fixed = &seen.fixed;
+    let total = push_us.max(fixed.save_us as f64)
+        + state_us
+        + ROUND_TRIPS * seen.round_trip_us as f64
+        + (fixed.pause_us + fixed.harvest_us + fixed.load_us + fixed.resume_us) as f64;
+    total.ceil().min(u64::MAX as f64) as u64
+}
+
+impl Policy {
+    /// A policy for one migration.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, best_residue_pages: u64::MAX, rounds_without_progress: 0 }
+    }
+
+    /// What to do after the round that `seen` describes.
+    pub fn decide(&mut self, seen: &Observation) -> Decision {
+        let predicted_us = predict_blackout_us(seen);
+        if predicted_us <= self.limits.downtime_us_max {
+            return Decision::SwitchOver;
+        }
+        if (seen.residue_pages as f64) < self.best_residue_pages as f64 * PROGRESS_SHARE {
+            self.best_residue_pages = seen.residue_pages;
+            self.rounds_without_progress = 0;
+        } else {
+            self.rounds_without_progress += 1;
+        }
+        // With nothing left to send no further round can help: the limit is below what pausing costs.
+        let floor_us = predict_blackout_us(&Observation { residue_pages: 0, ..*seen });
+        let below_the_floor = floor_us > self.limits.downtime_us_max;
+        let stuck = self.rounds_without_progress >= ROUNDS_WITHOUT_PROGRESS_MAX
+            || seen.round + 1 >= self.limits.rounds_max
+            || (below_the_floor && (seen.residue_pages == 0 || self.limits.when_stuck == WhenStuck::Abort));
+        if !stuck {
+            return Decision::Iterate;
+        }
+        match self.limits.when_stuck {
+            WhenStuck::Switchover => Decision::SwitchOver,
+            WhenStuck::Abort if below_the_floor => Decision::GiveUp(format!(
+                "a downtime of {} cannot be reached: pausing, saving and loading alone take about {}; \
+                 allow more with --downtime-max",
+                ms(self.limits.downtime_us_max),
+                ms(floor_us)
+            )),
+            WhenStuck::Abort => Decision::GiveUp(format!(
+                "the guest writes memory as fast as the link carries it: after {} rounds {:.1} MiB are dirty each \
+                 time, which means a downtime of about {} where {} are allowed; allow more with --downtime-max, \
+                 or switch over all the same with --when-stuck switchover",
+                seen.round + 1,
+                (seen.residue_pages * PAGE_BYTES) as f64 / f64::from(1 << 20),
+                ms(predicted_us),
+                ms(self.limits.downtime_us_max)
+            )),
+        }
+    }
+}
+
+fn ms(us: u64) -> String {
+    format!("{:.1} ms", us as f64 / 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FIXED: FixedCosts =
+        FixedCosts { pause_us: 400, harvest_us: 500, save_us: 1500, load_us: 1600, resume_us: 300 };
+
+    fn seen(round: u32, residue_pages: u64, bytes_per_second: f64) -> Observation {
+        Observation {
+            round,
+            residue_pages,
+            bytes_per_second,
+            state_bytes: 400_000,
+            round_trip_us: 100,
+            fixed: FIXED,
+        }
+    }
+
+    fn limits(downtime_us_max: u64, when_stuck: WhenStuck) -> Limits {
+        Limits { downtime_us_max, when_stuck, rounds_max: 100 }
+    }
+
+    /// A guest that dirties at a steady rate over a working set: the textbook model.
+    fn run(
+        dirty_bytes_per_second: f64,
+        bandwidth: f64,
+        working_set_pages: u64,
+        policy: &mut Policy,
+    ) -> (u32, Decision) {
+        let mut residue = working_set_pages;
+        for round in 0.. {
+            let seconds = (residue * PAGE_BYTES) as f64 / bandwidth + 0.001;
+            residue = ((dirty_bytes_per_second * seconds / PAGE_BYTES as f64) as u64).min(working_set_pages);
+            match policy.decide(&seen(round, residue, bandwidth)) {
+                Decision::Iterate => {}
+                decision => return (round, decision),
+            }
+        }
+        unreachable!()
+    }
+
+    #[test]
+    fn a_guest_slower_than_the_link_converges() {
+        let (rounds, decision) = run(1e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
+        assert_eq!(decision, Decision::SwitchOver);
+        assert!(rounds < 8, "{rounds} rounds");
+    }
+
+    #[test]
+    fn a_guest_faster_than_the_link_is_given_up_with_the_mend() {
+        let (_, decision) = run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
+        let Decision::GiveUp(reason) = decision else { panic!("{decision:?}") };
+        assert!(reason.contains("--downtime-max") && reason.contains("--when-stuck"), "{reason}");
+    }
+
+    #[test]
+    fn or_switched_over_if_the_user_says_so() {
+        let (_, decision) = run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Switchover)));
+        assert_eq!(decision, Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_limit_below_the_floor_is_named_as_such() {
+        let decision = Policy::new(limits(1_000, WhenStuck::Abort)).decide(&seen(0, 0, 3e9));
+        assert!(matches!(decision, Decision::GiveUp(reason) if reason.contains("cannot be reached")));
+    }
+
+    proptest! {
+        #[test]
+        fn it_always_decides_in_the_end(
+            residues in prop::collection::vec(any::<u32>(), 100),
+            bandwidth in 0f64..1e12,
+            downtime_us_max: u64,
+            rounds_max in 1u32..100,
+        ) {
+            let mut policy = Policy::new(Limits { downtime_us_max, when_stuck: WhenStuck::Abort, rounds_max });
+            let ended = residues.iter().zip(0..).any(|(residue, round)| {
+                policy.decide(&seen(round, u64::from(*residue), bandwidth)) != Decision::Iterate
+            });
+            prop_assert!(ended);
+        }
+
+        #[test]
+        fn it_never_switches_over_above_the_limit_unless_told(
+            residue: u32, bandwidth in 0f64..1e12, downtime_us_max in 0u64..1_000_000_000, round in 0u32..50,
+        ) {
+            let seen = seen(round, u64::from(residue), bandwidth);
+            let mut policy = Policy::new(limits(downtime_us_max, WhenStuck::Abort));
+            if policy.decide(&seen) == Decision::SwitchOver {
+                prop_assert!(predict_blackout_us(&seen) <= downtime_us_max);
+            }
+        }
+
+        #[test]
+        fn more_residue_never_predicts_less(a: u32, b: u32, bandwidth in 1f64..1e12) {
+            let (low, high) = (u64::from(a.min(b)), u64::from(a.max(b)));
+            prop_assert!(predict_blackout_us(&seen(0, low, bandwidth)) <= predict_blackout_us(&seen(0, high, bandwidth)));
+        }
+    }
+}

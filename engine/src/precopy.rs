@@ -1,0 +1,245 @@
+//! The pump: takes runs out of a bitmap and keeps the lanes full until it is empty.
+//!
+//! ```text
+//!   DirtyBitmap -> PageRun (within one slot and one stripe) -> WorkRequest -> post / poll -> fence
+//! ```
+
+use crate::bitmap::DirtyBitmap;
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::page::{PAGE_BYTES, PageRun};
+use pageferry_transport::{
+    Completion, FenceTag, Initiator, MemoryRegion, RemoteAddr, RemoteRegion, STRIPE_BYTES, WorkId,
+    WorkRequest,
+};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Work requests handed to the link in one call: enough that the call costs nothing a page, few
+/// enough that cancelling, pacing and the peer's words are looked at every few MiB.
+const BATCH: usize = 256;
+
+/// How long one wait lasts before the watch is asked again.
+const WATCH_EVERY: Duration = Duration::from_millis(50);
+
+/// Without a completion for this long the peer counts as dead. Longer than any hiccup of a live
+/// network path (TCP's own first retransmissions), short enough for an operator.
+pub const STALL_MAX: Duration = Duration::from_secs(15);
+
+/// Pushes pages and device state of one migration.
+pub struct Pump<'a> {
+    link: &'a mut dyn Initiator,
+    memory: &'a GuestMemory,
+    slots: Vec<RemoteRegion>,
+    state: (Arc<MemoryRegion>, RemoteRegion),
+    pace: Option<Pace>,
+    in_flight: u64,
+    next_id: u64,
+    last_tag: u32,
+    bytes_written: u64,
+    completions: Vec<Completion>,
+    last_completion: Instant,
+}
+
+/// Holds the rate below a bound, over stretches of a round.
+#[derive(Debug)]
+struct Pace {
+    bytes_per_second_max: u64,
+    since: Instant,
+    bytes: u64,
+}
+
+/// Called between batches: fails if the migration should stop (cancelled, the peer aborted).
+pub type Watch<'w> = dyn FnMut() -> Result<()> + 'w;
+
+impl<'a> Pump<'a> {
+    /// A pump for `memory`, whose slots go to `slots`, and a device state that goes to `state`.
+    pub fn new(
+        link: &'a mut dyn Initiator,
+        memory: &'a GuestMemory,
+        slots: Vec<RemoteRegion>,
+        state: (Arc<MemoryRegion>, RemoteRegion),
+        bytes_per_second_max: Option<u64>,
+    ) -> Self {
+        assert_eq!(slots.len(), memory.slots().len(), "one remote region a slot");
+        let now = Instant::now();
+        Self {
+            link,
+            memory,
+            slots,
+            state,
+            pace: bytes_per_second_max.map(|max| Pace { bytes_per_second_max: max, since: now, bytes: 0 }),
+            in_flight: 0,
+            next_id: 0,
+            last_tag: 0,
+            bytes_written: 0,
+            completions: Vec::with_capacity(2 * BATCH),
+            last_completion: now,
+        }
+    }
+
+    /// Bytes of pages and state posted so far.
+    #[must_use]
+    pub fn bytes_written(&self) -> u64 {
+        self.bytes_written
+    }
+
+    /// Lifts the bound on the rate: nobody wants a longer blackout for the sake of bandwidth.
+    pub fn unpace(&mut self) {
+        self.pace = None;
+    }
+
+    /// Posts every page of `dirty` and takes it out. Returns the number of pages. `sent` is told of
+    /// pages as they are posted.
+    pub fn push(
+        &mut self,
+        dirty: &mut DirtyBitmap,
+        watch: &mut Watch<'_>,
+        sent: &mut dyn FnMut(u64),
+    ) -> Result<u64> {
+        self.last_completion = Instant::now();
+        if let Some(pace) = &mut self.pace {
+            (pace.since, pace.bytes) = (Instant::now(), 0);
+        }
+        let pages = dirty.count();
+        let mut batch = Vec::with_capacity(BATCH);
+        let mut at = 0;
+        loop {
+            batch.clear();
+            let begin = at;
+            while batch.len() < BATCH {
+                let Some(run) = self.next_piece(dirty, at) else { break };
+                at = run.end();
+                batch.push(self.request(run)?);
+            }
+            if batch.is_empty() {
+                break;
+            }
+            let bytes = self.post_all(&batch, watch)?;
+            // Everything between was posted; pages outside the set are not touched by this.
+            dirty.remove(PageRun::between(begin, at));
+            sent(bytes / PAGE_BYTES);
+            watch()?;
+            self.keep_pace(bytes, watch)?;
+        }
+        debug_assert!(dirty.is_empty());
+        Ok(pages)
+    }
+
+    /// Posts a piece of the device state, which lies at `offset` of the local state region already.
+    pub fn push_state(&mut self, offset: usize, len: usize, watch: &mut Watch<'_>) -> Result<()> {
+        self.last_completion = Instant::now();
+        let mut batch = Vec::new();
+        let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
+        let mut at = offset;
+        while at < offset + len {
+            let addr = remote.base + at as u64;
+            let piece = ((offset + len - at) as u64).min(STRIPE_BYTES - addr % STRIPE_BYTES) as usize;
+            let id = self.id();
+            batch.push(WorkRequest {
+                id,
+                local: local.slice(at, piece)?,
+                remote: RemoteAddr { key: remote.key, addr },
+            });
+            at += piece;
+        }
+        self.post_all(&batch, watch)?;
+        Ok(())
+    }
+
+    /// Sends a fence behind everything; its tag goes to the peer or to [`Self::wait_fence`].
+    pub fn fence(&mut self) -> Result<FenceTag> {
+        self.last_tag += 1;
+        let tag = FenceTag(self.last_tag);
+        self.link.fence(tag)?;
+        Ok(tag)
+    }
+
+    /// Waits until the peer's link has received the fence.
+    pub fn wait_fence(&mut self, tag: FenceTag, watch: &mut Watch<'_>) -> Result<()> {
+        self.last_completion = Instant::now();
+        loop {
+            self.poll(watch)?;
+            let reached = self.completions.iter().any(|c| matches!(c, Completion::Fence(t) if *t >= tag));
+            if reached {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The first run of dirty pages at or after `at` that one work request can carry: within one slot
+    /// and one stripe of the remote address.
+    fn next_piece(&self, dirty: &DirtyBitmap, at: u64) -> Option<PageRun> {
+        let run = dirty.next_run(at, STRIPE_BYTES / PAGE_BYTES)?;
+        let (index, offset) = self.memory.locate(run.first.0);
+        let slot_end = self.memory.slots()[index].run().end();
+        let addr = self.slots[index].base + offset;
+        let stripe_pages = (STRIPE_BYTES - addr % STRIPE_BYTES).div_ceil(PAGE_BYTES);
+        Some(PageRun::between(run.first.0, run.end().min(slot_end).min(run.first.0 + stripe_pages)))
+    }
+
+    fn request(&mut self, run: PageRun) -> Result<WorkRequest> {
+        let (index, offset) = self.memory.locate(run.first.0);
+        let remote = self.slots[index];
+        let id = self.id();
+        let local = self.memory.slice(run)?;
+        Ok(WorkRequest { id, local, remote: RemoteAddr { key: remote.key, addr: remote.base + offset } })
+    }
+
+    fn id(&mut self) -> WorkId {
+        self.next_id += 1;
+        WorkId(self.next_id)
+    }
+
+    fn post_all(&mut self, batch: &[WorkRequest], watch: &mut Watch<'_>) -> Result<u64> {
+        let mut posted = 0;
+        while posted < batch.len() {
+            let accepted = self.link.post(&batch[posted..])?;
+            posted += accepted;
+            self.in_flight += accepted as u64;
+            if posted < batch.len() {
+                self.poll(watch)?;
+            }
+        }
+        let bytes = batch.iter().map(|w| w.local.len() as u64).sum();
+        self.bytes_written += bytes;
+        Ok(bytes)
+    }
+
+    /// One wait for completions, watched; they are left in `self.completions`.
+    fn poll(&mut self, watch: &mut Watch<'_>) -> Result<()> {
+        self.completions.clear();
+        let count = self.link.poll(&mut self.completions, Instant::now() + WATCH_EVERY)?;
+        if count > 0 {
+            self.last_completion = Instant::now();
+            self.in_flight -=
+                self.completions.iter().filter(|c| matches!(c, Completion::Write(_))).count() as u64;
+            return Ok(());
+        }
+        watch()?;
+        if self.last_completion.elapsed() > STALL_MAX {
+            return Err(Error::Timeout {
+                what: format!(
+                    "waiting for the peer to take data ({} writes are under way, none was completed)",
+                    self.in_flight
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    /// Sleeps as long as the bound on the rate asks for.
+    fn keep_pace(&mut self, bytes: u64, watch: &mut Watch<'_>) -> Result<()> {
+        let Some(pace) = &mut self.pace else { return Ok(()) };
+        pace.bytes += bytes;
+        let due = pace.since + Duration::from_secs_f64(pace.bytes as f64 / pace.bytes_per_second_max as f64);
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            std::thread::sleep(left.min(WATCH_EVERY));
+            watch()?;
+        }
+    }
+}

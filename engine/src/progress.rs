@@ -1,0 +1,98 @@
+//! What an observer may see of a migration under way, and how it asks for an end.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Where a migration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Nothing yet.
+    Idle,
+    /// Connections, checks, tracking.
+    Setup,
+    /// Rounds, while the guest runs.
+    Rounds,
+    /// The guest is paused.
+    Switchover,
+    /// Commit has been sent.
+    Committed,
+    /// It is over.
+    Done,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Where it stands.
+    pub stage: Stage,
+    /// Index of the round, from zero.
+    pub round: u32,
+    /// Pages that this round began with.
+    pub round_pages: u64,
+    /// Pages of this round posted so far.
+    pub round_pages_sent: u64,
+    /// What the link carried in the last round, in bytes a second.
+    pub bytes_per_second: u64,
+    /// What the guest wrote in the last round, in bytes a second.
+    pub dirty_bytes_per_second: u64,
+    /// Predicted blackout after the last round, in microseconds.
+    pub predicted_blackout_us: u64,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self {
+            stage: Stage::Idle,
+            round: 0,
+            round_pages: 0,
+            round_pages_sent: 0,
+            bytes_per_second: 0,
+            dirty_bytes_per_second: 0,
+            predicted_blackout_us: 0,
+        }
+    }
+}
+
+/// Shared by a migration and whoever watches it.
+#[derive(Debug, Default, Clone)]
+pub struct Monitor {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    progress: Mutex<Progress>,
+    cancelled: AtomicBool,
+}
+
+impl Monitor {
+    /// What can be seen now.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what can be seen.
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Enters a stage.
+    pub fn enter(&self, stage: Stage) {
+        self.update(|p| p.stage = stage);
+        crate::hold::at(stage);
+    }
+
+    /// Asks the migration to stop. It does so at its next step unless Commit has been sent.
+    pub fn cancel(&self) {
+        self.shared.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Fails if somebody asked for an end.
+    pub fn check(&self) -> Result<()> {
+        if self.shared.cancelled.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}

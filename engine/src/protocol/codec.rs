@@ -1,0 +1,201 @@
+//! Framing of control messages: a length (u32, little endian) and a postcard body, both bounded, and
+//! every read and write with a deadline.
+
+use super::message::{Abort, Message};
+use crate::error::{Error, Result};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// Longest body. The largest honest message is an Offer of a fragmented guest, a few MiB.
+pub const BODY_BYTES_MAX: usize = 8 << 20;
+
+/// One control connection, and the count of what went over it.
+#[derive(Debug)]
+pub struct Control {
+    stream: TcpStream,
+    messages: u64,
+}
+
+/// The bytes of a message, length first.
+pub fn encode(message: &Message) -> Result<Vec<u8>> {
+    let body = postcard::to_stdvec(message)
+        .map_err(|e| Error::Protocol(format!("{} cannot be encoded: {e}", message.name())))?;
+    if body.len() > BODY_BYTES_MAX {
+        return Err(Error::Protocol(format!("{} of {} bytes is too long", message.name(), body.len())));
+    }
+    let mut frame = Vec::with_capacity(4 + body.len());
+    frame.extend_from_slice(&u32::try_from(body.len()).expect("bounded above").to_le_bytes());
+    frame.extend_from_slice(&body);
+    Ok(frame)
+}
+
+/// A message from the body of a frame; the whole body must be used.
+pub fn decode(body: &[u8]) -> Result<Message> {
+    match postcard::take_from_bytes(body) {
+        Ok((message, [])) => Ok(message),
+        Ok((message, rest)) => {
+            let message: Message = message;
+            Err(Error::Protocol(format!("{} with {} bytes too many", message.name(), rest.len())))
+        }
+        Err(e) => Err(Error::Protocol(format!("a control message that cannot be read: {e}"))),
+    }
+}
+
+impl Control {
+    /// Takes over a connection whose preamble has been exchanged.
+    pub fn new(stream: TcpStream) -> Result<Self> {
+        stream.set_nodelay(true).map_err(|e| Error::os("setting up the control connection", e))?;
+        Ok(Self { stream, messages: 0 })
+    }
+
+    /// Messages sent and received so far.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        self.messages
+    }
+
+    /// The connection itself, to wait on.
+    #[must_use]
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Sends one message.
+    pub fn send(&mut self, message: &Message, deadline: Instant) -> Result<()> {
+        let frame = encode(message)?;
+        let what = || format!("sending {} to the peer", message.name());
+        self.stream.set_write_timeout(Some(remaining(deadline, &what)?)).map_err(|e| Error::os(what(), e))?;
+        self.stream.write_all(&frame).map_err(|e| timeout_or(e, what()))?;
+        self.messages += 1;
+        tracing::debug!(message = message.name(), bytes = frame.len(), "sent");
+        Ok(())
+    }
+
+    /// Receives the next message; `expected` says in the error what did not come. An Abort is
+    /// returned as a message like any other.
+    pub fn receive(&mut self, expected: &'static str, deadline: Instant) -> Result<Message> {
+        let mut length = [0; 4];
+        self.read_exact(&mut length, expected, deadline)?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > BODY_BYTES_MAX {
+            return Err(Error::Protocol(format!(
+                "a control message of {length} bytes while {expected} was expected"
+            )));
+        }
+        let mut body = vec![0; length];
+        self.read_exact(&mut body, expected, deadline)?;
+        let message = decode(&body)?;
+        self.messages += 1;
+        tracing::debug!(message = message.name(), bytes = length, "received");
+        Ok(message)
+    }
+
+    /// Says why this side gives up, as far as the connection still carries it.
+    pub fn abort(&mut self, reason: &str, refused: bool, deadline: Instant) {
+        let message = Message::Abort(Abort { reason: reason.into(), refused });
+        if let Err(e) = self.send(&message, deadline) {
+            tracing::debug!(error = %e.chain(), "the peer could not be told of the abort");
+        }
+    }
+
+    fn read_exact(&mut self, mut buffer: &mut [u8], expected: &'static str, deadline: Instant) -> Result<()> {
+        let what = || format!("waiting for {expected} from the peer");
+        while !buffer.is_empty() {
+            self.stream
+                .set_read_timeout(Some(remaining(deadline, &what)?))
+                .map_err(|e| Error::os(what(), e))?;
+            match self.stream.read(buffer) {
+                Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::ConnectionAborted))),
+                Ok(n) => buffer = &mut buffer[n..],
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(timeout_or(e, what())),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Time left, or the error that there is none.
+fn remaining(deadline: Instant, what: &dyn Fn() -> String) -> Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(Error::Timeout { what: what() }) } else { Ok(left) }
+}
+
+fn timeout_or(error: std::io::Error, what: String) -> Error {
+    match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => Error::Timeout { what },
+        _ => Error::os(what, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::*;
+    use super::*;
+    use crate::guest::{BlockDescription, GuestDescription};
+    use proptest::prelude::*;
+
+    fn guest() -> impl Strategy<Value = GuestDescription> {
+        (any::<String>(), any::<u32>(), prop::collection::vec((any::<String>(), any::<u64>()), 0..4))
+            .prop_map(|(machine, vcpus, blocks)| GuestDescription {
+                monitor: "qemu".into(),
+                machine,
+                vcpus,
+                blocks: blocks.into_iter().map(|(name, bytes)| BlockDescription { name, bytes }).collect(),
+            })
+    }
+
+    fn exposed() -> impl Strategy<Value = Exposed> {
+        any::<(u64, u64, u32)>().prop_map(|(base, bytes, key)| Exposed { base, bytes, key })
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        prop_oneof![
+            (any::<u8>(), guest(), any::<u64>()).prop_map(|(lanes, guest, state_bytes_max)| Message::Hello(
+                Hello { software: "x".into(), lanes, guest, state_bytes_max }
+            )),
+            any::<([u8; 16], u8)>().prop_map(|(token, lanes)| Message::Welcome(Welcome {
+                software: "y".into(),
+                token,
+                lanes
+            })),
+            any::<(Vec<(u64, u64)>, bool)>()
+                .prop_map(|(touched, verify)| Message::Offer(Offer { touched, verify })),
+            (prop::collection::vec(exposed(), 0..4), exposed())
+                .prop_map(|(slots, state)| Message::Accept(Accept { slots, state })),
+            any::<(u32, u64, bool, Option<u128>)>().prop_map(|(fence, state_bytes, was_running, digest)| {
+                Message::Prepare(Prepare { fence, state_bytes, was_running, digest })
+            }),
+            any::<(u64, u64, u64)>().prop_map(|(load_us, fence_us, verify_us)| Message::Ready(Ready {
+                load_us,
+                fence_us,
+                verify_us
+            })),
+            Just(Message::Commit),
+            any::<u64>().prop_map(|resume_us| Message::Running(Running { resume_us })),
+            any::<(String, bool)>().prop_map(|(reason, refused)| Message::Abort(Abort { reason, refused })),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(message in message()) {
+            let frame = encode(&message).unwrap();
+            prop_assert_eq!(frame.len() - 4, u32::from_le_bytes(frame[..4].try_into().unwrap()) as usize);
+            prop_assert_eq!(decode(&frame[4..]).unwrap(), message);
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = decode(&bytes);
+        }
+
+        #[test]
+        fn a_truncated_message_is_an_error(message in message(), cut in any::<prop::sample::Index>()) {
+            let frame = encode(&message).unwrap();
+            let body = &frame[4..];
+            prop_assert!(decode(&body[..cut.index(body.len())]).is_err());
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! What the two ends say to each other on the control connection. No I/O here but the framing.
+//!
+//! ```text
+//!   source                                                  destination
+//!     | -- preamble, Hello { guest, lanes } ------------------> | same machine, memory, room?
+//!     | <------------------------------ Hello { token, lanes } -- |
+//!     | == lanes open, each with the token ===================> |
+//!     |    tracking on, touched pages found                     |
+//!     | -- Offer { touched, state_bytes_max } -----------------> | holes punched, memory exposed,
+//!     | <---------------------------- Accept { regions, state } -- | prefault under way
+//!     |    rounds: writes and fences in the lanes               |
+//!     |    pause, last harvest, residue, device state, fence    |
+//!     | -- Prepare { fence, state_bytes } ----------------------> | fence, revoke, load
+//!     | <-------------------------------------------- Ready ---- |
+//!     |    seal: this side never resumes by itself from here    |
+//!     | -- Commit ----------------------------------------------> | seal, run
+//!     | <------------------------------------------ Running ---- |
+//!     |    end the guest here                                   |
+//! ```
+//!
+//! Either side may say Abort instead of its next message. That is eight messages for a migration
+//! without incident, however large the guest and however many its rounds. Who may run the guest at
+//! each moment is [`phase`]'s affair.
+
+pub mod codec;
+pub mod message;
+pub mod phase;
+
+pub use codec::Control;
+pub use message::{Abort, Accept, Hello, Message, Offer, Prepare, Ready, Running, Welcome};
+pub use phase::{DestinationEvent, DestinationPhase, SourceEvent, SourcePhase};

@@ -1,0 +1,127 @@
+//! What a migration did, in numbers: the JSON of `pageferry migrate --json`.
+
+use serde::{Deserialize, Serialize};
+
+/// How it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// The guest runs at the destination.
+    Completed,
+    /// The guest runs at the source.
+    Aborted,
+    /// Commit was sent and no answer came; the guest is stopped at the source.
+    Unknown,
+}
+
+/// One pass over the pages that were dirty when it began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Round {
+    /// From zero.
+    pub index: u32,
+    /// Pages sent.
+    pub pages: u64,
+    /// Bytes of those pages.
+    pub bytes: u64,
+    /// From the first post to the fence's completion, in microseconds.
+    pub elapsed_us: u64,
+    /// Pages that the guest wrote meanwhile.
+    pub dirtied_pages: u64,
+    /// The blackout that the policy predicted after this round, in microseconds.
+    pub predicted_blackout_us: u64,
+}
+
+/// The time in which the guest ran nowhere, in slices that follow one another. All in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blackout {
+    /// From before the vCPUs were told to stop until the source knew that they run at the
+    /// destination. Half a round trip longer than what the guest lived through.
+    pub total: u64,
+    /// Stopping the vCPUs.
+    pub pause: u64,
+    /// Asking which pages were written last, before and after the save.
+    pub harvest: u64,
+    /// Posting those pages, and waiting until they and the state had arrived.
+    pub push: u64,
+    /// The rest of saving the device state, which goes on while pages are posted.
+    pub save: u64,
+    /// Loading the device state at the destination.
+    pub load: u64,
+    /// Digests of all memory on both sides, with `--verify`.
+    pub verify: u64,
+    /// Control messages: what is left of Prepare..Ready and Commit..Running.
+    pub commit: u64,
+    /// Letting the vCPUs run at the destination.
+    pub resume: u64,
+}
+
+/// The whole story.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it did not complete.
+    pub reason: Option<String>,
+    /// Whether it was refused before anything was touched (exit status 2).
+    #[serde(default)]
+    pub refused: bool,
+    /// What carried the bytes: `tcp`, `loopback`.
+    pub transport: String,
+    /// Number of lanes.
+    pub lanes: u32,
+    /// Size of guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Bytes of guest memory and device state written to the destination.
+    pub bytes_written: u64,
+    /// Bytes of guest memory that were never touched and so never read or sent.
+    pub bytes_skipped: u64,
+    /// Bytes of device state.
+    pub state_bytes: u64,
+    /// Control messages, both directions.
+    pub control_messages: u64,
+    /// From the request until the guest ran at the destination, in microseconds.
+    pub total_us: u64,
+    /// The rounds while the guest ran.
+    pub rounds: Vec<Round>,
+    /// The slices of the blackout.
+    pub blackout_us: Blackout,
+    /// The prediction on which the switchover was decided, in microseconds.
+    pub predicted_blackout_us: u64,
+    /// Whether both sides digested all memory and agreed; null where it was not asked for.
+    pub verified: Option<bool>,
+}
+
+impl MigrationReport {
+    /// A report of nothing yet.
+    #[must_use]
+    pub fn new(memory_bytes: u64) -> Self {
+        Self {
+            outcome: Outcome::Aborted,
+            reason: None,
+            refused: false,
+            transport: String::new(),
+            lanes: 0,
+            memory_bytes,
+            bytes_written: 0,
+            bytes_skipped: 0,
+            state_bytes: 0,
+            control_messages: 0,
+            total_us: 0,
+            rounds: Vec::new(),
+            blackout_us: Blackout::default(),
+            predicted_blackout_us: 0,
+            verified: None,
+        }
+    }
+
+    /// Exit status of the commands: 0 completed, 1 aborted, 2 refused, 3 unknown.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match self.outcome {
+            Outcome::Completed => 0,
+            Outcome::Aborted if self.refused => 2,
+            Outcome::Aborted => 1,
+            Outcome::Unknown => 3,
+        }
+    }
+}

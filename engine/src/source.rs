@@ -1,0 +1,381 @@
+//! The source: `migrate` reads as the protocol does.
+
+use crate::bitmap::DirtyBitmap;
+use crate::dirty::DirtySource;
+use crate::error::{Error, Result};
+use crate::guest::SourceGuest;
+use crate::page::PAGE_BYTES;
+use crate::policy::{Decision, Limits, Observation, Policy, WhenStuck, predict_blackout_us};
+use crate::precopy::Pump;
+use crate::progress::{Monitor, Stage};
+use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
+use crate::report::{MigrationReport, Outcome, Round};
+use crate::session::{self, Session, aborted};
+use crate::switchover::{Committed, Paused};
+use pageferry_transport::MemoryRegion;
+use pageferry_transport::preamble::Token;
+use pageferry_transport::tcp::TcpOptions;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For the destination to punch holes and expose its memory.
+const ACCEPT_MAX: Duration = Duration::from_secs(60);
+/// For the destination to let the vCPUs run, and for one answer when asked again.
+const RUNNING_MAX: Duration = Duration::from_secs(20);
+/// How long a source whose Commit got no answer asks again before it says "unknown". Longer than a
+/// switch or a route needs to come back.
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(60);
+/// Pause between two attempts at it.
+const ASK_AGAIN_EVERY: Duration = Duration::from_millis(500);
+/// A round below this size measures latency, not bandwidth.
+const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 4 << 20;
+
+/// What the user asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrateOptions {
+    /// `HOST:PORT` of a waiting `pageferry receive`.
+    pub to: String,
+    /// Lanes to ask for.
+    pub lanes: u8,
+    /// Longest blackout, in microseconds.
+    pub downtime_us_max: u64,
+    /// Bound on the rate while the guest runs, in bytes a second.
+    pub bytes_per_second_max: Option<u64>,
+    /// What to do if rounds do not shrink.
+    pub when_stuck: WhenStuck,
+    /// Most rounds.
+    pub rounds_max: u32,
+    /// Digest all memory on both sides before the guest runs.
+    pub verify: bool,
+    /// Allow an address off loopback.
+    pub insecure: bool,
+}
+
+impl MigrateOptions {
+    /// The defaults, to this address.
+    #[must_use]
+    pub fn to(address: impl Into<String>) -> Self {
+        Self {
+            to: address.into(),
+            lanes: default_lanes(),
+            downtime_us_max: 10_000,
+            bytes_per_second_max: None,
+            when_stuck: WhenStuck::Abort,
+            rounds_max: 100,
+            verify: false,
+            insecure: false,
+        }
+    }
+}
+
+/// A lane is a thread at each end, and one thread fills about 30 Gb/s: half of the cores, four at most.
+#[must_use]
+pub fn default_lanes() -> u8 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / 2).clamp(1, 4) as u8
+}
+
+/// Moves a guest. On return it runs at exactly one place, or the report's outcome is `unknown` and it
+/// is stopped here.
+pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
+    let started = Instant::now();
+    let mut report = MigrationReport::new(guest.memory().bytes());
+    let result = run(guest, options, monitor, &mut report);
+    report.total_us = started.elapsed().as_micros() as u64;
+    if let Err(error) = result {
+        report.reason = Some(error.chain());
+        if matches!(error, Error::Unknown(_)) {
+            report.outcome = Outcome::Unknown;
+        } else {
+            report.outcome = Outcome::Aborted;
+            report.refused = matches!(error, Error::Refused(_));
+            // Also after a refusal: it costs nothing where nothing was touched.
+            if let Err(e) = guest.resume() {
+                report.reason =
+                    Some(format!("{}; and the guest could not be resumed: {}", error.chain(), e.chain()));
+            }
+        }
+    } else {
+        report.outcome = Outcome::Completed;
+    }
+    monitor.enter(Stage::Done);
+    report
+}
+
+fn run(
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    report: &mut MigrationReport,
+) -> Result<()> {
+    monitor.enter(Stage::Setup);
+    let to = session::resolve(&options.to)?;
+    session::check_exposure(to, options.insecure)?;
+    guest.preflight()?;
+    let hello = Hello {
+        software: crate::VERSION.into(),
+        lanes: options.lanes,
+        guest: guest.describe(),
+        state_bytes_max: guest.state_bytes_max(),
+    };
+    let mut session = session::open(to, hello, TcpOptions::default()).map_err(refuse_unreachable)?;
+    report.transport = session.link.kind().name().into();
+    report.lanes = session.link.lanes() as u32;
+
+    let mut phase = SourcePhase::Copying;
+    let result = ferry(guest, options, monitor, report, &mut session, to, &mut phase);
+    report.control_messages += session.control.messages();
+    if let Err(error) = &result
+        && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
+    {
+        session.control.abort(&error.chain(), false, Instant::now() + session::SETUP_MAX);
+    }
+    result
+}
+
+/// Nothing was touched while no session is open: not reaching the peer is a refusal.
+fn refuse_unreachable(error: Error) -> Error {
+    match error {
+        Error::Refused(_) => error,
+        other => Error::Refused(other.chain()),
+    }
+}
+
+/// An open session, from the start of tracking to the end of the guest.
+fn ferry(
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    report: &mut MigrationReport,
+    session: &mut Session,
+    to: SocketAddr,
+    phase: &mut SourcePhase,
+) -> Result<()> {
+    let memory = Arc::clone(guest.memory());
+    let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
+
+    // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
+    let mut tracking = guest.start_tracking()?;
+    let touched = memory.touched()?;
+    let offer = Offer::pack(&touched, options.verify);
+    let accept = offer_memory(&mut session.control, offer, &memory, &state)?;
+
+    let mut dirty = DirtyBitmap::new(memory.pages());
+    touched.iter().for_each(|run| dirty.insert(*run));
+    report.bytes_skipped = memory.bytes() - dirty.count() * PAGE_BYTES;
+
+    for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]) {
+        session.link.register(region)?;
+    }
+    let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
+    let remote_state = (Arc::clone(&state), accept.state.into());
+    let mut pump =
+        Pump::new(session.link.as_mut(), &memory, slots, remote_state, options.bytes_per_second_max);
+    let alive = guest.liveness();
+    let control = &mut session.control;
+    let mut rounds = Rounds { monitor, report, round_trip_us: session.round_trip_us, options };
+
+    // The guest runs, and rounds shrink.
+    monitor.enter(Stage::Rounds);
+    {
+        let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control));
+        rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
+        // Whatever can be done ahead of the pause; what was written until then goes now.
+        guest.arm()?;
+        pump.push(&mut dirty, &mut watch, &mut |_| {})?;
+        let tag = pump.fence()?;
+        pump.wait_fence(tag, &mut watch)?;
+    }
+
+    // The guest stands still.
+    pump.unpace();
+    monitor.check()?;
+    let paused = Paused::enter(guest)?;
+    *phase = phase.on(SourceEvent::Pause);
+    monitor.enter(Stage::Switchover);
+    let mut watch = || monitor.check().and_then(|()| alive());
+    let mut drained = paused.drain(&mut pump, &mut dirty, tracking.as_mut(), &state, &mut watch)?;
+    if options.verify {
+        drained.digest()?;
+    }
+    rounds.report.bytes_written = pump.bytes_written();
+    let prepared = drained.prepare(control)?;
+    if options.verify {
+        rounds.report.verified = Some(true);
+    }
+    monitor.check()?;
+
+    // The guest is the destination's.
+    *phase = phase.on(SourceEvent::CommitSent);
+    let (committed, sent) = prepared
+        .commit(control, Instant::now() + RUNNING_MAX)
+        .inspect_err(|_| *phase = SourcePhase::Paused)?;
+    monitor.enter(Stage::Committed);
+    let settled = settle(committed, sent, control, to, session.token, phase, rounds.report);
+    drop(tracking);
+    settled
+}
+
+fn offer_memory(
+    control: &mut Control,
+    offer: Offer,
+    memory: &crate::memory::GuestMemory,
+    state: &MemoryRegion,
+) -> Result<Accept> {
+    let deadline = Instant::now() + ACCEPT_MAX;
+    control.send(&Message::Offer(offer), deadline)?;
+    let accept = match control.receive("Accept", deadline)? {
+        Message::Accept(accept) => accept,
+        Message::Abort(abort) => return Err(aborted(abort)),
+        other => return Err(Error::Protocol(format!("{} in answer to Offer", other.name()))),
+    };
+    let slot_bytes: Vec<u64> = memory.slots().iter().map(|slot| slot.region().len() as u64).collect();
+    accept.check(&slot_bytes, state.len() as u64)?;
+    Ok(accept)
+}
+
+/// The destination speaks during the rounds only to abort, or by closing the connection.
+fn check_peer(control: &mut Control) -> Result<()> {
+    let mut fds = [PollFd::new(control.stream(), PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if poll(&mut fds, Some(&now)).map_err(|e| Error::os("looking at the control connection", e))? == 0 {
+        return Ok(());
+    }
+    match control.receive("nothing", Instant::now() + session::SETUP_MAX)? {
+        Message::Abort(abort) => Err(aborted(abort)),
+        other => Err(Error::Protocol(format!("{} during the rounds", other.name()))),
+    }
+}
+
+/// The pre-copy rounds.
+struct Rounds<'r> {
+    monitor: &'r Monitor,
+    report: &'r mut MigrationReport,
+    round_trip_us: u64,
+    options: &'r MigrateOptions,
+}
+
+impl Rounds<'_> {
+    /// Sends `dirty`, harvests, and decides, until the policy says to switch over.
+    fn run(
+        &mut self,
+        guest: &dyn SourceGuest,
+        pump: &mut Pump<'_>,
+        tracking: &mut dyn DirtySource,
+        dirty: &mut DirtyBitmap,
+        watch: &mut crate::precopy::Watch<'_>,
+    ) -> Result<()> {
+        let mut policy = Policy::new(Limits {
+            downtime_us_max: self.options.downtime_us_max,
+            when_stuck: self.options.when_stuck,
+            rounds_max: self.options.rounds_max,
+        });
+        let mut bytes_per_second = 0.0;
+        for index in 0.. {
+            let begun = Instant::now();
+            let monitor = self.monitor;
+            monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
+            let pages =
+                pump.push(dirty, watch, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
+            let tag = pump.fence()?;
+            pump.wait_fence(tag, watch)?;
+            let elapsed = begun.elapsed();
+
+            let harvesting = Instant::now();
+            tracking.harvest(dirty)?;
+            let mut fixed = guest.fixed_costs();
+            fixed.harvest_us = 2 * harvesting.elapsed().as_micros() as u64;
+
+            let bytes = pages * PAGE_BYTES;
+            if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN || index == 0 {
+                bytes_per_second = bytes as f64 / elapsed.as_secs_f64().max(1e-6);
+            }
+            let seen = Observation {
+                round: index,
+                residue_pages: dirty.count(),
+                bytes_per_second,
+                state_bytes: guest.state_bytes_expected(),
+                round_trip_us: self.round_trip_us,
+                fixed,
+            };
+            let predicted_blackout_us = predict_blackout_us(&seen);
+            let dirty_rate = (dirty.count() * PAGE_BYTES) as f64 / elapsed.as_secs_f64().max(1e-6);
+            self.report.predicted_blackout_us = predicted_blackout_us;
+            self.report.rounds.push(Round {
+                index,
+                pages,
+                bytes,
+                elapsed_us: elapsed.as_micros() as u64,
+                dirtied_pages: dirty.count(),
+                predicted_blackout_us,
+            });
+            self.report.bytes_written = pump.bytes_written();
+            monitor.update(|p| {
+                p.bytes_per_second = bytes_per_second as u64;
+                p.dirty_bytes_per_second = dirty_rate as u64;
+                p.predicted_blackout_us = predicted_blackout_us;
+            });
+            tracing::debug!(index, pages, residue = dirty.count(), predicted_blackout_us, "round");
+            match policy.decide(&seen) {
+                Decision::Iterate => {}
+                Decision::SwitchOver => return Ok(()),
+                Decision::GiveUp(reason) => return Err(Error::NotConverging(reason)),
+            }
+        }
+        unreachable!("the policy ends the rounds at rounds_max")
+    }
+}
+
+/// After Commit: waits for the destination's word, asks again on new connections, and acts on it.
+fn settle(
+    committed: Committed<'_>,
+    sent: Result<()>,
+    control: &mut Control,
+    to: SocketAddr,
+    token: Token,
+    phase: &mut SourcePhase,
+    report: &mut MigrationReport,
+) -> Result<()> {
+    let mut answer = sent.and_then(|()| control.receive("Running", Instant::now() + RUNNING_MAX));
+    let give_up = Instant::now() + ASK_AGAIN_MAX;
+    loop {
+        match answer {
+            Ok(Message::Running(running)) => {
+                *phase = phase.on(SourceEvent::RunningReceived);
+                report.blackout_us = committed.blackout(running.resume_us);
+                if let Err(e) = committed.guest.end() {
+                    tracing::error!(error = %e.chain(), "the guest runs at the destination, but what is left of it here could not be ended");
+                }
+                return Ok(());
+            }
+            Ok(Message::Abort(abort)) => {
+                *phase = phase.on(SourceEvent::AbortReceived);
+                committed.guest.resume()?;
+                return Err(aborted(abort));
+            }
+            Ok(other) => tracing::warn!(message = other.name(), "an answer to Commit that makes no sense"),
+            Err(e) => tracing::warn!(error = %e.chain(), "no answer to Commit; asking again"),
+        }
+        if Instant::now() >= give_up {
+            *phase = phase.on(SourceEvent::GivenUp);
+            return Err(Error::Unknown(format!(
+                "the destination was told to run the guest and has not answered for {} s. The guest is stopped here and \
+                 stays so. Look at the destination (`pageferry list` there): if the guest runs there, end this one; if it \
+                 does not and its receiver is gone for good, let it run here again (`pageferry settle NAME --run` or `--end`)",
+                ASK_AGAIN_MAX.as_secs()
+            )));
+        }
+        std::thread::sleep(ASK_AGAIN_EVERY);
+        answer = ask_again(to, token);
+    }
+}
+
+/// One more Commit on a new connection. The destination answers it like the first.
+fn ask_again(to: SocketAddr, token: Token) -> Result<Message> {
+    let mut control = session::reopen(to, token)?;
+    control.send(&Message::Commit, Instant::now() + RUNNING_MAX)?;
+    control.receive("Running", Instant::now() + RUNNING_MAX)
+}

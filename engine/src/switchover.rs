@@ -1,0 +1,224 @@
+//! From pause to commit, as types: a state that was not reached cannot be left.
+//!
+//! ```text
+//!   Paused::enter -- drain --> Drained -- prepare --> Prepared -- commit --> Committed
+//!      |                          |                      |
+//!      +------ dropped: the guest runs on at the source -+
+//! ```
+//!
+//! Whatever goes wrong before `commit`, an early return, a panic, drops the state, and dropping it
+//! lets the guest run again. From `commit` on only an answer of the destination can do that.
+//!
+//! ```compile_fail
+//! # use pageferry::switchover::Paused;
+//! fn skips_the_drain(paused: Paused<'_>) {
+//!     paused.prepare(); // there is no such step from here
+//! }
+//! ```
+
+use crate::bitmap::DirtyBitmap;
+use crate::dirty::DirtySource;
+use crate::error::{Error, Result};
+use crate::guest::SourceGuest;
+use crate::precopy::{Pump, Watch};
+use crate::protocol::{Control, Message, Prepare, Ready};
+use crate::report::Blackout;
+use crate::session::aborted;
+use pageferry_transport::{FenceTag, MemoryRegion};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For the destination to load the device state and answer. QEMU needs milliseconds; with `--verify`
+/// a terabyte needs minutes, and the guest is paused by the user's own wish.
+const READY_MAX: Duration = Duration::from_secs(30);
+/// A digest goes over at least this many bytes a second and core.
+const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
+
+/// Lets the guest run again when it is dropped armed.
+struct ResumeOnDrop<'g> {
+    guest: Option<&'g mut dyn SourceGuest>,
+}
+
+impl<'g> ResumeOnDrop<'g> {
+    fn guest(&mut self) -> &mut dyn SourceGuest {
+        *self.guest.as_mut().expect("armed until commit takes it")
+    }
+
+    fn disarm(mut self) -> &'g mut dyn SourceGuest {
+        self.guest.take().expect("armed until commit takes it")
+    }
+}
+
+impl Drop for ResumeOnDrop<'_> {
+    fn drop(&mut self) {
+        if let Some(guest) = self.guest.take()
+            && let Err(e) = guest.resume()
+        {
+            tracing::error!(error = %e.chain(), "the guest could not be resumed");
+        }
+    }
+}
+
+/// Microseconds since `since`, and a new `since`.
+fn lap(since: &mut Instant) -> u64 {
+    let now = Instant::now();
+    now.duration_since(std::mem::replace(since, now)).as_micros() as u64
+}
+
+/// The vCPUs are stopped.
+pub struct Paused<'g> {
+    guest: ResumeOnDrop<'g>,
+    started: Instant,
+    since: Instant,
+    blackout: Blackout,
+    was_running: bool,
+}
+
+/// Everything that makes up the guest is on its way, with a fence behind it.
+pub struct Drained<'g> {
+    guest: ResumeOnDrop<'g>,
+    started: Instant,
+    since: Instant,
+    blackout: Blackout,
+    was_running: bool,
+    fence: FenceTag,
+    state_bytes: u64,
+    digest: Option<u128>,
+}
+
+/// The destination holds the whole guest and waits.
+pub struct Prepared<'g> {
+    guest: ResumeOnDrop<'g>,
+    started: Instant,
+    since: Instant,
+    blackout: Blackout,
+}
+
+/// Commit may have reached the destination.
+pub struct Committed<'g> {
+    /// The guest; stopped here, and not to be resumed but on the destination's word.
+    pub guest: &'g mut dyn SourceGuest,
+    started: Instant,
+    since: Instant,
+    blackout: Blackout,
+}
+
+impl<'g> Paused<'g> {
+    /// Stops the vCPUs. The blackout begins.
+    pub fn enter(guest: &'g mut dyn SourceGuest) -> Result<Self> {
+        let was_running = guest.is_running()?;
+        let started = Instant::now();
+        let mut since = started;
+        let mut guest = ResumeOnDrop { guest: Some(guest) };
+        guest.guest().pause()?;
+        let blackout = Blackout { pause: lap(&mut since), ..Blackout::default() };
+        Ok(Self { guest, started, since, blackout, was_running })
+    }
+
+    /// Sends the last dirty pages and the device state: harvest and post while the state is saved,
+    /// harvest once more after the save (saving may write guest memory), and a fence behind it all.
+    pub fn drain(
+        mut self,
+        pump: &mut Pump<'_>,
+        dirty: &mut DirtyBitmap,
+        source: &mut dyn DirtySource,
+        state: &Arc<MemoryRegion>,
+        watch: &mut Watch<'_>,
+    ) -> Result<Drained<'g>> {
+        let since = &mut self.since;
+        source.harvest(dirty)?;
+        self.blackout.harvest = lap(since);
+        pump.push(dirty, watch, &mut |_| {})?;
+        self.blackout.push = lap(since);
+        let mut saved = 0;
+        self.guest.guest().save(&mut |piece| {
+            if piece.len() > state.len() - saved {
+                return Err(Error::Guest(format!(
+                    "the device state is larger than the {} bytes announced",
+                    state.len()
+                )));
+            }
+            state.write(saved, piece)?;
+            pump.push_state(saved, piece.len(), watch)?;
+            saved += piece.len();
+            Ok(())
+        })?;
+        self.blackout.save = lap(since);
+        source.harvest(dirty)?;
+        self.blackout.harvest += lap(since);
+        pump.push(dirty, watch, &mut |_| {})?;
+        let fence = pump.fence()?;
+        self.blackout.push += lap(since);
+        Ok(Drained {
+            guest: self.guest,
+            started: self.started,
+            since: self.since,
+            blackout: self.blackout,
+            was_running: self.was_running,
+            fence,
+            state_bytes: saved as u64,
+            digest: None,
+        })
+    }
+}
+
+impl<'g> Drained<'g> {
+    /// Digests all memory, to be compared at the destination.
+    pub fn digest(&mut self) -> Result<()> {
+        self.digest = Some(crate::verify::digest(self.guest.guest().memory())?);
+        self.blackout.verify = lap(&mut self.since);
+        Ok(())
+    }
+
+    /// Tells the destination, and waits until it holds the whole guest.
+    pub fn prepare(mut self, control: &mut Control) -> Result<Prepared<'g>> {
+        let prepare = Prepare {
+            fence: self.fence.0,
+            state_bytes: self.state_bytes,
+            was_running: self.was_running,
+            digest: self.digest,
+        };
+        let mut wait = READY_MAX;
+        if self.digest.is_some() {
+            wait += Duration::from_secs(self.guest.guest().memory().bytes() / VERIFY_BYTES_PER_SECOND_MIN);
+        }
+        let deadline = Instant::now() + wait;
+        control.send(&Message::Prepare(prepare), deadline)?;
+        let Ready { load_us, fence_us, verify_us } = match control.receive("Ready", deadline)? {
+            Message::Ready(ready) => ready,
+            Message::Abort(abort) => return Err(aborted(abort)),
+            other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
+        };
+        let elapsed = lap(&mut self.since);
+        self.blackout.load = load_us.min(elapsed);
+        self.blackout.push += fence_us.min(elapsed);
+        self.blackout.verify += verify_us.min(elapsed);
+        self.blackout.commit =
+            elapsed.saturating_sub(load_us.saturating_add(fence_us).saturating_add(verify_us));
+        Ok(Prepared { guest: self.guest, started: self.started, since: self.since, blackout: self.blackout })
+    }
+}
+
+impl<'g> Prepared<'g> {
+    /// The point of no return: seals the guest, then sends Commit. Failing to seal is the last chance
+    /// to resume; failing to send is not, for bytes may have left.
+    pub fn commit(mut self, control: &mut Control, deadline: Instant) -> Result<(Committed<'g>, Result<()>)> {
+        self.guest.guest().seal()?;
+        let guest = self.guest.disarm();
+        let sent = control.send(&Message::Commit, deadline);
+        Ok((Committed { guest, started: self.started, since: self.since, blackout: self.blackout }, sent))
+    }
+}
+
+impl Committed<'_> {
+    /// The blackout, now that the destination runs the guest and needed `resume_us` for it.
+    #[must_use]
+    pub fn blackout(&self, resume_us: u64) -> Blackout {
+        let elapsed = self.since.elapsed().as_micros() as u64;
+        let mut blackout = self.blackout;
+        blackout.resume = resume_us.min(elapsed);
+        blackout.commit += elapsed - blackout.resume;
+        blackout.total = self.started.elapsed().as_micros() as u64;
+        blackout
+    }
+}
