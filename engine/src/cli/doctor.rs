@@ -1,0 +1,156 @@
+//! `pageferry doctor`: what this host can do, one line a finding, with the mend.
+
+use crate::supervisor::runtime::RuntimeDir;
+use std::fs;
+use std::process::Command;
+
+/// Oldest QEMU that tells where its memory lies.
+const QEMU_MAJOR_MIN: u32 = 8;
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Grade {
+    Good,
+    Note,
+    Bad,
+}
+
+struct Finding {
+    grade: Grade,
+    topic: &'static str,
+    text: String,
+}
+
+/// Prints every finding; 0 if a guest can be moved from and to this host, 1 if not.
+#[must_use]
+pub fn main() -> u8 {
+    let findings =
+        [kernel(), tracking(), io_uring(), tracing_permission(), qemu(), memory(), huge_pages(), runtime()];
+    for Finding { grade, topic, text } in &findings {
+        let mark = match grade {
+            Grade::Good => "ok  ",
+            Grade::Note => "note",
+            Grade::Bad => "BAD ",
+        };
+        println!("{mark}  {topic:<18} {text}");
+    }
+    u8::from(findings.iter().any(|f| f.grade == Grade::Bad))
+}
+
+fn good(topic: &'static str, text: impl Into<String>) -> Finding {
+    Finding { grade: Grade::Good, topic, text: text.into() }
+}
+
+fn note(topic: &'static str, text: impl Into<String>) -> Finding {
+    Finding { grade: Grade::Note, topic, text: text.into() }
+}
+
+fn bad(topic: &'static str, text: impl Into<String>) -> Finding {
+    Finding { grade: Grade::Bad, topic, text: text.into() }
+}
+
+fn read(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+fn kernel() -> Finding {
+    let release = read("/proc/sys/kernel/osrelease").unwrap_or_else(|| "unknown".into());
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= (6, 7) {
+        good("kernel", release)
+    } else {
+        bad(
+            "kernel",
+            format!("{release}: a source needs Linux 6.7 or newer (userfaultfd WP_ASYNC, PAGEMAP_SCAN)"),
+        )
+    }
+}
+
+fn tracking() -> Finding {
+    match crate::dirty::pagemap::probe() {
+        Ok(()) => good("dirty tracking", "userfaultfd write-protect and PAGEMAP_SCAN work"),
+        Err(e) => bad("dirty tracking", e.chain()),
+    }
+}
+
+fn io_uring() -> Finding {
+    match pageferry_transport::tcp::probe() {
+        Ok(()) => good("io_uring", "works"),
+        Err(e) => bad("io_uring", crate::Error::from(e).chain()),
+    }
+}
+
+fn tracing_permission() -> Finding {
+    const TOPIC: &str = "ptrace";
+    if rustix::process::geteuid().is_root() {
+        return good(TOPIC, "root may take up any QEMU");
+    }
+    match read("/proc/sys/kernel/yama/ptrace_scope").as_deref() {
+        None | Some("0") => good(TOPIC, "you may take up QEMUs of your own"),
+        Some("1") => note(
+            TOPIC,
+            "`run` works; `attach` needs root, CAP_SYS_PTRACE, or sysctl kernel.yama.ptrace_scope=0",
+        ),
+        Some(scope) => {
+            bad(TOPIC, format!("kernel.yama.ptrace_scope is {scope}: set it to 1 or less, or run as root"))
+        }
+    }
+}
+
+fn qemu() -> Finding {
+    const TOPIC: &str = "QEMU";
+    let Ok(output) = Command::new("qemu-system-x86_64").arg("--version").output() else {
+        return note(
+            TOPIC,
+            "qemu-system-x86_64 is not in PATH; install it, or name yours in `pageferry run NAME -- /path/to/qemu ...`",
+        );
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1).unwrap_or("unknown");
+    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or(0);
+    if major >= QEMU_MAJOR_MIN {
+        good(TOPIC, version)
+    } else {
+        bad(
+            TOPIC,
+            format!("{version}: {QEMU_MAJOR_MIN}.0 or newer is needed (it tells where guest memory lies)"),
+        )
+    }
+}
+
+fn memory() -> Finding {
+    let available = read("/proc/meminfo").and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:").map(str::to_owned))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    match available {
+        Some(kib) => good("memory", format!("{} MiB available for a guest that is received", kib >> 10)),
+        None => note("memory", "/proc/meminfo does not tell what is available"),
+    }
+}
+
+fn huge_pages() -> Finding {
+    const TOPIC: &str = "huge pages";
+    let free = read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_else(|| "0".into());
+    let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    let transparent = !shmem.contains("[never]") && !shmem.contains("[deny]") && !shmem.is_empty();
+    if transparent {
+        good(TOPIC, format!("{free} of 2 MiB free; transparent ones for shared memory are on"))
+    } else {
+        note(
+            TOPIC,
+            format!(
+                "{free} of 2 MiB free; transparent ones for shared memory are off, so a destination takes longer to fill: echo advise > \
+                 /sys/kernel/mm/transparent_hugepage/shmem_enabled"
+            ),
+        )
+    }
+}
+
+fn runtime() -> Finding {
+    match RuntimeDir::open() {
+        Ok(_) => good("runtime directory", "is there and yours"),
+        Err(e) => bad("runtime directory", e.chain()),
+    }
+}

@@ -1,0 +1,335 @@
+//! The command line: what each command takes, and its way into the library.
+
+pub mod client;
+pub mod demo;
+pub mod doctor;
+pub mod units;
+
+use crate::destination::Reception;
+use crate::error::{Error, Result};
+use crate::guest::qemu::command::Role;
+use crate::guest::qemu::guardian::{self, GuardianArgs};
+use crate::guest::qemu::process::Qemu;
+use crate::policy::WhenStuck;
+use crate::session::{self, Doorway};
+use crate::source::{MigrateOptions, default_lanes};
+use crate::supervisor::hosting::Hosting;
+use crate::supervisor::launch::launch;
+use crate::supervisor::receiving::receive;
+use crate::supervisor::runtime::{Claim, RuntimeDir};
+use crate::supervisor::{Inbox, Shared, api, say};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use pageferry_transport::Access;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// For a QEMU that is taken up to answer.
+const ATTACH_MAX: Duration = Duration::from_secs(10);
+
+/// Moves running virtual machines between hosts.
+///
+/// A guest is started under `pageferry run` (or taken up with `attach`), a place is made for it with
+/// `pageferry receive` on the other host, and `pageferry migrate` moves it while it runs.
+///
+/// Exit status: 0 done; 1 the migration was aborted and the guest runs on at the source; 2 bad usage or
+/// refused, nothing was touched; 3 the outcome is unknown and the guest is stopped at the source.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry", version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a guest that can be moved, and stay in front of it.
+    Run(RunArgs),
+    /// Take up a QEMU that already runs.
+    Attach(AttachArgs),
+    /// Wait for a guest, with a QEMU command that matches the source's.
+    Receive(ReceiveArgs),
+    /// Move a guest of this host to a waiting receiver.
+    Migrate(MigrateArgs),
+    /// Show the guests of this host.
+    List {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one guest.
+    Status {
+        /// Its name.
+        name: String,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// End the migration of a guest that is under way; the guest runs on here.
+    Cancel {
+        /// Its name.
+        name: String,
+    },
+    /// Decide what becomes of a guest whose migration ended in doubt (exit status 3).
+    Settle {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        choice: SettleChoice,
+    },
+    /// Show what this host can do, one line a finding, with the mend.
+    Doctor,
+    /// Move a small Linux guest on this host and check every page of it.
+    Demo(demo::DemoArgs),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Write man pages into a directory.
+    Man {
+        /// The directory; made if it is not there.
+        directory: PathBuf,
+    },
+    /// Waits for the death of a supervisor; started by it.
+    #[command(hide = true)]
+    Guardian(GuardianArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// A name for the guest on this host.
+    name: String,
+    /// The QEMU command, as you would type it. Where it has no shared memory backend, one is added.
+    #[arg(last = true, required = true, value_name = "QEMU-COMMAND")]
+    qemu: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+struct AttachArgs {
+    /// A name for the guest on this host. That of a guest whose supervisor has ended is enough to
+    /// find it again.
+    name: String,
+    /// QEMU's process id.
+    #[arg(long, requires = "qmp")]
+    pid: Option<u32>,
+    /// QEMU's QMP socket. pageferry keeps it to itself while it is attached.
+    #[arg(long, value_name = "SOCKET", requires = "pid")]
+    qmp: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct ReceiveArgs {
+    /// A name for the guest on this host.
+    name: String,
+    /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which.
+    #[arg(long, value_name = "ADDR:PORT")]
+    listen: String,
+    /// Listen off loopback although the connection is neither encrypted nor authenticated yet.
+    #[arg(long)]
+    insecure: bool,
+    /// The QEMU command: the same machine, memory and devices as at the source.
+    #[arg(last = true, required = true, value_name = "QEMU-COMMAND")]
+    qemu: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+struct MigrateArgs {
+    /// The guest's name on this host.
+    name: String,
+    /// Where a `pageferry receive` waits.
+    #[arg(long, value_name = "ADDR:PORT")]
+    to: String,
+    /// What carries the data.
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+    /// Connections to spread the data over; a thread each at both ends. [default: half of the cores, at most 4]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
+    lanes: Option<u8>,
+    /// Longest time in which the guest may stand still, such as 10ms or 1s.
+    #[arg(long, default_value = "10ms", value_parser = units::duration, value_name = "TIME")]
+    downtime_max: Duration,
+    /// Bound on the rate while the guest runs, such as 10Gbit or 500MB (a second). The last
+    /// pages, with the guest stopped, go as fast as they can.
+    #[arg(long, value_parser = units::rate, value_name = "RATE")]
+    bandwidth_max: Option<u64>,
+    /// What to do if the guest writes faster than the link carries: leave it here, or switch over with
+    /// a longer downtime than asked for.
+    #[arg(long, value_enum, default_value_t)]
+    when_stuck: WhenStuck,
+    /// Most rounds over memory before that is decided.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds_max: u32,
+    /// Digest all memory on both sides before the guest runs; the guest stands still meanwhile.
+    #[arg(long)]
+    verify: bool,
+    /// Print the report as JSON on stdout.
+    #[arg(long)]
+    json: bool,
+    /// Connect off loopback although the connection is neither encrypted nor authenticated yet.
+    #[arg(long)]
+    insecure: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    /// The best that both hosts have.
+    #[default]
+    Auto,
+    /// RDMA or nothing; not in this release.
+    Rdma,
+    /// TCP on io_uring.
+    Tcp,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct SettleChoice {
+    /// Let the guest run here. Only if it certainly does not run at the destination.
+    #[arg(long)]
+    run: bool,
+    /// End the guest here: it runs at the destination.
+    #[arg(long)]
+    end: bool,
+}
+
+/// Runs the command; returns the exit status.
+pub fn main() -> u8 {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("PAGEFERRY_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .init();
+    match dispatch(cli.command) {
+        Ok(status) => status,
+        Err(error) => {
+            say(&error.chain());
+            match error {
+                Error::Refused(_) => 2,
+                Error::Unknown(_) => 3,
+                _ => 1,
+            }
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<u8> {
+    match command {
+        Command::Run(args) => run(&args),
+        Command::Attach(args) => attach(args),
+        Command::Receive(args) => receive_guest(&args),
+        Command::Migrate(args) => client::migrate(&args.name, migrate_options(&args)?, args.json),
+        Command::List { json } => client::list(json),
+        Command::Status { name, json } => client::status(&name, json),
+        Command::Cancel { name } => client::simple(&name, &api::Request::Cancel),
+        Command::Settle { name, choice } => client::simple(&name, &api::Request::Settle { run: choice.run }),
+        Command::Doctor => Ok(doctor::main()),
+        Command::Demo(args) => demo::main(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "pageferry", &mut std::io::stdout());
+            Ok(0)
+        }
+        Command::Man { directory } => {
+            std::fs::create_dir_all(&directory)
+                .and_then(|()| clap_mangen::generate_to(Cli::command(), &directory))
+                .map_err(|e| {
+                    Error::refused(format!("cannot write man pages into {}: {e}", directory.display()))
+                })?;
+            Ok(0)
+        }
+        Command::Guardian(args) => guardian::main(&args).map(|()| 0),
+    }
+}
+
+/// What every supervisor begins with: its name, its socket, its signals.
+fn supervise(name: &str) -> Result<(Claim, Shared, Inbox)> {
+    let claim = RuntimeDir::open()?.claim(name)?;
+    let shared = Shared::new(name);
+    let inbox = Inbox::open(api::serve(&claim.path("sock"), shared.clone())?)?;
+    Ok((claim, shared, inbox))
+}
+
+fn run(args: &RunArgs) -> Result<u8> {
+    let runtime = RuntimeDir::open()?;
+    let (claim, shared, inbox) = supervise(&args.name)?;
+    refuse_left_behind(&runtime, &args.name)?;
+    let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
+    say(&format!(
+        "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
+        args.name,
+        qemu.pid(),
+        args.name
+    ));
+    Hosting::new(claim, shared, inbox, qemu, Some(child))?.run()
+}
+
+/// A guest of this name that lost its supervisor must not lose its record too.
+fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
+    match runtime.record(name).filter(crate::supervisor::runtime::Record::alive) {
+        Some(record) => Err(Error::refused(format!(
+            "a guest named {name} runs without a supervisor (QEMU pid {}): take it up with `pageferry attach {name}`, or choose another name",
+            record.pid
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn attach(args: AttachArgs) -> Result<u8> {
+    let runtime = RuntimeDir::open()?;
+    let (mut claim, shared, inbox) = supervise(&args.name)?;
+    let found = match (args.pid, args.qmp) {
+        (Some(pid), Some(qmp)) => Some((pid, qmp)),
+        _ => runtime
+            .record(&args.name)
+            .filter(crate::supervisor::runtime::Record::alive)
+            .map(|r| (r.pid, r.qmp)),
+    };
+    let Some((pid, qmp)) = found else {
+        return Err(Error::refused(format!(
+            "no running guest named {} is known here: give its QEMU with --pid and --qmp",
+            args.name
+        )));
+    };
+    // Whatever fails from here on, the guest is not ours to forget.
+    claim.leave_guest();
+    let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Instant::now() + ATTACH_MAX)?;
+    match qemu.status()?.as_str() {
+        "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),
+        state => say(&format!(
+            "attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}. If a migration was under way, make sure that it does not \
+             run at the destination before you use `pageferry settle {} --run`",
+            args.name, args.name
+        )),
+    }
+    Hosting::new(claim, shared, inbox, qemu, None)?.run()
+}
+
+fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
+    let address = session::resolve(&args.listen)?;
+    session::check_exposure(address, args.insecure)?;
+    let runtime = RuntimeDir::open()?;
+    let (claim, shared, inbox) = supervise(&args.name)?;
+    refuse_left_behind(&runtime, &args.name)?;
+    let reception = Reception::new(Doorway::open(address)?);
+    receive(claim, shared, inbox, &args.qemu, reception)
+}
+
+fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {
+    if args.transport == Transport::Rdma {
+        return Err(Error::refused("this release carries guests over TCP only: use --transport auto or tcp"));
+    }
+    Ok(MigrateOptions {
+        to: args.to.clone(),
+        lanes: args.lanes.unwrap_or_else(default_lanes),
+        downtime_us_max: u64::try_from(args.downtime_max.as_micros()).unwrap_or(u64::MAX),
+        bytes_per_second_max: args.bandwidth_max,
+        when_stuck: args.when_stuck,
+        rounds_max: args.rounds_max,
+        verify: args.verify,
+        insecure: args.insecure,
+    })
+}

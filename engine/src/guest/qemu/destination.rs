@@ -1,0 +1,123 @@
+//! A QEMU that waits to be filled, as the destination of a migration.
+
+use super::guardian::{Guardian, Side};
+use super::process::Qemu;
+use super::stream::{self, Incoming, QMP_MAX, STATE_MAX, Settings};
+use crate::error::{Error, Result};
+use crate::guest::{DestinationGuest, GuestDescription, Liveness};
+use crate::memory::GuestMemory;
+use pageferry_transport::MemoryRegion;
+use serde_json::json;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Bytes copied out of the state region at once.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct QemuDestination {
+    qemu: Qemu,
+    stream: Option<UnixStream>,
+    settings: Settings,
+    guardian: Option<Guardian>,
+}
+
+impl QemuDestination {
+    /// Makes a destination of a QEMU that was started with `-S -incoming defer`.
+    pub fn new(mut qemu: Qemu) -> Result<Self> {
+        // Late activation: no lock on a disk image before the guest is ours.
+        let settings =
+            Settings::impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
+        let stream = Incoming::start(&mut qemu.qmp)?.into_stream();
+        let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.qmp_path())?;
+        Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian) })
+    }
+
+    /// The QEMU, whose guest runs here now.
+    #[must_use]
+    pub fn into_qemu(mut self) -> Qemu {
+        if let Err(e) = self.settings.restore(&mut self.qemu.qmp) {
+            tracing::warn!(error = %e.chain(), "QEMU keeps pageferry's migration settings");
+        }
+        self.qemu
+    }
+
+    /// The QEMU itself.
+    #[must_use]
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+}
+
+impl DestinationGuest for QemuDestination {
+    fn describe(&self) -> GuestDescription {
+        self.qemu.description().clone()
+    }
+
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.qemu.memory()
+    }
+
+    fn liveness(&self) -> Liveness {
+        self.qemu.liveness()
+    }
+
+    fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {
+        let deadline = Instant::now() + STATE_MAX;
+        let what = "handing the device state to QEMU";
+        let mut stream =
+            self.stream.take().ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;
+        stream.set_write_timeout(Some(STATE_MAX)).map_err(|e| Error::os(what, e))?;
+        let mut piece = vec![0; PIECE_BYTES.min(len)];
+        let mut at = 0;
+        while at < len {
+            let part = PIECE_BYTES.min(len - at);
+            state.read(at, &mut piece[..part])?;
+            stream.write_all(&piece[..part]).map_err(|e| refused(&Error::os(what, e)))?;
+            at += part;
+        }
+        drop(stream);
+        let loaded =
+            self.qemu.qmp.wait_event(deadline, |e| stream::is_migration(e, &["completed", "failed"]));
+        match loaded {
+            Ok(event) if stream::is_migration(&event, &["completed"]) => Ok(()),
+            Ok(_) => Err(refused(&Error::Guest("its migration failed".into()))),
+            Err(e) => Err(refused(&e)),
+        }
+    }
+
+    fn seal(&mut self) -> Result<()> {
+        self.guardian.as_ref().map_or(Ok(()), Guardian::seal)
+    }
+
+    fn run(&mut self, was_running: bool) -> Result<()> {
+        if was_running {
+            self.qemu.qmp.execute("cont", json!({}), Instant::now() + QMP_MAX)?;
+        }
+        if let Some(guardian) = self.guardian.take() {
+            // Sending it home waits for its end, which the guest need not wait for.
+            std::thread::spawn(move || guardian.finish());
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        if let Err(e) = self.qemu.kill() {
+            tracing::error!(error = %e.chain(), "the unfinished copy of the guest could not be ended");
+        }
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
+        }
+    }
+}
+
+fn refused(cause: &Error) -> Error {
+    Error::Guest(format!(
+        "QEMU at the destination did not take the device state ({}); its own message is on its stderr. Were both QEMUs started \
+         with the same machine type, devices and CPU model?",
+        cause.chain()
+    ))
+}

@@ -1,0 +1,169 @@
+//! A running QEMU as the supervisor holds it: its process, its monitor, its memory.
+
+use super::blocks::{self, GuestBlocks};
+use super::qmp::Qmp;
+use super::stream::QMP_MAX;
+use crate::error::{Error, Result};
+use crate::guest::{BlockDescription, GuestDescription, Liveness};
+use crate::memory::GuestMemory;
+use pageferry_transport::Access;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For QEMU to end after it was told to.
+const END_MAX: Duration = Duration::from_secs(5);
+
+/// QEMU, taken up.
+#[derive(Debug)]
+pub struct Qemu {
+    /// Its monitor, ours alone.
+    pub qmp: Qmp,
+    qmp_path: PathBuf,
+    pid: u32,
+    pidfd: Arc<OwnedFd>,
+    memory: Arc<GuestMemory>,
+    description: GuestDescription,
+    private_bytes: u64,
+}
+
+impl Qemu {
+    /// Takes up the QEMU with this pid and QMP socket. Nothing about it changes.
+    pub fn attach(pid: u32, qmp_path: &Path, access: Access, deadline: Instant) -> Result<Self> {
+        let raw = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or_else(|| Error::refused(format!("{pid} is not a process id")))?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).map_err(|e| match e {
+            Errno::SRCH => Error::refused(format!(
+                "there is no process {pid}; give the pid of the running QEMU with --pid"
+            )),
+            e => Error::os(format!("opening process {pid}"), e),
+        })?;
+        let mut qmp = Qmp::connect(qmp_path, deadline)?;
+        let GuestBlocks { shared, unshared } = blocks::find(&mut qmp, pid, access, deadline)?;
+        let private_bytes = unshared.iter().map(|block| block.bytes).sum();
+        let blocks =
+            shared.iter().map(|b| BlockDescription { name: b.name.clone(), bytes: b.bytes }).collect();
+        let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }), deadline)?;
+        let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
+        let description = GuestDescription {
+            monitor: "qemu".into(),
+            machine: machine.as_str().unwrap_or("unknown").trim_end_matches("-machine").to_owned(),
+            vcpus: u32::try_from(cpus.as_array().map_or(0, Vec::len)).unwrap_or(u32::MAX),
+            blocks,
+        };
+        let memory = Arc::new(GuestMemory::map(shared, access)?);
+        Ok(Self {
+            qmp,
+            qmp_path: qmp_path.into(),
+            pid,
+            pidfd: Arc::new(pidfd),
+            memory,
+            description,
+            private_bytes,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Its QMP socket.
+    #[must_use]
+    pub fn qmp_path(&self) -> &Path {
+        &self.qmp_path
+    }
+
+    /// Its shared memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// What the other side must match.
+    #[must_use]
+    pub fn description(&self) -> &GuestDescription {
+        &self.description
+    }
+
+    /// Bytes of RAM blocks that travel in QEMU's own stream: firmware, video memory.
+    #[must_use]
+    pub fn private_bytes(&self) -> u64 {
+        self.private_bytes
+    }
+
+    /// Fails once the process has ended.
+    #[must_use]
+    pub fn liveness(&self) -> Liveness {
+        let (pidfd, pid) = (Arc::clone(&self.pidfd), self.pid);
+        Arc::new(move || {
+            if ended(&pidfd, Duration::ZERO)? {
+                Err(Error::Guest(format!("the guest's QEMU (pid {pid}) has ended")))
+            } else {
+                Ok(())
+            }
+        })
+    }
+
+    /// A handle of the process, to wait for its end.
+    #[must_use]
+    pub fn pidfd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.pidfd)
+    }
+
+    /// Whether the vCPUs run.
+    pub fn is_running(&mut self) -> Result<bool> {
+        let status = self.qmp.execute("query-status", json!({}), Instant::now() + QMP_MAX)?;
+        Ok(status.get("running").and_then(Value::as_bool).unwrap_or(false))
+    }
+
+    /// QEMU's own word for its state: `running`, `paused`, `postmigrate`.
+    pub fn status(&mut self) -> Result<String> {
+        let status = self.qmp.execute("query-status", json!({}), Instant::now() + QMP_MAX)?;
+        Ok(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned())
+    }
+
+    /// Ends the process: by QMP, and if that does not help within [`END_MAX`], by force.
+    pub fn quit(&mut self) -> Result<()> {
+        // An error here is most often QEMU being quicker than its answer.
+        let _ = self.qmp.execute("quit", json!({}), Instant::now() + END_MAX);
+        if ended(&self.pidfd, END_MAX)? { Ok(()) } else { self.kill() }
+    }
+
+    /// Ends the process by force and waits for it.
+    pub fn kill(&self) -> Result<()> {
+        kill(&self.pidfd, self.pid)
+    }
+}
+
+/// Ends a process by force and waits for it.
+pub fn kill(pidfd: &OwnedFd, pid: u32) -> Result<()> {
+    match pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) | Err(Errno::SRCH) => {}
+        Err(e) => return Err(Error::os(format!("ending process {pid}"), e)),
+    }
+    if ended(pidfd, END_MAX)? {
+        Ok(())
+    } else {
+        Err(Error::Timeout { what: format!("waiting for process {pid} to end") })
+    }
+}
+
+/// Waits for the end of a process; says whether it came.
+pub fn ended(pidfd: &OwnedFd, wait: Duration) -> Result<bool> {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+    match poll(&mut fds, Some(&wait)) {
+        Ok(ready) => Ok(ready > 0),
+        Err(Errno::INTR) => Ok(false),
+        Err(e) => Err(Error::os("waiting for a process", e)),
+    }
+}

@@ -1,0 +1,41 @@
+//! Starting the user's QEMU: its command line as it is, with what pageferry needs added.
+
+use crate::error::{Error, Result};
+use crate::guest::qemu::command::{GuestCommand, Role};
+use crate::guest::qemu::process::Qemu;
+use pageferry_transport::Access;
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+/// For QEMU to open its monitor. Preallocating a terabyte takes minutes, and the user asked for it.
+const START_MAX: Duration = Duration::from_secs(600);
+/// Starts QEMU and takes it up. On failure no process is left.
+pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)> {
+    // The name is ours by its lock, so a socket that is still there is a dead QEMU's.
+    let _ = std::fs::remove_file(qmp);
+    let prepared = GuestCommand::prepare(user, role, qmp)?;
+    let program = Path::new(&prepared.words[0]).display().to_string();
+    tracing::info!(command = ?prepared.words, "starting");
+    let spawned = prepared.command().spawn();
+    // QEMU has inherited what it needs; with our copy of its socket gone, its death is heard at once.
+    drop(prepared);
+    let mut child = spawned.map_err(|e| {
+        Error::refused(format!("cannot start {program}: {e}; is QEMU installed and in PATH?"))
+    })?;
+    let access = if role == Role::Source { Access::Read } else { Access::Write };
+    Qemu::attach(child.id(), qmp, access, Instant::now() + START_MAX)
+        .map_err(|e| {
+            let ended = child.try_wait().ok().flatten();
+            let _ = child.kill();
+            let _ = child.wait();
+            match ended {
+                Some(status) => Error::refused(format!(
+                    "{program} ended while it started ({status}); its message is above"
+                )),
+                None => e,
+            }
+        })
+        .map(|qemu| (child, qemu))
+}

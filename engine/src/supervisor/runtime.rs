@@ -1,0 +1,245 @@
+//! The runtime directory: who is who on this host.
+//!
+//! ```text
+//!   NAME.lock   held (flock) by the supervisor while it lives
+//!   NAME.sock   where it takes orders
+//!   NAME.qmp    the QMP socket of a QEMU that `run` or `receive` started
+//!   NAME.json   the guest's process and QMP socket, for `attach` after a supervisor's death
+//! ```
+
+use crate::error::{Error, Result};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Overrides where the directory is.
+pub const RUNTIME_DIR_VARIABLE: &str = "PAGEFERRY_RUNTIME_DIR";
+
+/// A name must fit a socket's path (108 bytes) and be harmless in a shell.
+const NAME_BYTES_MAX: usize = 48;
+
+/// The directory.
+#[derive(Debug, Clone)]
+pub struct RuntimeDir(PathBuf);
+
+/// Where a guest can be found after its supervisor's death.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// QEMU's process id.
+    pub pid: u32,
+    /// Start time of that process in clock ticks since boot, which tells it from a later process of
+    /// the same id.
+    pub started: u64,
+    /// Its QMP socket.
+    pub qmp: PathBuf,
+}
+
+/// A name held by this process.
+#[derive(Debug)]
+pub struct Claim {
+    name: String,
+    dir: RuntimeDir,
+    /// Holds the flock.
+    _lock: File,
+    keep_record: bool,
+}
+
+impl RuntimeDir {
+    /// `$PAGEFERRY_RUNTIME_DIR`, `/run/pageferry` for root, `$XDG_RUNTIME_DIR/pageferry` for others;
+    /// made if it is not there.
+    pub fn open() -> Result<Self> {
+        let root = rustix::process::geteuid().is_root();
+        let path = if let Some(path) = std::env::var_os(RUNTIME_DIR_VARIABLE) {
+            PathBuf::from(path)
+        } else if root {
+            PathBuf::from("/run/pageferry")
+        } else if let Some(path) = std::env::var_os("XDG_RUNTIME_DIR") {
+            PathBuf::from(path).join("pageferry")
+        } else {
+            return Err(Error::refused(format!(
+                "no runtime directory: set {RUNTIME_DIR_VARIABLE} to a directory that only you can write"
+            )));
+        };
+        Self::at(&path)
+    }
+
+    /// This directory; made if it is not there.
+    pub fn at(path: &Path) -> Result<Self> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|e| {
+            Error::refused(format!(
+                "cannot make the runtime directory {}: {e}; set {RUNTIME_DIR_VARIABLE}",
+                path.display()
+            ))
+        })?;
+        let metadata =
+            std::fs::metadata(path).map_err(|e| Error::os(format!("looking at {}", path.display()), e))?;
+        if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
+            return Err(Error::refused(format!(
+                "the runtime directory {} can be written by others, who could take over your guests: chmod 700 it, or set {RUNTIME_DIR_VARIABLE}",
+                path.display()
+            )));
+        }
+        Ok(Self(path.into()))
+    }
+
+    /// A file of a name.
+    #[must_use]
+    pub fn path(&self, name: &str, extension: &str) -> PathBuf {
+        self.0.join(format!("{name}.{extension}"))
+    }
+
+    /// Takes a name for this process.
+    pub fn claim(&self, name: &str) -> Result<Claim> {
+        check_name(name)?;
+        let path = self.path(name, "lock");
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(|e| Error::os(format!("opening {}", path.display()), e))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(Error::refused(format!(
+                    "a guest named {name} is supervised already (`pageferry status {name}`); choose another name"
+                )));
+            }
+            Err(e) => return Err(Error::os(format!("locking {}", path.display()), e)),
+        }
+        Ok(Claim { name: name.into(), dir: self.clone(), _lock: lock, keep_record: false })
+    }
+
+    /// What is known of a guest whose supervisor may be gone.
+    #[must_use]
+    pub fn record(&self, name: &str) -> Option<Record> {
+        let text = std::fs::read(self.path(name, "json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// All names that have a supervisor or a record, in order.
+    pub fn names(&self) -> Result<Vec<String>> {
+        let entries =
+            std::fs::read_dir(&self.0).map_err(|e| Error::os(format!("listing {}", self.0.display()), e))?;
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| {
+                let path = entry.ok()?.path();
+                let known = matches!(path.extension()?.to_str()?, "sock" | "json");
+                known.then(|| path.file_stem()?.to_str().map(str::to_owned))?
+            })
+            .collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+}
+
+impl Record {
+    /// A record of a live process.
+    pub fn of(pid: u32, qmp: &Path) -> Result<Self> {
+        let started = start_time(pid).ok_or_else(|| Error::Guest(format!("process {pid} has ended")))?;
+        Ok(Self { pid, started, qmp: qmp.into() })
+    }
+
+    /// Whether that very process still lives.
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        start_time(self.pid) == Some(self.started)
+    }
+}
+
+/// Field 22 of /proc/PID/stat; fields are counted after the command's closing parenthesis.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+impl Claim {
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A file of this name.
+    #[must_use]
+    pub fn path(&self, extension: &str) -> PathBuf {
+        self.dir.path(&self.name, extension)
+    }
+
+    /// Writes down where the guest is.
+    pub fn remember(&self, record: &Record) -> Result<()> {
+        let path = self.path("json");
+        let text = serde_json::to_vec(record)
+            .map_err(|e| Error::os("writing the guest's record", std::io::Error::other(e)))?;
+        std::fs::write(&path, text).map_err(|e| Error::os(format!("writing {}", path.display()), e))
+    }
+
+    /// Leaves the record behind: the guest goes on without this supervisor.
+    pub fn leave_guest(&mut self) {
+        self.keep_record = true;
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut extensions = vec!["sock"];
+        if !self.keep_record {
+            extensions.extend(["json", "qmp"]);
+        }
+        for extension in extensions {
+            let _ = std::fs::remove_file(self.path(extension));
+        }
+    }
+}
+
+/// Letters, digits, dot, dash and underscore.
+pub fn check_name(name: &str) -> Result<()> {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    if name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || !name.chars().all(harmless)
+        || name.starts_with(['.', '-'])
+    {
+        return Err(Error::refused(format!(
+            "{name:?} cannot be a guest's name: use up to {NAME_BYTES_MAX} letters, digits, dots, dashes and underscores"
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_held_by_one_and_free_again_after() {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = RuntimeDir(dir.path().into());
+        let held = runtime.claim("vm").unwrap();
+        assert!(
+            matches!(runtime.claim("vm"), Err(Error::Refused(text)) if text.contains("supervised already"))
+        );
+        drop(held);
+        runtime.claim("vm").unwrap();
+    }
+
+    #[test]
+    fn names_that_would_leave_the_directory_are_refused() {
+        for name in ["", "..", "a/b", "-x", ".hidden", "a b", &"x".repeat(49)] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+        assert!(check_name("db-1.prod_x").is_ok());
+    }
+
+    #[test]
+    fn a_record_tells_a_process_from_a_later_one() {
+        let mut record = Record::of(std::process::id(), Path::new("/x")).unwrap();
+        assert!(record.alive());
+        record.started += 1;
+        assert!(!record.alive());
+    }
+}
