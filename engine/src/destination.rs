@@ -12,6 +12,7 @@ use crate::protocol::{
     Running, Welcome,
 };
 use crate::session::{Doorway, Incoming, SETUP_MAX, collect_lanes, new_token};
+use crate::source::STATE_WARM_BYTES;
 use pageferry_transport::preamble::{Role, Token};
 use pageferry_transport::tcp::TcpTarget;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
@@ -175,6 +176,7 @@ impl Reception {
         };
         let touched = offer.runs(memory.pages())?;
         let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
+        state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
         let accept = expose(&memory, &touched, &state, &mut target)?;
         let prefault = Prefault::start(Arc::clone(&memory), touched)?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;

@@ -126,15 +126,14 @@ impl Policy {
         } else {
             self.rounds_without_progress += 1;
         }
-        // With nothing left to send no further round can help: the limit is below what pausing costs.
-        let floor_us = predict_blackout_us(&Observation { residue_pages: 0, ..*seen });
-        let below_the_floor = floor_us > self.limits.downtime_us_max;
         let stuck = self.rounds_without_progress >= ROUNDS_WITHOUT_PROGRESS_MAX
-            || seen.round + 1 >= self.limits.rounds_max
-            || (below_the_floor && (seen.residue_pages == 0 || self.limits.when_stuck == WhenStuck::Abort));
+            || seen.round + 1 >= self.limits.rounds_max;
         if !stuck {
             return Decision::Iterate;
         }
+        // With nothing left to send no further round could help: then the limit itself is too low.
+        let floor_us = predict_blackout_us(&Observation { residue_pages: 0, ..*seen });
+        let below_the_floor = floor_us > self.limits.downtime_us_max;
         match self.limits.when_stuck {
             WhenStuck::Switchover => Decision::SwitchOver,
             WhenStuck::Abort if below_the_floor => Decision::GiveUp(format!(
@@ -224,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_limit_below_the_floor_is_named_as_such() {
-        let decision = Policy::new(limits(1_000, WhenStuck::Abort)).decide(&seen(0, 0, 3e9));
+        let (_, decision) = run(0.0, 3e9, 1000, &mut Policy::new(limits(1_000, WhenStuck::Abort)));
         assert!(matches!(decision, Decision::GiveUp(reason) if reason.contains("cannot be reached")));
     }
 

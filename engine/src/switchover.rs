@@ -115,7 +115,7 @@ impl<'g> Paused<'g> {
         Ok(Self { guest, started, since, blackout, was_running })
     }
 
-    /// Sends the last dirty pages and the device state: harvest and post while the state is saved,
+    /// Sends the last dirty pages and the device state: harvest and post while the state is being saved,
     /// harvest once more after the save (saving may write guest memory), and a fence behind it all.
     pub fn drain(
         mut self,
@@ -126,6 +126,7 @@ impl<'g> Paused<'g> {
         watch: &mut Watch<'_>,
     ) -> Result<Drained<'g>> {
         let since = &mut self.since;
+        self.guest.guest().begin_save()?;
         source.harvest(dirty)?;
         self.blackout.harvest = lap(since);
         pump.push(dirty, watch, &mut |_| {})?;

@@ -1,7 +1,7 @@
 //! What the engine needs of whoever runs the guest, at either end.
 //!
 //! ```text
-//!   source:       describe, preflight, start_tracking ... arm, pause, save, seal, end
+//!   source:       describe, preflight, start_tracking ... arm, pause, begin_save, save, seal, end
 //!                 any failure before seal(): resume()
 //!   destination:  describe ... load, seal, run            any failure before seal(): discard()
 //! ```
@@ -74,9 +74,12 @@ pub trait SourceGuest: Send {
     /// Does what can be done ahead of the blackout, with the guest still running.
     fn arm(&mut self) -> Result<()>;
 
-    /// Stops the vCPUs. When it returns, the guest writes no more memory by itself; saving may still
-    /// write some.
+    /// Stops the vCPUs, if they run. When it returns, the guest writes no more memory by itself; saving
+    /// may still write some.
     fn pause(&mut self) -> Result<()>;
+
+    /// Starts to save the device state, which goes on by itself until [`Self::save`] takes it.
+    fn begin_save(&mut self) -> Result<()>;
 
     /// Hands the device state to `sink`, piece by piece, while it is being made.
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;

@@ -328,6 +328,10 @@ impl SourceGuest for SyntheticSource {
         self.halt()
     }
 
+    fn begin_save(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let writers = self.stopped.clone().ok_or_else(|| Error::Guest("saving a guest that runs".into()))?;
         let state = postcard::to_stdvec(&State { options: self.options, writers })

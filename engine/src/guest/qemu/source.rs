@@ -29,6 +29,8 @@ const FIXED_COSTS: FixedCosts =
 pub struct QemuSource {
     qemu: Qemu,
     armed: Option<Armed>,
+    /// Whether the vCPUs ran when that was asked last.
+    was_running: bool,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
 }
@@ -45,7 +47,7 @@ impl QemuSource {
     /// Makes a source of a QEMU that was taken up.
     #[must_use]
     pub fn new(qemu: Qemu) -> Self {
-        Self { qemu, armed: None, stopped: false }
+        Self { qemu, armed: None, was_running: false, stopped: false }
     }
 
     /// The QEMU itself.
@@ -123,7 +125,8 @@ impl SourceGuest for QemuSource {
     }
 
     fn is_running(&mut self) -> Result<bool> {
-        self.qemu.is_running()
+        self.was_running = self.qemu.is_running()?;
+        Ok(self.was_running)
     }
 
     fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
@@ -151,9 +154,13 @@ impl SourceGuest for QemuSource {
     }
 
     fn pause(&mut self) -> Result<()> {
-        self.stopped = self.qemu.is_running()?;
+        self.stopped = self.was_running;
         self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
         Ok(())
+    }
+
+    fn begin_save(&mut self) -> Result<()> {
+        self.armed()?.outgoing.as_mut().map_or(Ok(()), Outgoing::open)
     }
 
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {

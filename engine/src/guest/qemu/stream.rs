@@ -105,8 +105,8 @@ pub fn is_migration(event: &Event, states: &[&str]) -> bool {
 #[derive(Debug)]
 pub struct Outgoing {
     ours: UnixStream,
-    /// A second handle of QEMU's end: only to widen its buffer.
-    theirs: OwnedFd,
+    /// A second handle of QEMU's end while it is held back: only to widen its buffer.
+    theirs: Option<OwnedFd>,
 }
 
 impl Outgoing {
@@ -116,6 +116,8 @@ impl Outgoing {
         sockopt::set_socket_send_buffer_size(&theirs, HELD_BYTES)
             .map_err(|e| Error::os("narrowing a socket", e))?;
         let deadline = Instant::now() + QMP_MAX;
+        // What is known of an earlier attempt must not be taken for this one's.
+        qmp.drain_events()?;
         qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd(), deadline)?;
         qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }), deadline)?;
         // Whatever set-up fails, fails now, with the guest running. `active` comes after the set-up.
@@ -124,16 +126,22 @@ impl Outgoing {
         if !is_migration(&begun, &["active"]) {
             return Err(migration_error(qmp, "QEMU cannot save this guest's devices"));
         }
-        Ok(Self { ours, theirs })
+        Ok(Self { ours, theirs: Some(theirs) })
     }
 
-    /// Lets QEMU go on, and hands what it writes to `sink` until it has finished.
-    pub fn drain(self, qmp: &mut Qmp, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    /// Lets QEMU go on.
+    pub fn open(&mut self) -> Result<()> {
+        // Closed with it: the stream's end is heard only when QEMU's handle is the last.
+        let Some(theirs) = self.theirs.take() else { return Ok(()) };
+        sockopt::set_socket_send_buffer_size(&theirs, OPEN_BYTES)
+            .map_err(|e| Error::os("widening a socket", e))
+    }
+
+    /// Hands what QEMU writes to `sink` until it has finished.
+    pub fn drain(mut self, qmp: &mut Qmp, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let deadline = Instant::now() + STATE_MAX;
         let what = "reading the device state from QEMU";
-        sockopt::set_socket_send_buffer_size(&self.theirs, OPEN_BYTES)
-            .map_err(|e| Error::os("widening a socket", e))?;
-        drop(self.theirs);
+        self.open()?;
         let mut ours = self.ours;
         let mut piece = vec![0; PIECE_BYTES];
         loop {
