@@ -1,0 +1,51 @@
+//! The floor under every blackout between two QEMUs: stop, save, load, cont, with no memory to move. The
+//! destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
+
+use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
+use crate::ways::{Sample, blackout_ms, status_of};
+use anyhow::{Result, bail};
+use serde_json::json;
+use std::time::{Duration, Instant};
+
+/// Moves the guest to a new QEMU on the same memory.
+pub fn hand_over(yard: &mut Yard, mut source: Machine) -> Result<(Machine, Sample)> {
+    let mut destination = yard.start(Begin::IncomingStopped, Some(source.memory.clone()), false)?;
+    for _ in 0..2 {
+        source.wait_line("WORKLOAD t=", START_MAX)?;
+    }
+    let deadline = Instant::now() + GUEST_MAX;
+    let capabilities = ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
+    let off = ["multifd", "zero-copy-send"].map(|name| json!({ "capability": name, "state": false }));
+    for qmp in [&mut source.qmp, &mut destination.qmp] {
+        qmp.execute("migrate-set-capabilities", json!({ "capabilities": off }), deadline)?;
+        qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }), deadline)?;
+    }
+    source.qmp.execute(
+        "migrate-set-parameters",
+        json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 300 }),
+        deadline,
+    )?;
+    let uri = format!("unix:{}", yard.directory.join(format!("{}.floor", destination.name)).display());
+    destination.qmp.execute("migrate-incoming", json!({ "uri": uri }), deadline)?;
+    source.qmp.drain_events()?;
+    destination.qmp.drain_events()?;
+    yard.reset_beats();
+    let begun = Instant::now();
+    source.qmp.execute("stop", json!({}), deadline)?;
+    source.qmp.execute("migrate", json!({ "uri": uri }), deadline)?;
+    for qmp in [&mut source.qmp, &mut destination.qmp] {
+        let end =
+            qmp.wait_event(deadline, |e| status_of(e).is_some_and(|s| matches!(s, "completed" | "failed")))?;
+        if status_of(&end) != Some("completed") {
+            bail!("handing over without memory failed");
+        }
+    }
+    destination.qmp.execute("cont", json!({}), deadline)?;
+    let total_s = begun.elapsed().as_secs_f64();
+    let blackout_ms = blackout_ms(&mut source, &mut destination)?;
+    std::thread::sleep(Duration::from_millis(1500));
+    let gap_ms = yard.gap_ms();
+    drop(source);
+    destination.wait_line("WORKLOAD t=", START_MAX)?;
+    Ok((destination, Sample { total_s, blackout_ms, gap_ms, cpu_s: f64::NAN, sent_mib: 0.0 }))
+}

@@ -1,0 +1,102 @@
+//! `pageferry-bench`: measures, in turns within one run, and prints medians and ranges.
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use pageferry_bench::machine::GuestOptions;
+use pageferry_bench::peers;
+use pageferry_bench::ways::Way;
+use std::path::PathBuf;
+
+/// The downtime laboratory.
+#[derive(Debug, Parser)]
+#[command(name = "pageferry-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The same guest moved by pageferry and by QEMU's own migration, in turns.
+    Peers(PeersArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct PeersArgs {
+    /// A preset; the other options change it.
+    #[arg(long, value_enum, default_value_t)]
+    scenario: Scenario,
+    /// Repetitions of each way.
+    #[arg(long, default_value_t = 7)]
+    repetitions: u32,
+    /// Ways to compare. [default: all]
+    #[arg(long, value_enum, value_delimiter = ',')]
+    ways: Vec<Way>,
+    /// The guest's kernel.
+    #[arg(long, default_value = ".cache/guest/vmlinuz")]
+    kernel: PathBuf,
+    /// The guest's initramfs.
+    #[arg(long, default_value = ".cache/guest/initramfs.gz")]
+    initrd: PathBuf,
+    /// Guest memory in MiB.
+    #[arg(long)]
+    memory: Option<u32>,
+    /// Memory written over and over, in MiB.
+    #[arg(long)]
+    working: Option<u32>,
+    /// Memory filled once, in MiB.
+    #[arg(long)]
+    touched: Option<u32>,
+    /// Writes in MB a second; 0 is as fast as the guest can.
+    #[arg(long)]
+    rate: Option<u32>,
+    /// Write every sample as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Scenario {
+    /// Nearly all memory touched, destination preallocated.
+    #[default]
+    Dense,
+    /// Half of the memory touched, destination cold.
+    Half,
+    /// A guest that writes as fast as it can, destination preallocated.
+    Busy,
+}
+
+fn main() -> Result<()> {
+    let Command::Peers(args) = Cli::parse().command;
+    let (touched, working, rate, preallocated) = match args.scenario {
+        Scenario::Dense => (832, 64, 40, true),
+        Scenario::Half => (448, 64, 40, false),
+        Scenario::Busy => (384, 64, 0, true),
+    };
+    let pageferry = std::env::current_exe()?.with_file_name("pageferry");
+    for file in [&args.kernel, &args.initrd] {
+        if !file.is_file() {
+            bail!("{} is not there: scripts/guest-image makes it", file.display());
+        }
+    }
+    if !pageferry.is_file() {
+        bail!("{} is not there: cargo build --release -p pageferry", pageferry.display());
+    }
+    let guest = GuestOptions {
+        kernel: args.kernel,
+        initrd: args.initrd,
+        pageferry,
+        memory_mib: args.memory.unwrap_or(1024),
+        working_mib: args.working.unwrap_or(working),
+        touched_mib: args.touched.unwrap_or(touched),
+        rate_mb: args.rate.unwrap_or(rate),
+    };
+    let ways = if args.ways.is_empty() { Way::value_variants().to_vec() } else { args.ways };
+    let peers = peers::run(guest, preallocated, &ways, args.repetitions)?;
+    print!("{}", peers.show());
+    if let Some(out) = args.out {
+        std::fs::write(&out, serde_json::to_vec_pretty(&peers)?)
+            .with_context(|| format!("writing {}", out.display()))?;
+    }
+    Ok(())
+}
