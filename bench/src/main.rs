@@ -69,7 +69,7 @@ enum Scenario {
 fn main() -> Result<()> {
     let Command::Peers(args) = Cli::parse().command;
     let (touched, working, rate, preallocated) = match args.scenario {
-        Scenario::Dense => (832, 64, 40, true),
+        Scenario::Dense => (784, 64, 40, true),
         Scenario::Half => (448, 64, 40, false),
         Scenario::Busy => (384, 64, 0, true),
     };

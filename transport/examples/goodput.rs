@@ -92,12 +92,49 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
     Ok(options)
 }
 
-fn print(name: &str, rates: &mut [f64], reference: Option<f64>) -> f64 {
-    rates.sort_by(f64::total_cmp);
-    let median = rates[rates.len() / 2];
-    let ratio =
-        reference.map(|reference| format!("  {:.2} of the pump", median / reference)).unwrap_or_default();
-    println!("{name:<24} {median:7.0} MB/s  ({:.0} to {:.0}){ratio}", rates[0], rates[rates.len() - 1]);
+/// One repetition.
+#[derive(Clone, Copy)]
+struct Sample {
+    megabytes_per_second: f64,
+    cpu_seconds_per_gib: f64,
+}
+
+/// Measures wall clock and CPU time of this process, which holds both ends.
+struct Stopwatch {
+    start: Instant,
+    cpu_start: Duration,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        Self { start: Instant::now(), cpu_start: cpu_time() }
+    }
+
+    fn stop(&self, bytes: u64) -> Sample {
+        let (elapsed, cpu) = (self.start.elapsed(), cpu_time() - self.cpu_start);
+        Sample {
+            megabytes_per_second: bytes as f64 / elapsed.as_secs_f64() / 1e6,
+            cpu_seconds_per_gib: cpu.as_secs_f64() * f64::from(1 << 30) / bytes as f64,
+        }
+    }
+}
+
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+fn print(name: &str, samples: &[Sample], reference: Option<f64>) -> f64 {
+    let sorted = |of: fn(&Sample) -> f64| {
+        let mut values: Vec<_> = samples.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values
+    };
+    let (rates, cpu) = (sorted(|s| s.megabytes_per_second), sorted(|s| s.cpu_seconds_per_gib));
+    let middle = samples.len() / 2;
+    let (median, low, high, cpu) = (rates[middle], rates[0], rates[rates.len() - 1], cpu[middle]);
+    let ratio = reference.map(|pump| format!("  {:.2} of the pump", median / pump)).unwrap_or_default();
+    println!("{name:<24} {median:7.0} MB/s  ({low:.0} to {high:.0})  {cpu:.3} CPU s/GiB{ratio}");
     median
 }
 

@@ -118,15 +118,6 @@ impl TcpInitiator {
         out.extend(self.fenced.drain(..).map(Completion::Fence));
         out.len() - before
     }
-
-    /// Whether the request may be posted at all.
-    fn admit(&self, request: &WorkRequest) -> Result<()> {
-        request.check()?;
-        if !self.regions.holds(request.local.region()) {
-            return Err(Error::State("posting memory of a region that was not registered"));
-        }
-        Ok(())
-    }
 }
 
 impl Initiator for TcpInitiator {
@@ -148,8 +139,9 @@ impl Initiator for TcpInitiator {
         self.check()?;
         let mut accepted = 0;
         let mut refused = None;
+        let regions = self.regions.list();
         for request in batch {
-            if let Err(e) = self.admit(request) {
+            if let Err(e) = admit(request, &regions) {
                 refused = Some(e);
                 break;
             }
@@ -161,6 +153,7 @@ impl Initiator for TcpInitiator {
             lane.batch.push(Item::Write(Piece::of(request)));
             accepted += 1;
         }
+        drop(regions);
         for lane in self.lanes.iter_mut().filter(|lane| !lane.batch.is_empty()) {
             lane.inbox.put(&mut lane.batch);
         }
@@ -203,6 +196,15 @@ impl Initiator for TcpInitiator {
     fn bytes_on_wire(&self) -> u64 {
         self.wire_bytes.load(Ordering::Relaxed)
     }
+}
+
+/// Whether the request may be posted at all.
+fn admit(request: &WorkRequest, regions: &[Arc<MemoryRegion>]) -> Result<()> {
+    request.check()?;
+    if !regions.iter().any(|region| Arc::ptr_eq(region, request.local.region())) {
+        return Err(Error::State("posting memory of a region that was not registered"));
+    }
+    Ok(())
 }
 
 impl Drop for TcpInitiator {

@@ -33,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::preamble::LANES_MAX;
 use crate::region::MemoryRegion;
 use std::net::TcpStream;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -78,13 +78,14 @@ struct Regions(RwLock<Vec<Arc<MemoryRegion>>>);
 
 impl Regions {
     fn add(&self, region: &Arc<MemoryRegion>) {
-        if !self.holds(region) {
-            self.0.write().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(region));
+        let mut regions = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if !regions.iter().any(|held| Arc::ptr_eq(held, region)) {
+            regions.push(Arc::clone(region));
         }
     }
 
-    fn holds(&self, region: &Arc<MemoryRegion>) -> bool {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).iter().any(|held| Arc::ptr_eq(held, region))
+    fn list(&self) -> RwLockReadGuard<'_, Vec<Arc<MemoryRegion>>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -112,7 +113,7 @@ fn prepare(lane: usize, stream: &TcpStream) -> Result<()> {
     set().map_err(|e| Error::Lane { lane, operation: "setting up its socket", source: e.into() })
 }
 
-fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+fn spawn<T: Send + 'static>(name: String, run: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
     std::thread::Builder::new()
         .name(name)
         .spawn(run)

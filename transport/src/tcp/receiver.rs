@@ -43,18 +43,21 @@ impl Receiver {
         }
     }
 
-    /// Runs until the lane breaks, or is shut down by its owner.
-    pub(super) fn run(mut self) {
+    /// Runs until the lane breaks, or is shut down by its owner. False if the kernel may still be
+    /// placing bytes, which no socket that is shut down should allow.
+    pub(super) fn run(mut self) -> bool {
         if let Err(failure) = self.drive() {
             tracing::debug!(lane = self.lane, ?failure, "lane ends");
             self.shared.fail(failure);
         }
         // The peer learns of it too, and an operation that is still under way ends.
         let _ = self.stream.shutdown(Shutdown::Both);
-        if !self.ring.drain(DRAIN_PATIENCE) {
+        let settled = self.ring.drain(DRAIN_PATIENCE);
+        if !settled {
             tracing::error!(lane = self.lane, "the kernel does not let go of a lane's buffers: leaking them");
             std::mem::forget(self);
         }
+        settled
     }
 
     fn drive(&mut self) -> Result<(), LaneFailure> {
@@ -120,8 +123,9 @@ impl Receiver {
     fn fill(&mut self, mut payload_bytes: usize) -> Result<(), LaneFailure> {
         while !self.vector.is_empty() {
             let fd = types::Fd(self.stream.as_raw_fd());
-            let entry =
-                opcode::RecvMsg::new(fd, self.vector.message()).flags(RECEIVE_FLAGS.cast_unsigned()).build();
+            // Not MSG_WAITALL: it is no faster here, and a slow peer's progress would not show
+            // before a whole frame has come.
+            let entry = opcode::RecvMsg::new(fd, self.vector.message()).build();
             let bytes = self.run_one("receiving", entry)?;
             self.vector.advance(bytes);
             let placed = bytes.min(payload_bytes);
@@ -164,6 +168,3 @@ impl Receiver {
         LaneFailure::Protocol { lane: self.lane, what }
     }
 }
-
-/// Wait for everything at once: fewer turns through the ring.
-const RECEIVE_FLAGS: libc::c_int = libc::MSG_WAITALL;

@@ -178,7 +178,7 @@ fn unavailable(error: io::Error, sysctl: Option<&str>) -> Error {
              io_uring_enter and io_uring_register"
         }
         (Some(libc::ENOMEM), _) => {
-            "no memory for an io_uring: on kernels before 5.12 it counts as locked memory, so raise ulimit -l"
+            "no memory for an io_uring: many kernels count it as locked memory of the user, so raise ulimit -l"
         }
         _ => "setting up an io_uring",
     };

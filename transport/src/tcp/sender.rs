@@ -22,6 +22,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// What a lane tells the initiator.
 #[derive(Debug)]
@@ -44,6 +45,9 @@ const WAKE: u64 = 0;
 const ACK: u64 = 1;
 /// Messages are numbered from here.
 const MESSAGE: u64 = 2;
+
+/// How long a lane that ends leaves a peer to acknowledge what was sent with zero-copy.
+const SEND_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Everything the thread owns. Buffers that the kernel reads or writes are boxed, so that they stay
 /// where they are.
@@ -111,11 +115,12 @@ impl Sender {
         // the socket is dead already.
         let _ = self.stream.shutdown(Shutdown::Both);
         self.inbox.ring();
-        if self.messages.iter().flatten().any(|message| message.unreleased > 0) {
-            // Zero-copy memory is held until the peer acknowledges it, which may be never:
-            // disconnecting (connect(2), AF_UNSPEC) throws the send queue away.
-            let _ = rustix::net::connect_unspec(&*self.stream);
+        if self.ring.drain(SEND_PATIENCE) {
+            return;
         }
+        // Zero-copy memory is held until the peer acknowledges it, which may be never:
+        // disconnecting (connect(2), AF_UNSPEC) throws the send queue away.
+        let _ = rustix::net::connect_unspec(&*self.stream);
         if !self.ring.drain(DRAIN_PATIENCE) {
             tracing::error!(lane = self.lane, "the kernel does not let go of a lane's buffers: leaking them");
             std::mem::forget(self);

@@ -20,7 +20,9 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct TcpTarget {
     shared: Arc<Shared>,
-    lanes: Vec<(Arc<TcpStream>, Option<JoinHandle<()>>)>,
+    lanes: Vec<(Arc<TcpStream>, Option<JoinHandle<bool>>)>,
+    /// Whether every thread that ended left nothing to the kernel.
+    settled: bool,
 }
 
 /// What the threads of the lanes and the target have in common.
@@ -78,7 +80,7 @@ impl TcpTarget {
             placed_bytes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
         });
-        let mut this = Self { shared, lanes: Vec::with_capacity(streams.len()) };
+        let mut this = Self { shared, lanes: Vec::with_capacity(streams.len()), settled: true };
         for (lane, stream) in streams.into_iter().enumerate() {
             prepare(lane, &stream)?;
             let stream = Arc::new(stream);
@@ -99,8 +101,8 @@ impl TcpTarget {
         }
         for (_, thread) in &mut self.lanes {
             if let Some(thread) = thread.take() {
-                // A thread that panicked places nothing any more either.
-                let _ = thread.join();
+                // One that panicked has settled too: its ring does not drop before.
+                self.settled &= thread.join().unwrap_or(true);
             }
         }
     }
@@ -142,7 +144,11 @@ impl Target for TcpTarget {
     fn revoke(&mut self) -> Result<()> {
         self.stop();
         self.shared.exposed().revoke();
-        Ok(())
+        if self.settled {
+            Ok(())
+        } else {
+            Err(Error::Timeout { what: "the kernel to let go of exposed memory" })
+        }
     }
 }
 

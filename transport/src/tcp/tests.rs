@@ -71,7 +71,9 @@ fn a_cut_lane_is_named_at_both_ends_while_they_wait() {
     std::thread::scope(|scope| {
         let waiting = scope.spawn(move || {
             let error = target.wait_fence(FenceTag(1), soon()).unwrap_err();
-            (error, target.bytes_placed().unwrap_err())
+            let placed = target.bytes_placed().unwrap_err();
+            // The target lives on: its end would close the other lanes too.
+            (error, placed, target)
         });
         let mut out = Vec::new();
         for _ in 0..10 {
@@ -89,7 +91,7 @@ fn a_cut_lane_is_named_at_both_ends_while_they_wait() {
         assert!(
             again.iter().all(|e| matches!(e, Some(Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 })))
         );
-        let (waited, placed) = waiting.join().unwrap();
+        let (waited, placed, _target) = waiting.join().unwrap();
         for error in [waited, placed] {
             assert!(matches!(error, Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 }), "{error:?}");
         }
@@ -125,19 +127,23 @@ fn a_silent_target_costs_a_deadline_and_bounded_memory() {
 
 #[test]
 fn zero_copy_to_a_silent_target_does_not_hold_up_the_end() {
-    let (here, _there) = streams(1);
-    let options = TcpOptions { zero_copy: ZeroCopy::Always, ..TcpOptions::default() };
-    let mut initiator = TcpInitiator::new(here, options).unwrap();
-    let source = MemoryRegion::anonymous(2 << 20).unwrap();
-    initiator.register(&source).unwrap();
-    let remote = RemoteRegion { base: 0, len: 2 << 20, key: RemoteKey(0) };
-    let batch = vec![request(0, &source, 0, 2 << 20, remote, 0); 4];
-    assert_eq!(initiator.post(&batch).unwrap(), 4);
-    let mut out = Vec::new();
-    initiator.poll(&mut out, Instant::now() + Duration::from_millis(100)).unwrap();
-    let dropping = Instant::now();
-    drop(initiator);
-    assert!(dropping.elapsed() < DRAIN_PATIENCE, "{:?}", dropping.elapsed());
+    // With a small buffer the end comes in the middle of a message, with a large one behind some.
+    for send_buffer_bytes in [64 << 10, 4 << 20] {
+        let (here, there) = streams(1);
+        rustix::net::sockopt::set_socket_send_buffer_size(&here[0], send_buffer_bytes).unwrap();
+        let options = TcpOptions { zero_copy: ZeroCopy::Always, ..TcpOptions::default() };
+        let mut initiator = TcpInitiator::new(here, options).unwrap();
+        let source = MemoryRegion::anonymous(2 << 20).unwrap();
+        initiator.register(&source).unwrap();
+        let remote = RemoteRegion { base: 0, len: 2 << 20, key: RemoteKey(0) };
+        let batch = vec![request(0, &source, 0, 2 << 20, remote, 0); 4];
+        assert_eq!(initiator.post(&batch).unwrap(), 4);
+        // The first bytes are there: the message is on its way.
+        there[0].peek(&mut [0]).unwrap();
+        let dropping = Instant::now();
+        drop(initiator);
+        assert!(dropping.elapsed() < DRAIN_PATIENCE, "{:?}", dropping.elapsed());
+    }
 }
 
 #[test]
@@ -220,6 +226,22 @@ fn bytes_that_come_one_by_one_are_placed_all_the_same() {
     let mut ack = [0; super::frame::HEADER_BYTES];
     raw.read_exact(&mut ack).unwrap();
     assert_eq!(Header::decode(&ack), Ok(Header::FenceAck(FenceTag(8))));
+}
+
+#[test]
+fn progress_shows_within_a_frame() {
+    let (mut target, mut raw) = target_and_raw();
+    let region = MemoryRegion::anonymous(1 << 20).unwrap();
+    let remote = target.expose(&region).unwrap();
+    let bytes = write_frame(&[Descriptor { key: 0, len: 1 << 20, addr: remote.base }], &vec![7; 1 << 20]);
+    let half = bytes.len() - (1 << 19);
+    raw.write_all(&bytes[..half]).unwrap();
+    let deadline = soon();
+    while target.bytes_placed().unwrap() < 1 << 19 {
+        assert!(Instant::now() < deadline, "half of a frame came and does not show");
+        std::thread::yield_now();
+    }
+    assert!(matches!(target.wait_fence(FenceTag(1), Instant::now()), Err(Error::Timeout { .. })));
 }
 
 #[test]
@@ -306,4 +328,35 @@ fn a_link_needs_lanes_and_not_too_many() {
     assert!(matches!(TcpTarget::new(Vec::new()), Err(Error::Bounds { .. })));
     let (here, _there) = streams(LANES_MAX + 1);
     assert!(matches!(TcpInitiator::new(here, TcpOptions::default()), Err(Error::Bounds { .. })));
+}
+
+#[test]
+fn a_peer_that_vanishes_is_noticed_by_the_kernel() {
+    use rustix::net::sockopt;
+    let (here, there) = streams(1);
+    let ends = [here[0].try_clone().unwrap(), there[0].try_clone().unwrap()];
+    let _initiator = TcpInitiator::new(here, TcpOptions::default()).unwrap();
+    let _target = TcpTarget::new(there).unwrap();
+    for end in ends {
+        assert_eq!(sockopt::tcp_user_timeout(&end).unwrap(), 10_000);
+        assert!(sockopt::socket_keepalive(&end).unwrap());
+        assert!(sockopt::tcp_keepidle(&end).unwrap() < PEER_TIMEOUT);
+        assert!(sockopt::tcp_nodelay(&end).unwrap());
+    }
+}
+
+#[test]
+fn streams_left_non_blocking_by_their_maker_do_as_well() {
+    let (here, there) = streams(2);
+    here.iter().chain(&there).for_each(|stream| stream.set_nonblocking(true).unwrap());
+    let mut pair = Pair {
+        initiator: Box::new(TcpInitiator::new(here, TcpOptions::default()).unwrap()),
+        target: Box::new(TcpTarget::new(there).unwrap()),
+    };
+    let (source, destination, remote) = regions(&mut pair, 2 << 20, &mut Random(1));
+    let write = request(0, &source, 0, 2 << 20, remote, 0);
+    post_all(&mut *pair.initiator, &[write], &mut Vec::new()).unwrap();
+    pair.initiator.fence(FenceTag(1)).unwrap();
+    pair.target.wait_fence(FenceTag(1), soon()).unwrap();
+    assert!(contents(&destination) == contents(&source));
 }

@@ -22,7 +22,8 @@ pub enum ZeroCopy {
 /// more than the copy (the kernel's msg_zerocopy document names 10 KiB; this leaves a margin).
 const PAYLOAD_BYTES_MIN: u64 = 32 << 10;
 
-/// Frames of each lane that are tried before anything is known.
+/// Frames of each lane that must go well before it is believed. One at a time, so that a single
+/// frame pays where it does not.
 const TRIALS: u32 = 4;
 
 /// What one lane knows about zero-copy.
@@ -34,7 +35,11 @@ pub(super) struct Choice {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    Trying { sent: u32, good: u32 },
+    /// `asked`: a trial is on its way and the kernel has not answered.
+    Trying {
+        asked: bool,
+        good: u32,
+    },
     On,
     Off,
 }
@@ -45,7 +50,7 @@ impl Choice {
             _ if !supported => State::Off,
             ZeroCopy::Never => State::Off,
             ZeroCopy::Always => State::On,
-            ZeroCopy::Auto => State::Trying { sent: 0, good: 0 },
+            ZeroCopy::Auto => State::Trying { asked: false, good: 0 },
         };
         Self { state, fixed: mode != ZeroCopy::Auto }
     }
@@ -58,10 +63,7 @@ impl Choice {
         match &mut self.state {
             State::On => true,
             State::Off => false,
-            State::Trying { sent, .. } => {
-                *sent += 1;
-                *sent <= TRIALS
-            }
+            State::Trying { asked, .. } => !std::mem::replace(asked, true),
         }
     }
 
@@ -73,7 +75,7 @@ impl Choice {
         self.state = match self.state {
             _ if copied => State::Off,
             State::Trying { good, .. } if good + 1 == TRIALS => State::On,
-            State::Trying { sent, good } => State::Trying { sent, good: good + 1 },
+            State::Trying { good, .. } => State::Trying { asked: false, good: good + 1 },
             known => known,
         };
     }
@@ -97,6 +99,7 @@ mod tests {
         let mut choice = Choice::new(ZeroCopy::Auto, true);
         assert!(choice.for_frame(LARGE));
         choice.reported(false);
+        assert!(choice.for_frame(LARGE));
         choice.reported(true);
         assert!(!choice.for_frame(LARGE));
         choice.reported(false);
@@ -104,13 +107,17 @@ mod tests {
     }
 
     #[test]
-    fn nothing_beyond_the_trials_is_sent_before_the_kernel_has_answered() {
+    fn one_frame_is_tried_at_a_time_until_it_is_believed() {
         let mut choice = Choice::new(ZeroCopy::Auto, true);
-        let tried = (0..100).filter(|_| choice.for_frame(LARGE)).count();
-        assert_eq!(tried, TRIALS as usize);
-        (0..TRIALS).for_each(|_| choice.reported(false));
-        assert!(choice.for_frame(LARGE));
+        for _ in 0..TRIALS {
+            let tried = (0..100).filter(|_| choice.for_frame(LARGE)).count();
+            assert_eq!(tried, 1);
+            choice.reported(false);
+        }
+        assert!((0..100).all(|_| choice.for_frame(LARGE)));
         assert!(!choice.for_frame(4096));
+        choice.reported(true);
+        assert!(!choice.for_frame(LARGE), "the way may change under a connection");
     }
 
     #[test]
