@@ -32,6 +32,8 @@ pub struct Pump<'a> {
     memory: &'a GuestMemory,
     slots: Vec<RemoteRegion>,
     state: (Arc<MemoryRegion>, RemoteRegion),
+    /// Every page that was ever pushed.
+    sent: DirtyBitmap,
     pace: Option<Pace>,
     in_flight: u64,
     next_id: u64,
@@ -68,6 +70,7 @@ impl<'a> Pump<'a> {
             memory,
             slots,
             state,
+            sent: DirtyBitmap::new(memory.pages()),
             pace: bytes_per_second_max.map(|max| Pace { bytes_per_second_max: max, since: now, bytes: 0 }),
             in_flight: 0,
             next_id: 0,
@@ -110,6 +113,7 @@ impl<'a> Pump<'a> {
             while batch.len() < BATCH {
                 let Some(run) = self.next_piece(dirty, at) else { break };
                 at = run.end();
+                self.sent.insert(run);
                 batch.push(self.request(run)?);
             }
             if batch.is_empty() {
@@ -124,6 +128,22 @@ impl<'a> Pump<'a> {
         }
         debug_assert!(dirty.is_empty());
         Ok(pages)
+    }
+
+    /// Writes zeros over every page that was pushed and is a hole now: memory that a balloon took away
+    /// after it was sent. Taking it away is no write, so no dirty source reports it.
+    pub fn push_holes(&mut self, zeros: &Arc<MemoryRegion>, watch: &mut Watch<'_>) -> Result<u64> {
+        let mut holes = self.sent.clone();
+        self.memory.touched()?.into_iter().for_each(|run| holes.remove(run));
+        let (mut batch, mut at) = (Vec::new(), 0);
+        while let Some(run) = self.next_piece(&holes, at) {
+            at = run.end();
+            let mut request = self.request(run)?;
+            request.local = zeros.slice(0, run.bytes() as usize)?;
+            batch.push(request);
+        }
+        self.post_all(&batch, watch)?;
+        Ok(holes.count())
     }
 
     /// Posts a piece of the device state, which lies at `offset` of the local state region already.

@@ -12,9 +12,9 @@ use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, Sourc
 use crate::report::{MigrationReport, Outcome, Round};
 use crate::session::{self, Session, aborted};
 use crate::switchover::{Committed, Paused};
-use pageferry_transport::MemoryRegion;
 use pageferry_transport::preamble::Token;
 use pageferry_transport::tcp::TcpOptions;
+use pageferry_transport::{MemoryRegion, STRIPE_BYTES};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -171,7 +171,8 @@ fn ferry(
     touched.iter().for_each(|run| dirty.insert(*run));
     report.bytes_skipped = memory.bytes() - dirty.count() * PAGE_BYTES;
 
-    for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]) {
+    let zeros = guest.may_discard()?.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
+    for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
         session.link.register(region)?;
     }
     let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
@@ -201,7 +202,8 @@ fn ferry(
     *phase = phase.on(SourceEvent::Pause);
     monitor.enter(Stage::Switchover);
     let mut watch = || monitor.check().and_then(|()| alive());
-    let mut drained = paused.drain(&mut pump, &mut dirty, tracking.as_mut(), &state, &mut watch)?;
+    let mut drained =
+        paused.drain(&mut pump, &mut dirty, tracking.as_mut(), &state, zeros.as_ref(), &mut watch)?;
     if options.verify {
         drained.digest()?;
     }

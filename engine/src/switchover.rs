@@ -117,12 +117,14 @@ impl<'g> Paused<'g> {
 
     /// Sends the last dirty pages and the device state: harvest and post while the state is being saved,
     /// harvest once more after the save (saving may write guest memory), and a fence behind it all.
+    /// `zeros` is given where memory may have been taken away from the guest meanwhile.
     pub fn drain(
         mut self,
         pump: &mut Pump<'_>,
         dirty: &mut DirtyBitmap,
         source: &mut dyn DirtySource,
         state: &Arc<MemoryRegion>,
+        zeros: Option<&Arc<MemoryRegion>>,
         watch: &mut Watch<'_>,
     ) -> Result<Drained<'g>> {
         let since = &mut self.since;
@@ -148,6 +150,9 @@ impl<'g> Paused<'g> {
         source.harvest(dirty)?;
         self.blackout.harvest += lap(since);
         pump.push(dirty, watch, &mut |_| {})?;
+        if let Some(zeros) = zeros {
+            pump.push_holes(zeros, watch)?;
+        }
         let fence = pump.fence()?;
         self.blackout.push += lap(since);
         Ok(Drained {

@@ -65,6 +65,10 @@ pub trait SourceGuest: Send {
     /// A check, usable from anywhere, that whoever runs the guest still lives.
     fn liveness(&self) -> Liveness;
 
+    /// Whether memory may be taken away from it while it runs (balloon, free page reporting,
+    /// virtio-mem). No dirty source reports that, so the engine looks for holes at the end.
+    fn may_discard(&mut self) -> Result<bool>;
+
     /// Whether its vCPUs run. A guest that its operator paused is moved paused.
     fn is_running(&mut self) -> Result<bool>;
 

@@ -15,13 +15,16 @@ use crate::page::PAGE_BYTES;
 use crate::policy::FixedCosts;
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fd::AsFd;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// A guest that discards gives one page in so many steps back.
+const DISCARD_ONE_IN: u64 = 16;
 
 const WORDS: usize = PAGE_BYTES as usize / 8;
 
@@ -38,6 +41,9 @@ pub struct SyntheticOptions {
     pub pages_per_second: Option<u32>,
     /// Seed of what is written where.
     pub seed: u64,
+    /// Whether pages are given back to the host now and then, as a balloon does. They read as zeros
+    /// until they are written again.
+    pub discards: bool,
 }
 
 /// One thread's share: what it wrote, and where it goes on.
@@ -45,6 +51,8 @@ pub struct SyntheticOptions {
 struct Writer {
     first: u64,
     generations: Vec<u32>,
+    /// Pages that were given back and not written since.
+    discarded: Vec<bool>,
     random: u64,
 }
 
@@ -74,7 +82,8 @@ fn splitmix(x: u64) -> u64 {
 impl Writer {
     /// Compares one page of memory with the ledger.
     fn check_page(&self, memory: &MemoryRegion, offset: usize) -> Result<()> {
-        let (page, generation) = (self.first + offset as u64, self.generations[offset]);
+        let page = self.first + offset as u64;
+        let generation = if self.discarded[offset] { 0 } else { self.generations[offset] };
         let mut bytes = [0; PAGE_BYTES as usize];
         memory.read(page as usize * PAGE_BYTES as usize, &mut bytes)?;
         for (index, chunk) in bytes.chunks_exact(8).enumerate() {
@@ -93,11 +102,20 @@ impl Writer {
         (0..self.generations.len()).try_for_each(|offset| self.check_page(memory, offset))
     }
 
-    /// Checks a page and writes its next generation, word by word as a real guest would.
-    fn step(&mut self, memory: &MemoryRegion) -> Result<()> {
+    /// Checks a page and writes its next generation; or, now and then, gives it back to `balloon`.
+    fn step(&mut self, memory: &MemoryRegion, balloon: Option<&File>) -> Result<()> {
         self.random = splitmix(self.random);
         let offset = (self.random % self.generations.len() as u64) as usize;
         self.check_page(memory, offset)?;
+        if let Some(file) = balloon
+            && (self.random >> 32).is_multiple_of(DISCARD_ONE_IN)
+        {
+            let at = (self.first + offset as u64) * PAGE_BYTES;
+            fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, PAGE_BYTES)
+                .map_err(|e| Error::os("giving a page back", e))?;
+            self.discarded[offset] = true;
+            return Ok(());
+        }
         let (page, generation) =
             (self.first + offset as u64, self.generations[offset].wrapping_add(1).max(1));
         let mut bytes = [0; PAGE_BYTES as usize];
@@ -106,6 +124,7 @@ impl Writer {
         }
         memory.write(page as usize * PAGE_BYTES as usize, &bytes)?;
         self.generations[offset] = generation;
+        self.discarded[offset] = false;
         Ok(())
     }
 }
@@ -119,17 +138,21 @@ struct Engine {
 }
 
 impl Engine {
-    fn start(writers: Vec<Writer>, memory: &Arc<MemoryRegion>, pages_per_second: Option<u32>) -> Self {
+    fn start(writers: Vec<Writer>, memory: &Memory, options: &SyntheticOptions) -> Self {
+        let pages_per_second = options.pages_per_second;
+        let balloon = options.discards.then(|| Arc::clone(&memory.file));
         let (stop, failure) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(None)));
         let threads = writers
             .into_iter()
             .map(|mut writer| {
-                let (stop, failure, memory) = (Arc::clone(&stop), Arc::clone(&failure), Arc::clone(memory));
+                let (stop, failure, memory) =
+                    (Arc::clone(&stop), Arc::clone(&failure), Arc::clone(&memory.guest));
+                let balloon = balloon.clone();
                 std::thread::spawn(move || {
                     let begun = Instant::now();
                     let mut steps = 0u32;
                     while !stop.load(Ordering::Acquire) {
-                        if let Err(e) = writer.step(&memory) {
+                        if let Err(e) = writer.step(&memory, balloon.as_deref()) {
                             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
                             break;
                         }
@@ -165,6 +188,7 @@ impl Engine {
 struct Memory {
     guest: Arc<MemoryRegion>,
     engine: Arc<GuestMemory>,
+    file: Arc<File>,
 }
 
 impl Memory {
@@ -175,6 +199,7 @@ impl Memory {
         );
         ftruncate(&file, pages * PAGE_BYTES).map_err(|e| Error::os("sizing a memfd", e))?;
         let guest = MemoryRegion::map_shared(file.as_fd(), 0, (pages * PAGE_BYTES) as usize, Access::Write)?;
+        let again = file.try_clone().map_err(|e| Error::os("keeping a memfd", e))?;
         let slot = SlotSource {
             name: "synthetic".into(),
             file,
@@ -183,7 +208,11 @@ impl Memory {
             backing_page_bytes: PAGE_BYTES,
             process_address: guest.as_ptr() as u64,
         };
-        Ok(Self { guest, engine: Arc::new(GuestMemory::map(vec![slot], Access::Write)?) })
+        Ok(Self {
+            guest,
+            engine: Arc::new(GuestMemory::map(vec![slot], Access::Write)?),
+            file: Arc::new(again),
+        })
     }
 }
 
@@ -226,6 +255,7 @@ impl SyntheticSource {
                 Writer {
                     first,
                     generations: vec![0; (end - first) as usize],
+                    discarded: vec![false; (end - first) as usize],
                     random: splitmix(options.seed ^ t),
                 }
             })
@@ -260,7 +290,7 @@ impl SyntheticSource {
 
     fn go(&mut self) {
         if let Some(writers) = self.stopped.take() {
-            self.running = Some(Engine::start(writers, &self.memory.guest, self.options.pages_per_second));
+            self.running = Some(Engine::start(writers, &self.memory, &self.options));
         }
     }
 
@@ -305,6 +335,10 @@ impl SourceGuest for SyntheticSource {
 
     fn liveness(&self) -> Liveness {
         Arc::new(|| Ok(()))
+    }
+
+    fn may_discard(&mut self) -> Result<bool> {
+        Ok(self.options.discards)
     }
 
     fn is_running(&mut self) -> Result<bool> {
@@ -444,9 +478,53 @@ impl DestinationGuest for SyntheticDestination {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::destination::Reception;
+    use crate::policy::WhenStuck;
+    use crate::progress::Monitor;
+    use crate::report::Outcome;
+    use crate::session::Doorway;
+    use crate::source::{MigrateOptions, migrate};
 
-    const OPTIONS: SyntheticOptions =
-        SyntheticOptions { pages: 512, touched_pages: 256, threads: 2, pages_per_second: None, seed: 7 };
+    const OPTIONS: SyntheticOptions = SyntheticOptions {
+        pages: 512,
+        touched_pages: 256,
+        threads: 2,
+        pages_per_second: None,
+        seed: 7,
+        discards: true,
+    };
+
+    /// Moves a guest over real TCP within this process.
+    fn moved(mut source: SyntheticSource) -> SyntheticSource {
+        let reception = Reception::new(Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap());
+        let mut options = MigrateOptions::to(reception.doorway().address.to_string());
+        (options.downtime_us_max, options.when_stuck) = (500_000, WhenStuck::Switchover);
+        (options.lanes, options.verify, options.rounds_max) = (2, true, 5);
+        let pages = source.memory().pages();
+        let receiver = std::thread::spawn(move || {
+            let (mut reception, mut guest) = (reception, SyntheticDestination::new(pages).unwrap());
+            let incoming = reception.doorway().next(Instant::now() + Duration::from_secs(10)).unwrap();
+            reception.serve(incoming, &mut guest).unwrap().unwrap();
+            guest.into_source().unwrap()
+        });
+        let report = migrate(&mut source, &options, &Monitor::default());
+        assert_eq!(report.outcome, Outcome::Completed, "{report:?}");
+        assert_eq!((report.control_messages, report.verified), (8, Some(true)));
+        receiver.join().unwrap()
+    }
+
+    #[test]
+    fn a_guest_that_writes_and_gives_pages_back_is_moved_without_loss() {
+        let mut guest =
+            SyntheticSource::start(SyntheticOptions { pages: 8192, touched_pages: 4096, ..OPTIONS }).unwrap();
+        while guest.generations().unwrap() < 5000 {
+            std::thread::yield_now();
+        }
+        for _ in 0..3 {
+            guest = moved(guest);
+            guest.check().unwrap();
+        }
+    }
 
     #[test]
     fn a_page_that_is_lost_or_stale_or_torn_is_found() {

@@ -124,6 +124,18 @@ impl SourceGuest for QemuSource {
         self.qemu.liveness()
     }
 
+    fn may_discard(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + QMP_MAX;
+        match self.qemu.qmp.execute("query-balloon", json!({}), deadline) {
+            Ok(_) => return Ok(true),
+            // No balloon; its free page reporting goes with it.
+            Err(Error::Qmp { .. }) => {}
+            Err(e) => return Err(e),
+        }
+        let devices = self.qemu.qmp.execute("query-memory-devices", json!({}), deadline)?;
+        Ok(devices.as_array().is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
+    }
+
     fn is_running(&mut self) -> Result<bool> {
         self.was_running = self.qemu.is_running()?;
         Ok(self.was_running)
