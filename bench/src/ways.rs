@@ -51,6 +51,7 @@ pub fn migrate(yard: &mut Yard, mut source: Machine, way: Way, prealloc: bool) -
     for _ in 0..2 {
         source.wait_line("WORKLOAD t=", START_MAX)?;
     }
+    let begun = Instant::now();
     let sample = match way {
         Way::Pageferry => by_pageferry(yard, &mut source, &mut destination),
         _ => by_qemu(yard, &mut source, &mut destination, way),
@@ -58,6 +59,11 @@ pub fn migrate(yard: &mut Yard, mut source: Machine, way: Way, prealloc: bool) -
     let mut sample = sample.with_context(|| format!("moving by {way:?}"))?;
     std::thread::sleep(AFTERMATH);
     sample.gap_ms = yard.gap_ms();
+    if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
+        let beats = yard.beats.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let from = beats.largest().map(|gap| gap.from.saturating_duration_since(begun));
+        eprintln!("largest gap began {from:?} after the request");
+    }
     let memory = source.memory.clone();
     drop(source);
     let _ = std::fs::remove_file(memory);
