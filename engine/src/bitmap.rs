@@ -1,7 +1,7 @@
 //! Which pages must be sent: one bit a page, one owner, no syscalls.
 //!
-//! A [`crate::dirty::DirtySource`] sets bits, the pump of a round takes them out as runs. What a round
-//! took but did not deliver is given back, so that an aborted migration forgets nothing.
+//! A [`crate::dirty::DirtySource`] sets bits, the pump of a round takes them out as runs. After a failure
+//! nothing is given back: the next attempt follows writes anew and begins with every touched page.
 
 use crate::page::PageRun;
 
@@ -71,21 +71,6 @@ impl DirtyBitmap {
             *word &= !mask;
             -i64::from(removed)
         });
-    }
-
-    /// Adds every page of `other`, and leaves `other` empty.
-    ///
-    /// # Panics
-    /// If the two range over different numbers of pages.
-    pub fn absorb(&mut self, other: &mut Self) {
-        assert_eq!(self.pages, other.pages, "two bitmaps of one memory");
-        let mut set = 0;
-        for (mine, theirs) in self.words.iter_mut().zip(&mut other.words) {
-            *mine |= std::mem::take(theirs);
-            set += u64::from(mine.count_ones());
-        }
-        self.set = set;
-        other.set = 0;
     }
 
     /// The first run of the set at or after `from`, at most `pages_max` long.
@@ -183,18 +168,6 @@ mod tests {
             prop_assert!(runs.windows(2).all(|w| w[0].end() <= w[1].first.0));
             let flat: Vec<_> = runs.iter().flat_map(|r| r.first.0..r.end()).collect();
             prop_assert_eq!(flat, model.into_iter().collect::<Vec<_>>());
-        }
-
-        #[test]
-        fn what_is_given_back_is_not_lost((pages, script) in script(), other in prop::collection::vec(0u64..400, 0..20)) {
-            let (mut kept, mut taken) = (DirtyBitmap::new(pages), DirtyBitmap::new(pages));
-            for (_, run) in script { kept.insert(run) }
-            for p in other.into_iter().filter(|p| *p < pages) { taken.insert(PageRun::between(p, p + 1)) }
-            let want: BTreeSet<_> = (0..pages).filter(|p| kept.contains(*p) || taken.contains(*p)).collect();
-            kept.absorb(&mut taken);
-            prop_assert!(taken.is_empty());
-            prop_assert_eq!(kept.count(), want.len() as u64);
-            prop_assert!((0..pages).all(|p| kept.contains(p) == want.contains(&p)));
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The destination: `receive` reads as the protocol does.
 
-use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
 use crate::hold;
@@ -13,21 +12,25 @@ use crate::protocol::{
 };
 use crate::session::{Doorway, Incoming, SETUP_MAX, collect_lanes, new_token};
 use crate::source::STATE_WARM_BYTES;
-use pageferry_transport::preamble::{Role, Token};
+use pageferry_transport::preamble::Token;
 use pageferry_transport::tcp::TcpTarget;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// For the source to start its tracking and look at its memory.
 const OFFER_MAX: Duration = Duration::from_secs(60);
-/// Without a byte for this long the source counts as dead. A source with nothing to send switches
-/// over; one that is held back by its pace still sends every second.
+/// Without a byte for this long the source counts as dead, and longer by the time that it may need to
+/// look through all of its memory (zero pages, digest). A host that vanished is noticed much earlier, by
+/// TCP keep-alive on the control connection.
 const IDLE_MAX: Duration = Duration::from_secs(30);
-/// For the last fence, once Prepare is here: all data was sent before it.
+/// The slowest such look.
+const LOOK_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
+/// For the last fence, once Prepare is here, without a byte placed: all data was sent before it.
 const FENCE_MAX: Duration = Duration::from_secs(15);
+/// How often that wait looks whether bytes still come.
+const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long a loaded guest waits for Commit, also across lost connections. The source sends it at
 /// once, or asks again within `source::ASK_AGAIN_MAX`.
 const COMMIT_MAX: Duration = Duration::from_secs(30);
@@ -46,6 +49,22 @@ pub struct Received {
     /// From Hello to running, in microseconds.
     pub total_us: u64,
 }
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum Served {
+    /// The connection was not the beginning of a session, or was refused; the guest was not touched.
+    Nothing,
+    /// The guest is ours and runs.
+    Received(Received),
+    /// The guest is ours, but whether it runs is not known.
+    Doubtful(Error),
+    /// It was thrown away; it runs on at the source.
+    Discarded(Error),
+}
+
+/// Fails when the receiver should stop (asked often, and not any more once Commit is here).
+pub type Watch<'w> = dyn FnMut() -> Result<()> + 'w;
 
 /// Receives guests, one at a time, through one doorway.
 #[derive(Debug)]
@@ -68,86 +87,100 @@ impl Reception {
         &self.doorway
     }
 
-    /// Takes a connection that may open a session and, if it does, fills `guest` from it. `None` if it
-    /// was not the beginning of a session; then the guest was not touched. After an error the
-    /// guest is discarded. After success it runs here.
+    /// Takes a connection that may open a session and, if it does, fills `guest` from it.
     pub fn serve(
         &mut self,
         incoming: Incoming,
         guest: &mut dyn DestinationGuest,
-    ) -> Option<Result<Received>> {
+        watch: &mut Watch<'_>,
+    ) -> Served {
         let begun = Instant::now();
-        let peer = incoming.peer;
-        let (mut control, hello) = match self.first_words(incoming) {
-            Ok(Some(opened)) => opened,
-            Ok(None) => return None,
-            Err(e) => {
-                eprintln!("pageferry: ignored a connection from {peer}: {}", e.chain());
-                return None;
+        let (mut control, hello, peer) = match incoming {
+            Incoming::Control { token, control, first: Message::Hello(hello), peer }
+                if token == Token::default() =>
+            {
+                (*control, hello, peer)
+            }
+            other => {
+                self.turn_away(other);
+                return Served::Nothing;
             }
         };
-        if let Err(refusal) = check_guest(&hello, guest) {
+        if let Err(refusal) = hello.check().and_then(|()| check_guest(&hello, guest)) {
             eprintln!("pageferry: refused the guest of {peer}: {}", refusal.chain());
             control.abort(&refusal.chain(), true, Instant::now() + SETUP_MAX);
-            return None;
+            return Served::Nothing;
         }
         let mut phase = DestinationPhase::Filling;
         let token = match new_token() {
             Ok(token) => token,
-            Err(e) => return Some(Err(e)),
+            Err(e) => return self.discard(Token::default(), guest, &mut control, e),
         };
-        let result = self.session(&mut control, &hello, token, guest, &mut phase, begun);
-        if let Err(e) = &result {
-            // Whatever it was, the copy is thrown away before anybody is told so.
-            guest.discard();
-            self.discarded.push_front(token);
-            self.discarded.truncate(DISCARDED_MAX);
-            control.abort(&e.chain(), false, Instant::now() + SETUP_MAX);
+        match self.session(&mut control, &hello, token, guest, &mut phase, watch, begun) {
+            Ok(received) => Served::Received(received),
+            // Ours by Commit, and perhaps running: nothing may be promised about it any more.
+            Err(error) if phase == DestinationPhase::Owner => Served::Doubtful(error),
+            Err(error) => self.discard(token, guest, &mut control, error),
         }
-        Some(result)
     }
 
-    /// Reads Hello from a control connection; answers everything that is none.
-    fn first_words(&self, incoming: Incoming) -> Result<Option<(Control, Hello)>> {
-        let fresh = incoming.preamble.role == Role::Control && incoming.preamble.token == Token::default();
-        if !fresh {
-            self.turn_away(incoming);
-            return Ok(None);
+    /// Throws the copy away, and only then says so: Abort is a promise.
+    fn discard(
+        &mut self,
+        token: Token,
+        guest: &mut dyn DestinationGuest,
+        control: &mut Control,
+        error: Error,
+    ) -> Served {
+        match guest.discard() {
+            Ok(()) => {
+                self.discarded.push_front(token);
+                self.discarded.truncate(DISCARDED_MAX);
+                let refused = matches!(error, Error::Refused(_));
+                control.abort(&error.chain(), refused, Instant::now() + SETUP_MAX);
+            }
+            Err(e) => {
+                eprintln!("pageferry: the unfinished copy of the guest could not be ended: {}", e.chain())
+            }
         }
-        let mut control = Control::new(incoming.stream)?;
-        match control.receive("Hello", Instant::now() + SETUP_MAX)? {
-            Message::Hello(hello) => hello.check().map(|()| Some((control, hello))),
-            other => Err(Error::Protocol(format!("{} instead of Hello", other.name()))),
-        }
+        Served::Discarded(error)
     }
 
     /// Answers a connection that has no place now.
     fn turn_away(&self, incoming: Incoming) {
-        let Role::Control = incoming.preamble.role else { return };
-        let Ok(mut control) = Control::new(incoming.stream) else { return };
-        let token = incoming.preamble.token;
+        let Incoming::Control { token, mut control, peer, first } = incoming else { return };
+        let deadline = Instant::now() + SETUP_MAX;
         if let Some((_, resume_us)) = self.completed.filter(|(completed, _)| *completed == token) {
-            let running = Message::Running(Running { resume_us });
-            if let Err(e) = control.send(&running, Instant::now() + SETUP_MAX) {
+            if let Err(e) = control.send(&Message::Running(Running { resume_us }), deadline) {
                 tracing::warn!(error = %e.chain(), "the source asked again and could not be answered");
             }
         } else if token == Token::default() {
-            let why = if self.completed.is_some() {
-                "this receiver has taken in its guest already; start another `pageferry receive`"
-            } else {
-                "another migration to this receiver is under way; try again when it is over"
+            let why = match first {
+                Message::Hello(_) if self.completed.is_some() => {
+                    "this receiver has taken in its guest already; start another `pageferry receive`"
+                }
+                Message::Hello(_) => {
+                    "another migration to this receiver is under way; try again when it is over"
+                }
+                _ => "a session begins with Hello",
             };
-            control.abort(why, true, Instant::now() + SETUP_MAX);
+            control.abort(why, true, deadline);
         } else if self.discarded.contains(&token) {
-            control.abort(
-                "the destination discarded its copy of this guest",
-                false,
-                Instant::now() + SETUP_MAX,
-            );
+            control.abort("the destination discarded its copy of this guest", false, deadline);
+        } else {
+            // No answer: its session may have been another receiver's, whose guest runs.
+            tracing::warn!(%peer, "a connection of a session that is not known here");
         }
-        // An unknown token gets no answer: its session may have been another receiver's, whose guest runs.
     }
 
+    /// Answers whoever came meanwhile.
+    fn turn_away_all(&self) {
+        while let Some(other) = self.doorway.next(Instant::now()) {
+            self.turn_away(other);
+        }
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one private call, whose arguments are the session")]
     fn session(
         &mut self,
         control: &mut Control,
@@ -155,6 +188,7 @@ impl Reception {
         token: Token,
         guest: &mut dyn DestinationGuest,
         phase: &mut DestinationPhase,
+        watch: &mut Watch<'_>,
         begun: Instant,
     ) -> Result<Received> {
         // Lanes.
@@ -170,7 +204,7 @@ impl Reception {
 
         // Memory.
         let memory = Arc::clone(guest.memory());
-        let offer = match control.receive("Offer", Instant::now() + OFFER_MAX)? {
+        let offer = match control.receive_watched("Offer", Instant::now() + OFFER_MAX, watch)? {
             Message::Offer(offer) => offer,
             other => return Err(unexpected(other, "Offer")),
         };
@@ -183,9 +217,9 @@ impl Reception {
         hold::point("filling");
 
         // Rounds.
-        let prepare = self.wait_for_prepare(control, &mut target, &prefault, guest)?;
+        let prepare = self.wait_for_prepare(control, &mut target, &prefault, guest, watch)?;
         let waiting = Instant::now();
-        target.wait_fence(FenceTag(prepare.fence), waiting + FENCE_MAX)?;
+        wait_for_fence(&mut target, FenceTag(prepare.fence))?;
         let fence_us = waiting.elapsed().as_micros() as u64;
         let bytes_placed = target.bytes_placed()?;
 
@@ -205,24 +239,27 @@ impl Reception {
         *phase = phase.on(DestinationEvent::Loaded);
         hold::point("loaded");
         // A connection that breaks now changes nothing: Commit may come on another.
-        let ready =
-            control.send(&Message::Ready(Ready { load_us, fence_us, verify_us }), Instant::now() + SETUP_MAX);
-        if let Err(e) = ready {
+        let ready = Message::Ready(Ready { load_us, fence_us, verify_us });
+        if let Err(e) = control.send(&ready, Instant::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Ready could not be sent");
         }
-        let mut answer_to = self.wait_for_commit(control, token, guest, phase)?;
+        let mut answer_to = self.wait_for_commit(control, token, guest, phase, watch)?;
 
         // Ours.
         let resuming = Instant::now();
-        guest.seal()?;
+        guest.seal(prepare.was_running)?;
         hold::point("owner");
-        if let Err(e) = guest.run(prepare.was_running) {
-            *phase = phase.on(DestinationEvent::RunFailed);
-            return Err(e);
+        match guest.run(prepare.was_running) {
+            Ok(()) => {}
+            Err(doubt @ Error::Unknown(_)) => return Err(doubt),
+            Err(e) => {
+                *phase = phase.on(DestinationEvent::RunFailed);
+                return Err(e);
+            }
         }
         let resume_us = resuming.elapsed().as_micros() as u64;
         self.completed = Some((token, resume_us));
-        let answer_to = answer_to.as_mut().unwrap_or(control);
+        let answer_to = answer_to.as_deref_mut().unwrap_or(control);
         if let Err(e) = answer_to.send(&Message::Running(Running { resume_us }), Instant::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Running could not be sent; the source will ask again");
         }
@@ -236,32 +273,30 @@ impl Reception {
         target: &mut TcpTarget,
         prefault: &Prefault,
         guest: &dyn DestinationGuest,
+        watch: &mut Watch<'_>,
     ) -> Result<Prepare> {
         let alive = guest.liveness();
+        let idle_max = IDLE_MAX + Duration::from_secs(guest.memory().bytes() / LOOK_BYTES_PER_SECOND_MIN);
         let (mut placed, mut moved) = (0, Instant::now());
         loop {
-            if readable(control, LOOK_EVERY)? {
+            if control.readable(LOOK_EVERY)? {
                 return match control.receive("Prepare", Instant::now() + SETUP_MAX)? {
                     Message::Prepare(prepare) => Ok(prepare),
                     other => Err(unexpected(other, "Prepare")),
                 };
             }
+            watch()?;
             alive()?;
             prefault.check()?;
             let now_placed = target.bytes_placed()?;
             if now_placed != placed {
                 (placed, moved) = (now_placed, Instant::now());
-            } else if moved.elapsed() > IDLE_MAX {
-                return Err(Error::Timeout {
-                    what: format!(
-                        "waiting for the source, which has sent nothing for {} s",
-                        IDLE_MAX.as_secs()
-                    ),
-                });
+            } else if moved.elapsed() > idle_max {
+                let what =
+                    format!("waiting for the source, which has sent nothing for {} s", idle_max.as_secs());
+                return Err(Error::Timeout { what });
             }
-            while let Some(other) = self.doorway.next(Instant::now()) {
-                self.turn_away(other);
-            }
+            self.turn_away_all();
         }
     }
 
@@ -272,49 +307,47 @@ impl Reception {
         token: Token,
         guest: &dyn DestinationGuest,
         phase: &mut DestinationPhase,
-    ) -> Result<Option<Control>> {
+        watch: &mut Watch<'_>,
+    ) -> Result<Option<Box<Control>>> {
         let deadline = Instant::now() + COMMIT_MAX;
         let alive = guest.liveness();
         let mut connected = true;
-        let mut event = |event| {
-            *phase = phase.on(event);
-            *phase
-        };
+        let mut event = |event| *phase = phase.on(event);
         loop {
+            // A guest that has died, or a receiver that is told to stop, is discarded; until Commit is
+            // read, that is this side's to decide.
             alive()?;
-            if connected {
-                if readable(control, LOOK_EVERY)? {
-                    match control.receive("Commit", Instant::now() + SETUP_MAX) {
-                        Ok(Message::Commit) => {
-                            event(DestinationEvent::CommitReceived);
-                            return Ok(None);
-                        }
-                        Ok(other) => {
-                            event(DestinationEvent::AbortReceived);
-                            return Err(unexpected(other, "Commit"));
-                        }
-                        Err(e) => {
-                            event(DestinationEvent::Failed);
-                            eprintln!(
-                                "pageferry: the source is gone ({}); waiting for it to come back with Commit",
-                                e.chain()
-                            );
-                            connected = false;
-                        }
+            watch()?;
+            if connected && control.readable(LOOK_EVERY)? {
+                match control.receive("Commit", Instant::now() + SETUP_MAX) {
+                    Ok(Message::Commit) => {
+                        event(DestinationEvent::CommitReceived);
+                        return Ok(None);
+                    }
+                    Ok(other) => {
+                        event(DestinationEvent::AbortReceived);
+                        return Err(unexpected(other, "Commit"));
+                    }
+                    Err(e) => {
+                        event(DestinationEvent::Failed);
+                        eprintln!(
+                            "pageferry: the source is gone ({}); waiting for it to come back with Commit",
+                            e.chain()
+                        );
+                        connected = false;
                     }
                 }
-            } else {
-                std::thread::sleep(LOOK_EVERY);
             }
-            while let Some(incoming) = self.doorway.next(Instant::now()) {
-                if incoming.preamble.role != Role::Control || incoming.preamble.token != token {
-                    self.turn_away(incoming);
-                    continue;
-                }
-                let mut again = Control::new(incoming.stream)?;
-                if matches!(again.receive("Commit", Instant::now() + SETUP_MAX), Ok(Message::Commit)) {
-                    event(DestinationEvent::CommitReceived);
-                    return Ok(Some(again));
+            let wait = if connected { Duration::ZERO } else { LOOK_EVERY };
+            while let Some(incoming) = self.doorway.next(Instant::now() + wait) {
+                match incoming {
+                    Incoming::Control { token: theirs, control, first: Message::Commit, .. }
+                        if theirs == token =>
+                    {
+                        event(DestinationEvent::CommitReceived);
+                        return Ok(Some(control));
+                    }
+                    other => self.turn_away(other),
                 }
             }
             if Instant::now() >= deadline {
@@ -333,6 +366,23 @@ impl Reception {
         });
         if let Err(e) = answering {
             tracing::warn!(error = %e, "no thread to answer a source that asks again");
+        }
+    }
+}
+
+/// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit to
+/// deliver when Prepare overtakes it.
+fn wait_for_fence(target: &mut TcpTarget, tag: FenceTag) -> Result<()> {
+    let (mut placed, mut moved) = (target.bytes_placed()?, Instant::now());
+    loop {
+        match target.wait_fence(tag, Instant::now() + FENCE_LOOK_EVERY) {
+            Ok(()) => return Ok(()),
+            Err(pageferry_transport::Error::Timeout { .. }) if moved.elapsed() < FENCE_MAX => {}
+            Err(e) => return Err(e.into()),
+        }
+        let now_placed = target.bytes_placed()?;
+        if now_placed != placed {
+            (placed, moved) = (now_placed, Instant::now());
         }
     }
 }
@@ -369,17 +419,15 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
     Ok(())
 }
 
-/// Makes room: holes where the source has holes, and every slot and the state exposed.
+/// Every slot and the state exposed, if there is room. The memory reads as zeros: whoever made the
+/// destination saw to that ([`GuestMemory::make_zero`]).
 fn expose(
     memory: &Arc<GuestMemory>,
     touched: &[PageRun],
     state: &Arc<MemoryRegion>,
     target: &mut dyn Target,
 ) -> Result<Accept> {
-    let mut keep = DirtyBitmap::new(memory.pages());
-    touched.iter().for_each(|run| keep.insert(*run));
-    memory.punch_outside(&keep)?;
-    check_room(memory, keep.count() * PAGE_BYTES)?;
+    check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
     let mut slots = Vec::with_capacity(memory.slots().len());
     for slot in memory.slots() {
         slots.push(target.expose(slot.region())?.into());
@@ -442,17 +490,6 @@ fn take_in(
     let verified = Instant::now();
     guest.load(state, prepare.state_bytes as usize)?;
     Ok(((verified - begun).as_micros() as u64, verified.elapsed().as_micros() as u64))
-}
-
-/// Waits until the connection has something to say, or has ended.
-fn readable(control: &Control, wait: Duration) -> Result<bool> {
-    let mut fds = [PollFd::new(control.stream(), PollFlags::IN)];
-    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-    match poll(&mut fds, Some(&wait)) {
-        Ok(ready) => Ok(ready > 0),
-        Err(rustix::io::Errno::INTR) => Ok(false),
-        Err(e) => Err(Error::os("waiting at the control connection", e)),
-    }
 }
 
 fn unexpected(message: Message, expected: &str) -> Error {

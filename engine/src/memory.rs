@@ -164,23 +164,29 @@ impl GuestMemory {
         Ok(runs)
     }
 
-    /// Makes every page outside `keep` (rising, not overlapping) a hole, so that it reads as zeros.
-    /// Only what is not a hole yet is punched.
-    pub fn punch_outside(&self, keep: &crate::bitmap::DirtyBitmap) -> Result<u64> {
-        let mut punched = 0;
+    /// Makes all of it read as zeros, maps what is allocated already, and returns how many pages were not
+    /// zero. For a destination ahead of a migration: then a page of zeros need not be sent, memory that was
+    /// allocated ahead stays so, and the lanes find it mapped.
+    pub fn make_zero(&self) -> Result<u64> {
+        let mut zeroed = 0;
         for run in self.touched()? {
-            let mut at = run.first.0;
-            while at < run.end() {
-                let kept = keep.next_run(at, u64::MAX).filter(|k| k.first.0 < run.end());
-                let stop = kept.map_or(run.end(), |k| k.first.0);
-                if at < stop {
-                    self.punch(PageRun::between(at, stop))?;
-                    punched += stop - at;
+            let (index, offset) = self.locate(run.first.0);
+            let slot = &self.slots[index];
+            slot.region.populate(offset as usize, run.bytes() as usize)?;
+            for page in run.first.0..run.end() {
+                if !self.is_zero(page)? {
+                    self.punch(PageRun::between(page, page + 1))?;
+                    zeroed += 1;
                 }
-                at = kept.map_or(run.end(), |k| k.end());
             }
         }
-        Ok(punched)
+        Ok(zeroed)
+    }
+
+    /// Whether a page reads as zeros. A hole is allocated by looking.
+    pub fn is_zero(&self, pfn: u64) -> Result<bool> {
+        let (index, offset) = self.locate(pfn);
+        Ok(self.slots[index].region.is_zero(offset as usize, PAGE_BYTES as usize)?)
     }
 
     /// Makes a run within one slot a hole. Part of a huge page cannot be freed, only zeroed, which
@@ -196,7 +202,6 @@ impl GuestMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bitmap::DirtyBitmap;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     fn block(name: &str, pages: u64) -> SlotSource {
@@ -213,16 +218,19 @@ mod tests {
     }
 
     #[test]
-    fn touched_pages_are_found_and_the_rest_is_punched() {
+    fn touched_pages_are_found_and_made_zero() {
         let memory = GuestMemory::map(vec![block("a", 16), block("b", 16)], Access::Write).unwrap();
         for page in [3u64, 4, 20] {
             let (slot, offset) = memory.locate(page);
             memory.slots()[slot].region().write(offset as usize, &[7]).unwrap();
         }
         assert_eq!(memory.touched().unwrap(), [PageRun::between(3, 5), PageRun::between(20, 21)]);
-        let mut keep = DirtyBitmap::new(memory.pages());
-        keep.insert(PageRun::between(4, 8));
-        assert_eq!(memory.punch_outside(&keep).unwrap(), 2);
+        assert_eq!(memory.make_zero().unwrap(), 3);
+        assert_eq!(memory.touched().unwrap(), []);
+        assert!(memory.is_zero(4).unwrap());
+        // What is allocated and zero stays allocated.
+        assert_eq!(memory.touched().unwrap(), [PageRun::between(4, 5)]);
+        assert_eq!(memory.make_zero().unwrap(), 0);
         assert_eq!(memory.touched().unwrap(), [PageRun::between(4, 5)]);
     }
 }

@@ -15,9 +15,12 @@ use pageferry_transport::{
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Work requests handed to the link in one call: enough that the call costs nothing a page, few
-/// enough that cancelling, pacing and the peer's words are looked at every few MiB.
+/// Work requests handed to the link in one call, and their bytes: enough that the call costs nothing a
+/// page, few enough that cancelling, pacing and the peer's words are looked at every few MiB.
 const BATCH: usize = 256;
+const BATCH_BYTES_MAX: u64 = 8 << 20;
+/// Pages looked at for one batch: zeros are passed over at memory speed, but not unwatched.
+const BATCH_SCAN_PAGES: u64 = 1 << 15;
 
 /// How long one wait lasts before the watch is asked again.
 const WATCH_EVERY: Duration = Duration::from_millis(50);
@@ -87,47 +90,80 @@ impl<'a> Pump<'a> {
         self.bytes_written
     }
 
+    /// Bytes of memory that were never sent: never touched, or zero.
+    #[must_use]
+    pub fn bytes_skipped(&self) -> u64 {
+        (self.sent.pages() - self.sent.count()) * PAGE_BYTES
+    }
+
     /// Lifts the bound on the rate: nobody wants a longer blackout for the sake of bandwidth.
     pub fn unpace(&mut self) {
         self.pace = None;
     }
 
-    /// Posts every page of `dirty` and takes it out. Returns the number of pages. `sent` is told of
-    /// pages as they are posted.
+    /// Posts every page of `dirty` and takes it out, but for pages that were never sent and are zero: the
+    /// destination's memory begins as zeros. Returns the number of pages posted. `done` is told of pages
+    /// as they are dealt with.
     pub fn push(
         &mut self,
         dirty: &mut DirtyBitmap,
         watch: &mut Watch<'_>,
-        sent: &mut dyn FnMut(u64),
+        done: &mut dyn FnMut(u64),
     ) -> Result<u64> {
         self.last_completion = Instant::now();
         if let Some(pace) = &mut self.pace {
             (pace.since, pace.bytes) = (Instant::now(), 0);
         }
-        let pages = dirty.count();
+        // A bounded rate is kept in bursts of a tenth of a second.
+        let burst = self.pace.as_ref().map_or(u64::MAX, |pace| pace.bytes_per_second_max / 10);
+        let batch_bytes_max = BATCH_BYTES_MAX.min(burst).max(1);
+        let (mut pages, mut at) = (0, 0);
         let mut batch = Vec::with_capacity(BATCH);
-        let mut at = 0;
-        loop {
+        while !dirty.is_empty() {
             batch.clear();
-            let begin = at;
-            while batch.len() < BATCH {
-                let Some(run) = self.next_piece(dirty, at) else { break };
-                at = run.end();
-                self.sent.insert(run);
-                batch.push(self.request(run)?);
+            let (begin, dirty_before) = (at, dirty.count());
+            let mut bytes = 0;
+            while batch.len() < BATCH && bytes < batch_bytes_max && at < begin + BATCH_SCAN_PAGES {
+                let Some(piece) = self.next_piece(dirty, at) else {
+                    at = dirty.pages();
+                    break;
+                };
+                match self.without_zeros(piece)? {
+                    Some(run) => {
+                        at = run.end();
+                        bytes += run.bytes();
+                        batch.push(self.request(run)?);
+                        self.sent.insert(run);
+                    }
+                    None => at = piece.end(),
+                }
             }
-            if batch.is_empty() {
-                break;
-            }
-            let bytes = self.post_all(&batch, watch)?;
-            // Everything between was posted; pages outside the set are not touched by this.
+            self.post_all(&batch, watch)?;
+            pages += bytes / PAGE_BYTES;
+            // Everything in between was posted, or is zero at both ends.
             dirty.remove(PageRun::between(begin, at));
-            sent(bytes / PAGE_BYTES);
+            done(dirty_before - dirty.count());
             watch()?;
             self.keep_pace(bytes, watch)?;
         }
-        debug_assert!(dirty.is_empty());
         Ok(pages)
+    }
+
+    /// The first run of a piece that must be sent: not (never sent, and zero).
+    fn without_zeros(&self, piece: PageRun) -> Result<Option<PageRun>> {
+        let needless = |page: u64| Ok::<_, Error>(!self.sent.contains(page) && self.memory.is_zero(page)?);
+        let mut first = piece.first.0;
+        while first < piece.end() && needless(first)? {
+            first += 1;
+        }
+        if first == piece.end() {
+            return Ok(None);
+        }
+        let mut end = first + 1;
+        while end < piece.end() && !needless(end)? {
+            end += 1;
+        }
+        Ok(Some(PageRun::between(first, end)))
     }
 
     /// Writes zeros over every page that was pushed and is a hole now: memory that a balloon took away
@@ -135,14 +171,21 @@ impl<'a> Pump<'a> {
     pub fn push_holes(&mut self, zeros: &Arc<MemoryRegion>, watch: &mut Watch<'_>) -> Result<u64> {
         let mut holes = self.sent.clone();
         self.memory.touched()?.into_iter().for_each(|run| holes.remove(run));
-        let (mut batch, mut at) = (Vec::new(), 0);
+        let (mut batch, mut at) = (Vec::with_capacity(BATCH), 0);
         while let Some(run) = self.next_piece(&holes, at) {
             at = run.end();
             let mut request = self.request(run)?;
             request.local = zeros.slice(0, run.bytes() as usize)?;
             batch.push(request);
+            if batch.len() == BATCH {
+                self.post_all(&batch, watch)?;
+                watch()?;
+                batch.clear();
+            }
         }
         self.post_all(&batch, watch)?;
+        // The destination has zeros there again, as if they had never been sent.
+        holes.runs(u64::MAX).for_each(|run| self.sent.remove(run));
         Ok(holes.count())
     }
 

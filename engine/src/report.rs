@@ -73,7 +73,7 @@ pub struct MigrationReport {
     pub memory_bytes: u64,
     /// Bytes of guest memory and device state written to the destination.
     pub bytes_written: u64,
-    /// Bytes of guest memory that were never touched and so never read or sent.
+    /// Bytes of guest memory that were never sent: never touched (and so never read), or zero.
     pub bytes_skipped: u64,
     /// Bytes of device state.
     pub state_bytes: u64,

@@ -126,15 +126,29 @@ pub fn new_token() -> Result<Token> {
     Ok(token)
 }
 
-/// A connection that has said a valid preamble.
+/// A connection that has said its first words.
 #[derive(Debug)]
-pub struct Incoming {
-    /// What it is for.
-    pub preamble: Preamble,
-    /// The connection.
-    pub stream: TcpStream,
-    /// Who it is.
-    pub peer: SocketAddr,
+pub enum Incoming {
+    /// A control connection and its first message: Hello with no token, Commit with one.
+    Control {
+        /// The session, or none yet.
+        token: Token,
+        /// The connection.
+        control: Box<Control>,
+        /// What it said first.
+        first: Message,
+        /// Who it is.
+        peer: SocketAddr,
+    },
+    /// A lane.
+    Lane {
+        /// The session.
+        token: Token,
+        /// Index of the lane.
+        index: u8,
+        /// The connection.
+        stream: TcpStream,
+    },
 }
 
 /// Listens, hears first words, and passes on what makes sense. Garbage and silence cost a log line.
@@ -194,10 +208,10 @@ fn greet_all(listener: &TcpListener, sender: &Sender<Incoming>) {
         greetings.fetch_add(1, Ordering::Relaxed);
         let (sender, counted) = (sender.clone(), Arc::clone(&greetings));
         let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
-            match hear(stream) {
-                Ok((preamble, stream)) => {
+            match hear(stream, peer) {
+                Ok(incoming) => {
                     // Nobody takes it off the queue: the receiver is busy or ending.
-                    let _ = sender.send_timeout(Incoming { preamble, stream, peer }, SETUP_MAX);
+                    let _ = sender.send_timeout(incoming, SETUP_MAX);
                 }
                 Err(e) => eprintln!("pageferry: ignored a connection from {peer}: {}", e.chain()),
             }
@@ -210,8 +224,23 @@ fn greet_all(listener: &TcpListener, sender: &Sender<Incoming>) {
     }
 }
 
+/// Reads the preamble and, of a control connection, the first message, so that a silent stranger keeps
+/// nobody waiting but this thread.
+fn hear(stream: TcpStream, peer: SocketAddr) -> Result<Incoming> {
+    let (preamble, stream) = hear_preamble(stream)?;
+    let token = preamble.token;
+    match preamble.role {
+        Role::Lane(index) => Ok(Incoming::Lane { token, index, stream }),
+        Role::Control => {
+            let mut control = Box::new(Control::new(stream)?);
+            let first = control.receive("its first message", Instant::now() + SETUP_MAX)?;
+            Ok(Incoming::Control { token, control, first, peer })
+        }
+    }
+}
+
 /// Reads the preamble, within a deadline for the whole of it.
-fn hear(mut stream: TcpStream) -> Result<(Preamble, TcpStream)> {
+fn hear_preamble(mut stream: TcpStream) -> Result<(Preamble, TcpStream)> {
     let deadline = Instant::now() + SETUP_MAX;
     let mut bytes = [0; PREAMBLE_BYTES];
     let mut filled = 0;
@@ -254,14 +283,18 @@ pub fn collect_lanes(
         let incoming = doorway
             .next(deadline)
             .ok_or_else(|| Error::Timeout { what: "waiting for the source to open its lanes".into() })?;
-        match incoming.preamble {
-            Preamble { role: Role::Lane(index), token } if token.0 == welcome.token => match lanes
-                .get_mut(usize::from(index))
-            {
-                Some(lane @ None) => *lane = Some(incoming.stream),
-                _ => return Err(Error::Protocol(format!("lane {index} was opened twice or not agreed on"))),
-            },
-            _ => others(incoming),
+        match incoming {
+            Incoming::Lane { index, token, stream } if token.0 == welcome.token => {
+                match lanes.get_mut(usize::from(index)) {
+                    Some(lane @ None) => *lane = Some(stream),
+                    _ => {
+                        return Err(Error::Protocol(format!(
+                            "lane {index} was opened twice or not agreed on"
+                        )));
+                    }
+                }
+            }
+            other => others(other),
         }
     }
     Ok(lanes.into_iter().flatten().collect())
@@ -291,9 +324,11 @@ mod tests {
         let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
         let _silent = TcpStream::connect(doorway.address).unwrap();
         TcpStream::connect(doorway.address).unwrap().write_all(&[0x47; 100]).unwrap();
-        let preamble = Preamble { role: Role::Control, token: Token([7; 16]) };
-        let _good = dial(doorway.address, preamble).unwrap();
+        let token = Token([7; 16]);
+        let good = dial(doorway.address, Preamble { role: Role::Control, token }).unwrap();
+        let mut good = Control::new(good).unwrap();
+        good.send(&Message::Commit, Instant::now() + SETUP_MAX).unwrap();
         let incoming = doorway.next(Instant::now() + SETUP_MAX).expect("the good one comes through");
-        assert_eq!(incoming.preamble, preamble);
+        assert!(matches!(incoming, Incoming::Control { token: t, first: Message::Commit, .. } if t == token));
     }
 }

@@ -4,18 +4,18 @@ use crate::bitmap::DirtyBitmap;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
+use crate::memory::GuestMemory;
 use crate::page::PAGE_BYTES;
 use crate::policy::{Decision, FixedCosts, Limits, Observation, Policy, WhenStuck, predict_blackout_us};
 use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
 use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
-use crate::report::{MigrationReport, Outcome, Round};
+use crate::report::{Blackout, MigrationReport, Outcome, Round};
 use crate::session::{self, Session, aborted};
 use crate::switchover::{Committed, Paused};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::tcp::TcpOptions;
 use pageferry_transport::{MemoryRegion, STRIPE_BYTES};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -33,6 +33,13 @@ const ASK_AGAIN_EVERY: Duration = Duration::from_millis(500);
 /// The beginning of the state region is populated ahead at both ends: no first touch in the blackout. A
 /// QEMU without a video card stays below it.
 pub const STATE_WARM_BYTES: usize = 1 << 20;
+/// What the link is taken for until a round has measured it.
+const BYTES_PER_SECOND_GUESS: f64 = 500e6;
+/// How long a guest may stand still at most, beside what was asked for and predicted.
+const BLACKOUT_MAX: Duration = Duration::from_secs(20);
+/// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
+const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
+const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
 /// A round below this size measures latency, not bandwidth.
 const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 4 << 20;
 
@@ -81,28 +88,30 @@ pub fn default_lanes() -> u8 {
     (cores / 2).clamp(1, 4) as u8
 }
 
-/// Moves a guest. On return it runs at exactly one place, or the report's outcome is `unknown` and it
-/// is stopped here.
+/// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is `completed`
+/// (what is left of it here is stopped for good, to be taken away with [`SourceGuest::end`]), here if it is
+/// `aborted`. If it is `unknown` the guest is stopped here.
 pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
     let started = Instant::now();
     let mut report = MigrationReport::new(guest.memory().bytes());
     let result = run(guest, options, monitor, &mut report);
     report.total_us = started.elapsed().as_micros() as u64;
+    report.outcome = match &result {
+        Ok(()) => Outcome::Completed,
+        Err(Error::Unknown(_)) => Outcome::Unknown,
+        Err(_) => Outcome::Aborted,
+    };
     if let Err(error) = result {
         report.reason = Some(error.chain());
-        if matches!(error, Error::Unknown(_)) {
-            report.outcome = Outcome::Unknown;
-        } else {
-            report.outcome = Outcome::Aborted;
-            report.refused = matches!(error, Error::Refused(_));
-            // Also after a refusal: it costs nothing where nothing was touched.
-            if let Err(e) = guest.resume() {
-                report.reason =
-                    Some(format!("{}; and the guest could not be resumed: {}", error.chain(), e.chain()));
-            }
-        }
-    } else {
-        report.outcome = Outcome::Completed;
+        report.refused = matches!(error, Error::Refused(_));
+    }
+    if report.outcome == Outcome::Aborted
+        && let Err(e) = guest.resume()
+    {
+        // Also after a refusal: it costs nothing where nothing was touched.
+        let reason = report.reason.take().unwrap_or_default();
+        report.reason = Some(format!("{reason}; and the guest does not run here: {}", e.chain()));
+        report.outcome = Outcome::Unknown;
     }
     monitor.enter(Stage::Done);
     report
@@ -128,8 +137,9 @@ fn run(
     report.transport = session.link.kind().name().into();
     report.lanes = session.link.lanes() as u32;
 
-    let mut phase = SourcePhase::Copying;
-    let result = ferry(guest, options, monitor, report, &mut session, to, &mut phase);
+    let mut ferry = Ferry { guest, options, monitor, report, phase: SourcePhase::Copying };
+    let result = ferry.cross(&mut session, to);
+    let phase = ferry.phase;
     report.control_messages += session.control.messages();
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
@@ -147,93 +157,128 @@ fn refuse_unreachable(error: Error) -> Error {
     }
 }
 
-/// An open session, from the start of tracking to the end of the guest.
-fn ferry(
-    guest: &mut dyn SourceGuest,
-    options: &MigrateOptions,
-    monitor: &Monitor,
-    report: &mut MigrationReport,
-    session: &mut Session,
-    to: SocketAddr,
-    phase: &mut SourcePhase,
-) -> Result<()> {
-    let memory = Arc::clone(guest.memory());
-    let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
-    state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
+/// One migration over an open session.
+struct Ferry<'m> {
+    guest: &'m mut dyn SourceGuest,
+    options: &'m MigrateOptions,
+    monitor: &'m Monitor,
+    report: &'m mut MigrationReport,
+    phase: SourcePhase,
+}
 
-    // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
-    let mut tracking = guest.start_tracking()?;
-    let touched = memory.touched()?;
-    let offer = Offer::pack(&touched, options.verify);
-    let accept = offer_memory(&mut session.control, offer, &memory, &state)?;
+impl Ferry<'_> {
+    /// From the start of tracking to the destination's word that it runs the guest.
+    fn cross(&mut self, session: &mut Session, to: SocketAddr) -> Result<()> {
+        let Self { guest, options, monitor, .. } = self;
+        let memory = Arc::clone(guest.memory());
+        let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
+        state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
 
-    let mut dirty = DirtyBitmap::new(memory.pages());
-    touched.iter().for_each(|run| dirty.insert(*run));
-    report.bytes_skipped = memory.bytes() - dirty.count() * PAGE_BYTES;
+        // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
+        let mut tracking = guest.start_tracking()?;
+        guest.settle_io()?;
+        let touched = memory.touched()?;
+        let offer = Offer::pack(&touched, options.verify);
+        let accept = offer_memory(&mut session.control, offer, &memory, &state, monitor)?;
 
-    let zeros = guest.may_discard()?.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
-    for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
-        session.link.register(region)?;
+        let mut dirty = DirtyBitmap::new(memory.pages());
+        touched.iter().for_each(|run| dirty.insert(*run));
+        let zeros =
+            guest.may_discard()?.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
+        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
+            session.link.register(region)?;
+        }
+        let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
+        let remote_state = (Arc::clone(&state), accept.state.into());
+        let rate_max = options.bytes_per_second_max;
+        let mut pump = Pump::new(session.link.as_mut(), &memory, slots, remote_state, rate_max);
+        let alive = guest.liveness();
+        let control = &mut session.control;
+
+        // The guest runs, and rounds shrink.
+        monitor.enter(Stage::Rounds);
+        {
+            let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control));
+            let mut rounds =
+                Rounds { monitor, report: self.report, round_trip_us: session.round_trip_us, options };
+            rounds.run(*guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
+            // Whatever can be done ahead of the pause; what was written until then goes now.
+            guest.arm()?;
+            pump.push(&mut dirty, &mut watch, &mut |_| {})?;
+            if let Some(zeros) = &zeros {
+                pump.push_holes(zeros, &mut watch)?;
+            }
+            let tag = pump.fence()?;
+            pump.wait_fence(tag, &mut watch)?;
+        }
+
+        // The guest stands still.
+        pump.unpace();
+        monitor.check()?;
+        let blackout_end = Instant::now() + blackout_max(options, memory.bytes());
+        let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| not_after(blackout_end));
+        let paused = Paused::enter(*guest)?;
+        self.phase = self.phase.on(SourceEvent::Pause);
+        monitor.enter(Stage::Switchover);
+        let tracked = tracking.as_mut();
+        let mut drained = paused.drain(&mut pump, &mut dirty, tracked, &state, zeros.as_ref(), &mut watch)?;
+        if options.verify {
+            drained.digest()?;
+        }
+        self.report.bytes_written = pump.bytes_written();
+        self.report.bytes_skipped = pump.bytes_skipped();
+        self.report.state_bytes = drained.state_bytes();
+        let prepared = drained.prepare(control, blackout_end, &mut watch)?;
+        monitor.check()?;
+
+        // The guest is the destination's.
+        self.phase = self.phase.on(SourceEvent::CommitSent);
+        let (committed, sent) = prepared
+            .commit(control, Instant::now() + RUNNING_MAX)
+            .inspect_err(|_| self.phase = SourcePhase::Paused)?;
+        monitor.enter(Stage::Committed);
+        let answer = sent.and_then(|()| control.receive("Running", Instant::now() + RUNNING_MAX));
+        let (phase, report) = (&mut self.phase, &mut *self.report);
+        let blackout = settle(committed, answer, to, session.token, phase)?;
+        report.blackout_us = blackout;
+        // The destination would have aborted before Ready, had its digest been another.
+        report.verified = options.verify.then_some(true);
+        Ok(())
     }
-    let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
-    let remote_state = (Arc::clone(&state), accept.state.into());
-    let mut pump =
-        Pump::new(session.link.as_mut(), &memory, slots, remote_state, options.bytes_per_second_max);
-    let alive = guest.liveness();
-    let control = &mut session.control;
-    let mut rounds = Rounds { monitor, report, round_trip_us: session.round_trip_us, options };
+}
 
-    // The guest runs, and rounds shrink.
-    monitor.enter(Stage::Rounds);
-    {
-        let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control));
-        rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
-        // Whatever can be done ahead of the pause; what was written until then goes now.
-        guest.arm()?;
-        pump.push(&mut dirty, &mut watch, &mut |_| {})?;
-        let tag = pump.fence()?;
-        pump.wait_fence(tag, &mut watch)?;
-    }
+/// The longest that the guest may stand still before the source takes it back, whatever goes on: far
+/// beyond what was predicted, so that it ends only what has gone wrong.
+fn blackout_max(options: &MigrateOptions, memory_bytes: u64) -> Duration {
+    let looks = if options.verify { 2 * memory_bytes / VERIFY_BYTES_PER_SECOND_MIN } else { 0 };
+    let stuck = if options.when_stuck == WhenStuck::Switchover {
+        memory_bytes / STUCK_BYTES_PER_SECOND_MIN
+    } else {
+        0
+    };
+    BLACKOUT_MAX + 10 * Duration::from_micros(options.downtime_us_max) + Duration::from_secs(looks + stuck)
+}
 
-    // The guest stands still.
-    pump.unpace();
-    monitor.check()?;
-    let paused = Paused::enter(guest)?;
-    *phase = phase.on(SourceEvent::Pause);
-    monitor.enter(Stage::Switchover);
-    let mut watch = || monitor.check().and_then(|()| alive());
-    let mut drained =
-        paused.drain(&mut pump, &mut dirty, tracking.as_mut(), &state, zeros.as_ref(), &mut watch)?;
-    if options.verify {
-        drained.digest()?;
+fn not_after(end: Instant) -> Result<()> {
+    if Instant::now() < end {
+        Ok(())
+    } else {
+        Err(Error::Timeout {
+            what: "switching over: the guest stood still for far longer than predicted".into(),
+        })
     }
-    rounds.report.bytes_written = pump.bytes_written();
-    let prepared = drained.prepare(control)?;
-    if options.verify {
-        rounds.report.verified = Some(true);
-    }
-    monitor.check()?;
-
-    // The guest is the destination's.
-    *phase = phase.on(SourceEvent::CommitSent);
-    let (committed, sent) = prepared
-        .commit(control, Instant::now() + RUNNING_MAX)
-        .inspect_err(|_| *phase = SourcePhase::Paused)?;
-    monitor.enter(Stage::Committed);
-    let settled = settle(committed, sent, control, to, session.token, phase, rounds.report);
-    drop(tracking);
-    settled
 }
 
 fn offer_memory(
     control: &mut Control,
     offer: Offer,
-    memory: &crate::memory::GuestMemory,
+    memory: &GuestMemory,
     state: &MemoryRegion,
+    monitor: &Monitor,
 ) -> Result<Accept> {
     let deadline = Instant::now() + ACCEPT_MAX;
     control.send(&Message::Offer(offer), deadline)?;
-    let accept = match control.receive("Accept", deadline)? {
+    let accept = match control.receive_watched("Accept", deadline, &mut || monitor.check())? {
         Message::Accept(accept) => accept,
         Message::Abort(abort) => return Err(aborted(abort)),
         other => return Err(Error::Protocol(format!("{} in answer to Offer", other.name()))),
@@ -245,9 +290,7 @@ fn offer_memory(
 
 /// The destination speaks during the rounds only to abort, or by closing the connection.
 fn check_peer(control: &mut Control) -> Result<()> {
-    let mut fds = [PollFd::new(control.stream(), PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    if poll(&mut fds, Some(&now)).map_err(|e| Error::os("looking at the control connection", e))? == 0 {
+    if !control.readable(Duration::ZERO)? {
         return Ok(());
     }
     match control.receive("nothing", Instant::now() + session::SETUP_MAX)? {
@@ -268,7 +311,7 @@ impl Rounds<'_> {
     /// Sends `dirty`, harvests, and decides, until the policy says to switch over.
     fn run(
         &mut self,
-        guest: &dyn SourceGuest,
+        guest: &mut dyn SourceGuest,
         pump: &mut Pump<'_>,
         tracking: &mut dyn DirtySource,
         dirty: &mut DirtyBitmap,
@@ -279,7 +322,7 @@ impl Rounds<'_> {
             when_stuck: self.options.when_stuck,
             rounds_max: self.options.rounds_max,
         });
-        let mut bytes_per_second = 0.0;
+        let mut bytes_per_second = BYTES_PER_SECOND_GUESS;
         let mut harvest_us = u64::MAX;
         for index in 0.. {
             let begun = Instant::now();
@@ -293,13 +336,15 @@ impl Rounds<'_> {
 
             let harvesting = Instant::now();
             tracking.harvest(dirty)?;
+            let harvested_us = harvesting.elapsed().as_micros() as u64;
+            guest.settle_io()?;
             // The shortest so far: a harvest costs what scanning all memory costs, and longer only where
             // this thread had to wait for a core. There are two of them in the blackout.
-            harvest_us = harvest_us.min(harvesting.elapsed().as_micros() as u64);
+            harvest_us = harvest_us.min(harvested_us);
             let fixed = FixedCosts { harvest_us: 2 * harvest_us, ..guest.fixed_costs() };
 
             let bytes = pages * PAGE_BYTES;
-            if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN || index == 0 {
+            if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
                 bytes_per_second = bytes as f64 / elapsed.as_secs_f64().max(1e-6);
             }
             let seen = Observation {
@@ -338,34 +383,28 @@ impl Rounds<'_> {
     }
 }
 
-/// After Commit: waits for the destination's word, asks again on new connections, and acts on it.
+/// After Commit: acts on the destination's word, and asks again on new connections where there is none.
+/// Returns the blackout.
 fn settle(
-    committed: Committed<'_>,
-    sent: Result<()>,
-    control: &mut Control,
+    committed: Committed,
+    mut answer: Result<Message>,
     to: SocketAddr,
     token: Token,
     phase: &mut SourcePhase,
-    report: &mut MigrationReport,
-) -> Result<()> {
-    let mut answer = sent.and_then(|()| control.receive("Running", Instant::now() + RUNNING_MAX));
+) -> Result<Blackout> {
     let give_up = Instant::now() + ASK_AGAIN_MAX;
     loop {
         match answer {
             Ok(Message::Running(running)) => {
                 *phase = phase.on(SourceEvent::RunningReceived);
-                report.blackout_us = committed.blackout(running.resume_us);
-                if let Err(e) = committed.guest.end() {
-                    tracing::error!(error = %e.chain(), "the guest runs at the destination, but what is left of it here could not be ended");
-                }
-                return Ok(());
+                return Ok(committed.blackout(running.resume_us));
             }
-            Ok(Message::Abort(abort)) => {
+            // A refusal says that there is no session for us now, and nothing about the one there was.
+            Ok(Message::Abort(abort)) if !abort.refused => {
                 *phase = phase.on(SourceEvent::AbortReceived);
-                committed.guest.resume()?;
                 return Err(aborted(abort));
             }
-            Ok(other) => tracing::warn!(message = other.name(), "an answer to Commit that makes no sense"),
+            Ok(other) => tracing::warn!(message = other.name(), "an answer to Commit that settles nothing"),
             Err(e) => tracing::warn!(error = %e.chain(), "no answer to Commit; asking again"),
         }
         if Instant::now() >= give_up {

@@ -26,13 +26,7 @@ use crate::report::Blackout;
 use crate::session::aborted;
 use pageferry_transport::{FenceTag, MemoryRegion};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// For the destination to load the device state and answer. QEMU needs milliseconds; with `--verify`
-/// a terabyte needs minutes, and the guest is paused by the user's own wish.
-const READY_MAX: Duration = Duration::from_secs(30);
-/// A digest goes over at least this many bytes a second and core.
-const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
+use std::time::Instant;
 
 /// Lets the guest run again when it is dropped armed.
 struct ResumeOnDrop<'g> {
@@ -41,11 +35,11 @@ struct ResumeOnDrop<'g> {
 
 impl<'g> ResumeOnDrop<'g> {
     fn guest(&mut self) -> &mut dyn SourceGuest {
-        *self.guest.as_mut().expect("armed until commit takes it")
+        *self.guest.as_mut().expect("armed until commit disarms it")
     }
 
-    fn disarm(mut self) -> &'g mut dyn SourceGuest {
-        self.guest.take().expect("armed until commit takes it")
+    fn disarm(mut self) {
+        self.guest = None;
     }
 }
 
@@ -94,10 +88,8 @@ pub struct Prepared<'g> {
     blackout: Blackout,
 }
 
-/// Commit may have reached the destination.
-pub struct Committed<'g> {
-    /// The guest; stopped here, and not to be resumed but on the destination's word.
-    pub guest: &'g mut dyn SourceGuest,
+/// Commit may have reached the destination. The guest stays stopped here, but for the destination's word.
+pub struct Committed {
     started: Instant,
     since: Instant,
     blackout: Blackout,
@@ -135,6 +127,9 @@ impl<'g> Paused<'g> {
         self.blackout.push = lap(since);
         let mut saved = 0;
         self.guest.guest().save(&mut |piece| {
+            if piece.is_empty() {
+                return watch();
+            }
             if piece.len() > state.len() - saved {
                 return Err(Error::Guest(format!(
                     "the device state is larger than the {} bytes announced",
@@ -169,6 +164,12 @@ impl<'g> Paused<'g> {
 }
 
 impl<'g> Drained<'g> {
+    /// Length of the device state.
+    #[must_use]
+    pub fn state_bytes(&self) -> u64 {
+        self.state_bytes
+    }
+
     /// Digests all memory, to be compared at the destination.
     pub fn digest(&mut self) -> Result<()> {
         self.digest = Some(crate::verify::digest(self.guest.guest().memory())?);
@@ -177,24 +178,25 @@ impl<'g> Drained<'g> {
     }
 
     /// Tells the destination, and waits until it holds the whole guest.
-    pub fn prepare(mut self, control: &mut Control) -> Result<Prepared<'g>> {
+    pub fn prepare(
+        mut self,
+        control: &mut Control,
+        deadline: Instant,
+        watch: &mut Watch<'_>,
+    ) -> Result<Prepared<'g>> {
         let prepare = Prepare {
             fence: self.fence.0,
             state_bytes: self.state_bytes,
             was_running: self.was_running,
             digest: self.digest,
         };
-        let mut wait = READY_MAX;
-        if self.digest.is_some() {
-            wait += Duration::from_secs(self.guest.guest().memory().bytes() / VERIFY_BYTES_PER_SECOND_MIN);
-        }
-        let deadline = Instant::now() + wait;
         control.send(&Message::Prepare(prepare), deadline)?;
-        let Ready { load_us, fence_us, verify_us } = match control.receive("Ready", deadline)? {
-            Message::Ready(ready) => ready,
-            Message::Abort(abort) => return Err(aborted(abort)),
-            other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
-        };
+        let Ready { load_us, fence_us, verify_us } =
+            match control.receive_watched("Ready", deadline, watch)? {
+                Message::Ready(ready) => ready,
+                Message::Abort(abort) => return Err(aborted(abort)),
+                other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
+            };
         let elapsed = lap(&mut self.since);
         self.blackout.load = load_us.min(elapsed);
         self.blackout.push += fence_us.min(elapsed);
@@ -208,15 +210,15 @@ impl<'g> Drained<'g> {
 impl<'g> Prepared<'g> {
     /// The point of no return: seals the guest, then sends Commit. Failing to seal is the last chance
     /// to resume; failing to send is not, for bytes may have left.
-    pub fn commit(mut self, control: &mut Control, deadline: Instant) -> Result<(Committed<'g>, Result<()>)> {
+    pub fn commit(mut self, control: &mut Control, deadline: Instant) -> Result<(Committed, Result<()>)> {
         self.guest.guest().seal()?;
-        let guest = self.guest.disarm();
+        self.guest.disarm();
         let sent = control.send(&Message::Commit, deadline);
-        Ok((Committed { guest, started: self.started, since: self.since, blackout: self.blackout }, sent))
+        Ok((Committed { started: self.started, since: self.since, blackout: self.blackout }, sent))
     }
 }
 
-impl Committed<'_> {
+impl Committed {
     /// The blackout, now that the destination runs the guest and needed `resume_us` for it.
     #[must_use]
     pub fn blackout(&self, resume_us: u64) -> Blackout {

@@ -118,6 +118,32 @@ impl MemoryRegion {
         Ok(())
     }
 
+    /// Whether every byte of the range is zero, at some moment while it was looked at. Offset and length
+    /// must be multiples of 64.
+    pub fn is_zero(&self, offset: usize, len: usize) -> Result<bool> {
+        const WORDS: usize = 8;
+        self.check(offset, len)?;
+        if !offset.is_multiple_of(64) || !len.is_multiple_of(64) {
+            return Err(Error::Bounds {
+                what: format!("{len} bytes at {offset:#x} are not whole cache lines"),
+            });
+        }
+        let mut word = self.as_ptr().wrapping_add(offset).cast_const().cast::<u64>();
+        for _ in 0..len / (WORDS * 8) {
+            let mut any = 0;
+            for _ in 0..WORDS {
+                // SAFETY: within the range that was checked, and aligned, as mappings begin on a page.
+                // Volatile, because somebody may write it meanwhile.
+                any |= unsafe { word.read_volatile() };
+                word = word.wrapping_add(1);
+            }
+            if any != 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Has the kernel make every page of the range present and writable now, so that nobody faults
     /// on it later (`MADV_POPULATE_WRITE`, Linux 5.14).
     pub fn populate(&self, offset: usize, len: usize) -> Result<()> {
@@ -197,6 +223,23 @@ mod tests {
         assert!(region.slice(0, 8192).is_ok());
         assert!(region.slice(1, 8192).is_err());
         assert!(region.slice(usize::MAX, 2).is_err());
+    }
+
+    #[test]
+    fn one_byte_that_is_not_zero_is_found_wherever_it_is() {
+        let region = MemoryRegion::anonymous(8192).unwrap();
+        assert!(region.is_zero(0, 8192).unwrap());
+        for at in [0, 63, 64, 4095, 4096, 8191] {
+            region.write(at, &[1]).unwrap();
+            assert!(!region.is_zero(0, 8192).unwrap(), "{at}");
+            assert_eq!(region.is_zero(4096, 4096).unwrap(), at < 4096);
+            region.write(at, &[0]).unwrap();
+        }
+        assert!(
+            region.is_zero(1, 64).is_err()
+                && region.is_zero(0, 65).is_err()
+                && region.is_zero(8192, 64).is_err()
+        );
     }
 
     #[test]

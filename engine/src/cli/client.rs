@@ -20,7 +20,8 @@ pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
     cancel_on_signal(&runtime, name)?;
     let mut display = Display::open();
     let report = loop {
-        match client.next_reply()? {
+        // Without its supervisor's word nobody here knows how it ended.
+        match client.next_reply().map_err(|e| Error::Unknown(e.chain()))? {
             Reply::Progress(progress) => display.show(&progress),
             Reply::Report(report) => break report,
             Reply::Refused { text } => {
@@ -126,7 +127,7 @@ pub fn summary(report: &MigrationReport) -> String {
     let ms = |us: u64| us as f64 / 1e3;
     let blackout = &report.blackout_us;
     let mut text = format!(
-        "moved in {:.2} s over {} ({} lane{}), {} written, {} never touched and not sent, {} control messages\n",
+        "moved in {:.2} s over {} ({} lane{}), {} written, {} untouched or zero and not sent, {} control messages\n",
         report.total_us as f64 / 1e6,
         report.transport,
         report.lanes,

@@ -255,9 +255,11 @@ fn supervise(name: &str) -> Result<(Claim, Shared, Inbox)> {
 
 fn run(args: &RunArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
-    let (claim, shared, inbox) = supervise(&args.name)?;
+    let (mut claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;
+    claim.forget_guest();
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
+    claim.keep_guest();
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
         args.name,
@@ -280,7 +282,7 @@ fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
 
 fn attach(args: AttachArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
-    let (mut claim, shared, inbox) = supervise(&args.name)?;
+    let (claim, shared, inbox) = supervise(&args.name)?;
     let found = match (args.pid, args.qmp) {
         (Some(pid), Some(qmp)) => Some((pid, qmp)),
         _ => runtime
@@ -294,8 +296,6 @@ fn attach(args: AttachArgs) -> Result<u8> {
             args.name
         )));
     };
-    // Whatever fails from here on, the guest is not ours to forget.
-    claim.leave_guest();
     let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Instant::now() + ATTACH_MAX)?;
     match qemu.status()?.as_str() {
         "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),

@@ -75,6 +75,11 @@ pub trait SourceGuest: Send {
     /// Starts to follow writes. Everything already in memory counts as not written.
     fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>>;
 
+    /// Returns when no device transfer that was under way at the call is any more. Called between a harvest
+    /// and the first byte that is read of its pages: a transfer by DMA into pinned pages (direct disk I/O)
+    /// is reported as a write when it begins, not when it ends.
+    fn settle_io(&mut self) -> Result<()>;
+
     /// Does what can be done ahead of the blackout, with the guest still running.
     fn arm(&mut self) -> Result<()>;
 
@@ -85,19 +90,21 @@ pub trait SourceGuest: Send {
     /// Starts to save the device state, which goes on by itself until [`Self::save`] takes it.
     fn begin_save(&mut self) -> Result<()>;
 
-    /// Hands the device state to `sink`, piece by piece, while it is being made.
+    /// Hands the device state to `sink`, piece by piece, while it is being made; an empty piece every now
+    /// and then where there is none, so that `sink` can end the wait.
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()>;
 
     /// The last act before Commit is sent: from here on nothing on this host, whatever dies, may let
     /// the guest run again by itself.
     fn seal(&mut self) -> Result<()>;
 
-    /// Takes back everything since `arm`; the guest runs again if it ran before. Must work from
-    /// any state, must be safe to call twice, and lifts the seal: it is called only when the guest
-    /// can never run at the destination.
+    /// Takes back everything since `settle_io` and `arm`; the guest runs again if it ran before. Must work
+    /// from any state, may be called again (after an error it tries anew), and lifts the seal: it is
+    /// called only when the guest can never run at the destination.
     fn resume(&mut self) -> Result<()>;
 
-    /// Ends the guest here: it runs at the destination.
+    /// Ends the guest here: it runs at the destination. For the embedder, after the migration; not called
+    /// by the engine.
     fn end(&mut self) -> Result<()>;
 }
 
@@ -106,7 +113,8 @@ pub trait DestinationGuest: Send {
     /// What it is; must equal the source's.
     fn describe(&self) -> GuestDescription;
 
-    /// Its memory, mapped writable in this process.
+    /// Its memory, mapped writable in this process, and all zeros until the source writes it
+    /// ([`GuestMemory::make_zero`]).
     fn memory(&self) -> &Arc<GuestMemory>;
 
     /// A check, usable from anywhere, that whoever will run the guest still lives.
@@ -115,12 +123,13 @@ pub trait DestinationGuest: Send {
     /// Takes the device state from the first `len` bytes of `state`. All memory has arrived.
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()>;
 
-    /// Commit has come: from here on the guest must run here, even if this process dies.
-    fn seal(&mut self) -> Result<()>;
+    /// Commit has come: from here on the guest must run here, if it ran before, even if this process dies.
+    fn seal(&mut self, was_running: bool) -> Result<()>;
 
-    /// Lets the vCPUs run, if they ran at the source.
+    /// Lets the vCPUs run, if they ran at the source. [`crate::Error::Unknown`] if it cannot be told whether
+    /// they do; any other error means that they do not.
     fn run(&mut self, was_running: bool) -> Result<()>;
 
-    /// Throws the copy away; it never runs.
-    fn discard(&mut self);
+    /// Throws the copy away. When it returns `Ok` the guest does not run here and never will.
+    fn discard(&mut self) -> Result<()>;
 }

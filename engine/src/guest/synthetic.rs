@@ -354,6 +354,10 @@ impl SourceGuest for SyntheticSource {
         Ok(Box::new(PagemapSource::new(own_userfaultfd()?, std::process::id(), vec![range])?))
     }
 
+    fn settle_io(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     fn arm(&mut self) -> Result<()> {
         Ok(())
     }
@@ -444,7 +448,7 @@ impl DestinationGuest for SyntheticDestination {
         Ok(())
     }
 
-    fn seal(&mut self) -> Result<()> {
+    fn seal(&mut self, _was_running: bool) -> Result<()> {
         self.sealed = true;
         Ok(())
     }
@@ -470,15 +474,16 @@ impl DestinationGuest for SyntheticDestination {
         Ok(())
     }
 
-    fn discard(&mut self) {
+    fn discard(&mut self) -> Result<()> {
         (self.state, self.running) = (None, None);
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::destination::Reception;
+    use crate::destination::{Reception, Served};
     use crate::policy::WhenStuck;
     use crate::progress::Monitor;
     use crate::report::Outcome;
@@ -504,7 +509,8 @@ mod tests {
         let receiver = std::thread::spawn(move || {
             let (mut reception, mut guest) = (reception, SyntheticDestination::new(pages).unwrap());
             let incoming = reception.doorway().next(Instant::now() + Duration::from_secs(10)).unwrap();
-            reception.serve(incoming, &mut guest).unwrap().unwrap();
+            let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+            assert!(matches!(served, Served::Received(_)), "{served:?}");
             guest.into_source().unwrap()
         });
         let report = migrate(&mut source, &options, &Monitor::default());

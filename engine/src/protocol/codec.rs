@@ -3,12 +3,16 @@
 
 use super::message::{Abort, Message};
 use crate::error::{Error, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 /// Longest body. The largest honest message is an Offer of a fragmented guest, a few MiB.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
+
+/// How often a watched wait looks up.
+const WATCH_EVERY: Duration = Duration::from_millis(50);
 
 /// One control connection, and the count of what went over it.
 #[derive(Debug)]
@@ -65,8 +69,19 @@ impl Control {
     pub fn send(&mut self, message: &Message, deadline: Instant) -> Result<()> {
         let frame = encode(message)?;
         let what = || format!("sending {} to the peer", message.name());
-        self.stream.set_write_timeout(Some(remaining(deadline, &what)?)).map_err(|e| Error::os(what(), e))?;
-        self.stream.write_all(&frame).map_err(|e| timeout_or(e, what()))?;
+        let mut rest = frame.as_slice();
+        while !rest.is_empty() {
+            // Anew for each piece: a peer that takes one byte at a time must not stretch the deadline.
+            self.stream
+                .set_write_timeout(Some(remaining(deadline, &what)?))
+                .map_err(|e| Error::os(what(), e))?;
+            match self.stream.write(rest) {
+                Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::WriteZero))),
+                Ok(n) => rest = &rest[n..],
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(timeout_or(e, what())),
+            }
+        }
         self.messages += 1;
         tracing::debug!(message = message.name(), bytes = frame.len(), "sent");
         Ok(())
@@ -89,6 +104,31 @@ impl Control {
         self.messages += 1;
         tracing::debug!(message = message.name(), bytes = length, "received");
         Ok(message)
+    }
+
+    /// Whether something can be read, or the connection has ended, within this time.
+    pub fn readable(&self, wait: Duration) -> Result<bool> {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        match poll(&mut fds, Some(&wait)) {
+            Ok(ready) => Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => Ok(false),
+            Err(e) => Err(Error::os("waiting at the control connection", e)),
+        }
+    }
+
+    /// Like [`Self::receive`], and asks `watch` every [`WATCH_EVERY`] whether to go on.
+    pub fn receive_watched(
+        &mut self,
+        expected: &'static str,
+        deadline: Instant,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Message> {
+        while !self.readable(WATCH_EVERY.min(deadline.saturating_duration_since(Instant::now())))? {
+            watch()?;
+            remaining(deadline, &|| format!("waiting for {expected} from the peer"))?;
+        }
+        self.receive(expected, deadline)
     }
 
     /// Says why this side gives up, as far as the connection still carries it.

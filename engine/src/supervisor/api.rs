@@ -75,7 +75,7 @@ pub enum State {
     Hosting,
     /// The guest is being moved away.
     Migrating,
-    /// A migration ended in doubt; the guest is stopped.
+    /// A migration ended in doubt, or with a guest that could not be let run again; it is stopped.
     Unknown,
 }
 
@@ -204,7 +204,7 @@ fn answer(
     };
     let (reply, replies) = bounded(0);
     let reply = Answer(reply);
-    match request {
+    let monitor = match request {
         Request::Status => {
             let mut status = shared.status();
             status.progress =
@@ -222,7 +222,10 @@ fn answer(
             };
             return send(client, &answer);
         }
-        Request::Settle { run } => order(orders, Order::Settle { run, reply }),
+        Request::Settle { run } => {
+            order(orders, Order::Settle { run, reply });
+            None
+        }
         Request::Migrate(options) => {
             // Looked at and taken in one step, so that of two requests one is refused.
             let mut state = State::Migrating;
@@ -237,10 +240,10 @@ fn answer(
             }
             let monitor = Monitor::default();
             *lock() = Some(monitor.clone());
-            order(orders, Order::Migrate { options, monitor, reply });
+            order(orders, Order::Migrate { options, monitor: monitor.clone(), reply });
+            Some(monitor)
         }
-    }
-    let monitor = lock().clone();
+    };
     let mut watching = true;
     loop {
         match replies.recv_timeout(PROGRESS_EVERY) {

@@ -44,6 +44,8 @@ pub struct Claim {
     dir: RuntimeDir,
     /// Holds the flock.
     _lock: File,
+    /// Until the guest is known to be gone: without its record and its QMP socket nobody could ever reach
+    /// it again.
     keep_record: bool,
 }
 
@@ -110,7 +112,7 @@ impl RuntimeDir {
             }
             Err(e) => return Err(Error::os(format!("locking {}", path.display()), e)),
         }
-        Ok(Claim { name: name.into(), dir: self.clone(), _lock: lock, keep_record: false })
+        Ok(Claim { name: name.into(), dir: self.clone(), _lock: lock, keep_record: true })
     }
 
     /// What is known of a guest whose supervisor may be gone.
@@ -178,9 +180,14 @@ impl Claim {
         std::fs::write(&path, text).map_err(|e| Error::os(format!("writing {}", path.display()), e))
     }
 
-    /// Leaves the record behind: the guest goes on without this supervisor.
-    pub fn leave_guest(&mut self) {
+    /// Leaves the record behind when the claim ends, as is the default.
+    pub fn keep_guest(&mut self) {
         self.keep_record = true;
+    }
+
+    /// Takes the record away with the claim: the guest is gone, or never was.
+    pub fn forget_guest(&mut self) {
+        self.keep_record = false;
     }
 }
 

@@ -161,14 +161,41 @@ pub fn outside_writers(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<String>> 
             names.push(format!("{kind} ({id})"));
         }
     }
+    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }), deadline)?;
+    let nvme = nodes.as_array().is_some_and(|nodes| nodes.iter().any(|node| node["drv"] == "nvme"));
+    if nvme {
+        names.push("nvme:// disk".into());
+    }
     Ok(names)
+}
+
+/// Whether a disk of the guest is read past the host's page cache. The kernel then pins guest pages and
+/// the disk writes them by DMA, which write-protection reports when the transfer begins, not when it
+/// ends; see [`crate::guest::SourceGuest::settle_io`].
+pub fn has_direct_io(qmp: &mut Qmp, deadline: Instant) -> Result<bool> {
+    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }), deadline)?;
+    Ok(nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_direct)))
+}
+
+/// A block node whose transfers may go by DMA: opened with `cache.direct`, or a device passed through.
+fn is_direct(node: &Value) -> bool {
+    node["cache"]["direct"] == true || matches!(node["drv"].as_str(), Some("host_device" | "iscsi" | "rbd"))
 }
 
 /// Types of devices, network back ends and objects whose other half is another process or hardware.
 fn is_outside(kind: &str) -> bool {
-    ["vhost-user", "vhost-vdpa", "vfio-", "x-vfio-", "ivshmem", "x-pci-proxy", "cryptodev-vhost-user"]
-        .iter()
-        .any(|prefix| kind.starts_with(prefix))
+    [
+        "vhost-user",
+        "vhost-vdpa",
+        "vhost-scsi",
+        "vfio-",
+        "x-vfio-",
+        "ivshmem",
+        "x-pci-proxy",
+        "cryptodev-vhost-user",
+    ]
+    .iter()
+    .any(|prefix| kind.starts_with(prefix))
 }
 
 /// Lines of `info qtree` look like `dev: vfio-pci, id "gpu"`.

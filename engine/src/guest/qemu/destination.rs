@@ -2,7 +2,7 @@
 
 use super::guardian::{Guardian, Side};
 use super::process::Qemu;
-use super::stream::{self, Incoming, QMP_MAX, STATE_MAX, Settings};
+use super::stream::{self, Incoming, STATE_MAX, Settings};
 use crate::error::{Error, Result};
 use crate::guest::{DestinationGuest, GuestDescription, Liveness};
 use crate::memory::GuestMemory;
@@ -11,8 +11,10 @@ use serde_json::json;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+/// For QEMU to take over the disks and let the vCPUs run.
+const CONT_MAX: Duration = Duration::from_secs(60);
 /// Bytes copied out of the state region at once.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -29,10 +31,13 @@ impl QemuDestination {
     /// Makes a destination of a QEMU that was started with `-S -incoming defer`.
     pub fn new(mut qemu: Qemu) -> Result<Self> {
         // Late activation: no lock on a disk image before the guest is ours.
-        let settings =
-            Settings::impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
+        let settings = Settings::read(&mut qemu.qmp)?;
+        settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
         let stream = Incoming::start(&mut qemu.qmp)?.into_stream();
+        // Firmware and tables that QEMU laid into guest memory; the source's will come.
+        qemu.memory().make_zero()?;
         let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.qmp_path())?;
+        guardian.entrust(&settings)?;
         Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian) })
     }
 
@@ -89,27 +94,47 @@ impl DestinationGuest for QemuDestination {
         }
     }
 
-    fn seal(&mut self) -> Result<()> {
-        self.guardian.as_ref().map_or(Ok(()), Guardian::seal)
+    fn seal(&mut self, was_running: bool) -> Result<()> {
+        let Some(guardian) = &self.guardian else { return Ok(()) };
+        guardian.was_running(was_running)?;
+        guardian.seal()
     }
 
     fn run(&mut self, was_running: bool) -> Result<()> {
         if was_running {
-            self.qemu.qmp.execute("cont", json!({}), Instant::now() + QMP_MAX)?;
+            self.cont()?;
         }
         if let Some(guardian) = self.guardian.take() {
-            // Sending it home waits for its end, which the guest need not wait for.
-            std::thread::spawn(move || guardian.finish());
+            guardian.finish();
         }
         Ok(())
     }
 
-    fn discard(&mut self) {
-        if let Err(e) = self.qemu.kill() {
-            tracing::error!(error = %e.chain(), "the unfinished copy of the guest could not be ended");
-        }
+    fn discard(&mut self) -> Result<()> {
+        self.qemu.kill()?;
         if let Some(guardian) = self.guardian.take() {
             guardian.finish();
+        }
+        Ok(())
+    }
+}
+
+impl QemuDestination {
+    /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a disk's
+    /// lock and then succeed.
+    fn cont(&mut self) -> Result<()> {
+        let deadline = Instant::now() + CONT_MAX;
+        match self.qemu.qmp.execute("cont", json!({}), deadline) {
+            Ok(_) => Ok(()),
+            Err(e @ Error::Qmp { .. }) => match self.qemu.is_running() {
+                Ok(false) => Err(e),
+                Ok(true) => Ok(()),
+                Err(doubt) => Err(Error::Unknown(doubt.chain())),
+            },
+            Err(doubt) => Err(Error::Unknown(format!(
+                "the guest is this host's, but QEMU did not say that it runs: {}",
+                doubt.chain()
+            ))),
         }
     }
 }

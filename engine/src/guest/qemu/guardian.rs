@@ -11,9 +11,11 @@
 //! | sealed        | leave it stopped: Commit may be out | let the guest run: it is ours |
 //! | finished      | nothing                       | nothing                          |
 //!
-//! The byte lies in shared memory, so sealing it costs nothing in the blackout and cannot fail.
+//! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as they were,
+//! lie behind the two. All of it is shared memory, so sealing costs nothing in the blackout.
 
 use super::qmp::Qmp;
+use super::stream::Settings;
 use crate::error::{Error, Result};
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fd::AsFd;
@@ -36,8 +38,12 @@ const RESCUE_MAX: Duration = Duration::from_secs(30);
 /// Pause between two attempts at it.
 const RESCUE_EVERY: Duration = Duration::from_millis(5);
 
-/// Size of the shared memory; one byte of it is used.
-const FLAG_BYTES: usize = 4096;
+/// Size of the shared memory, and where in it what lies.
+const SHARED_BYTES: usize = 64 << 10;
+const FLAG_AT: usize = 0;
+const WAS_RUNNING_AT: usize = 1;
+/// Length (u32, little endian) and JSON of [`Settings`].
+const SETTINGS_AT: usize = 4;
 
 /// Which side it guards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -60,7 +66,7 @@ enum Flag {
 /// The supervisor's handle. Dropping it without [`Guardian::finish`] has the guardian act.
 #[derive(Debug)]
 pub struct Guardian {
-    flag: Arc<MemoryRegion>,
+    shared: Arc<MemoryRegion>,
     lifeline: Option<ChildStdin>,
     child: Child,
 }
@@ -71,8 +77,11 @@ impl Guardian {
         let starting = |e| Error::os("starting the guardian process", e);
         let memfd = memfd_create("pageferry-guardian", MemfdFlags::CLOEXEC)
             .map_err(|e| Error::os("creating a memfd", e))?;
-        ftruncate(&memfd, FLAG_BYTES as u64).map_err(|e| Error::os("sizing a memfd", e))?;
-        let flag = MemoryRegion::map_shared(memfd.as_fd(), 0, FLAG_BYTES, Access::Write)?;
+        ftruncate(&memfd, SHARED_BYTES as u64).map_err(|e| Error::os("sizing a memfd", e))?;
+        let shared = MemoryRegion::map_shared(memfd.as_fd(), 0, SHARED_BYTES, Access::Write)?;
+        // Until somebody says otherwise: a guest that runs by mistake can be paused again, one that stands
+        // still by mistake is an outage.
+        shared.write(WAS_RUNNING_AT, &[1])?;
         let mut child = Command::new("/proc/self/exe")
             .arg0("pageferry")
             .args(["guardian", "--side", if side == Side::Source { "source" } else { "destination" }])
@@ -89,7 +98,7 @@ impl Guardian {
         let Some(stdout) = child.stdout.take() else {
             return Err(starting(std::io::ErrorKind::BrokenPipe.into()));
         };
-        let guardian = Self { flag, lifeline, child };
+        let guardian = Self { shared, lifeline, child };
         let mut fds = [rustix::event::PollFd::new(&stdout, rustix::event::PollFlags::IN)];
         let wait = rustix::event::Timespec { tv_sec: READY_MAX.as_secs() as i64, tv_nsec: 0 };
         rustix::event::poll(&mut fds, Some(&wait))
@@ -103,6 +112,33 @@ impl Guardian {
             ));
         }
         Ok(guardian)
+    }
+
+    /// QEMU's settings, to be restored by whoever puts the guest right.
+    pub fn entrust(&self, settings: &Settings) -> Result<()> {
+        let json = serde_json::to_vec(settings)
+            .map_err(|e| Error::os("keeping QEMU's settings", std::io::Error::from(e)))?;
+        if SETTINGS_AT + 4 + json.len() > SHARED_BYTES {
+            return Err(Error::Guest("QEMU has more migration settings than could be kept".into()));
+        }
+        self.shared.write(SETTINGS_AT + 4, &json)?;
+        Ok(self.shared.write(SETTINGS_AT, &(json.len() as u32).to_le_bytes())?)
+    }
+
+    /// Whether the guest ran before, and so is to run again.
+    pub fn was_running(&self, ran: bool) -> Result<()> {
+        Ok(self.shared.write(WAS_RUNNING_AT, &[u8::from(ran)])?)
+    }
+
+    /// Fails if it is not on duty any more.
+    pub fn check(&mut self) -> Result<()> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => Err(Error::Guest(format!(
+                "the guardian process ended ({status}); without it the guest would be lost if this process died in the blackout"
+            ))),
+            Err(e) => Err(Error::os("looking after the guardian process", e)),
+        }
     }
 
     /// From here on the source's guest never runs again by itself, the destination's always will.
@@ -122,13 +158,16 @@ impl Guardian {
             let _ = self.child.kill();
         }
         drop(self.lifeline.take());
-        if let Err(e) = self.child.wait() {
-            tracing::debug!(error = %e, "guardian");
+        // Its end frees its entry in the process table; nothing else waits for it.
+        let mut child = self.child;
+        let waiting = std::thread::Builder::new().name("guardian-end".into()).spawn(move || child.wait());
+        if let Err(e) = waiting {
+            tracing::debug!(error = %e, "no thread to wait for the guardian's end");
         }
     }
 
     fn set(&self, flag: Flag) -> Result<()> {
-        Ok(self.flag.write(0, &[flag as u8])?)
+        Ok(self.shared.write(FLAG_AT, &[flag as u8])?)
     }
 }
 
@@ -153,7 +192,7 @@ pub struct GuardianArgs {
 pub fn main(args: &GuardianArgs) -> Result<()> {
     let file =
         File::options().read(true).open(&args.flag).map_err(|e| Error::os("opening the shared byte", e))?;
-    let flag = MemoryRegion::map_shared(file.as_fd(), 0, FLAG_BYTES, Access::Read)?;
+    let shared = MemoryRegion::map_shared(file.as_fd(), 0, SHARED_BYTES, Access::Read)?;
     let pid = i32::try_from(args.pid)
         .ok()
         .and_then(Pid::from_raw)
@@ -170,13 +209,14 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
     let mut end = [0; 1];
     let _ = std::io::stdin().read(&mut end);
 
-    let mut byte = [0; 1];
-    flag.read(0, &mut byte)?;
-    let (open, sealed) = (byte[0] == Flag::Open as u8, byte[0] == Flag::Sealed as u8);
+    let mut bytes = [0; 2];
+    shared.read(FLAG_AT, &mut bytes)?;
+    let (open, sealed) = (bytes[0] == Flag::Open as u8, bytes[0] == Flag::Sealed as u8);
+    let rescue = || put_right(&args.qmp, bytes[1] == 1, settings_in(&shared).as_ref());
     match args.side {
         Side::Source if open => {
             eprintln!("pageferry: the supervisor died during a migration; letting the guest run on here");
-            let_run(&args.qmp)
+            rescue()
         }
         Side::Source if sealed => {
             eprintln!(
@@ -191,37 +231,36 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
             eprintln!(
                 "pageferry: the supervisor died while it took over the guest; letting the guest run here"
             );
-            let_run(&args.qmp)
+            rescue()
         }
         _ => Ok(()),
     }
 }
 
-/// Cancels what is left of a migration and lets the vCPUs run, trying again until it is so: QEMU may
-/// still be busy with the end of the migration.
-pub fn let_run(qmp: &Path) -> Result<()> {
+/// The settings that the supervisor entrusted, if it came to that.
+fn settings_in(shared: &MemoryRegion) -> Option<Settings> {
+    let mut length = [0; 4];
+    shared.read(SETTINGS_AT, &mut length).ok()?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length == 0 || length > SHARED_BYTES {
+        return None;
+    }
+    let mut json = vec![0; length];
+    shared.read(SETTINGS_AT + 4, &mut json).ok()?;
+    serde_json::from_slice(&json).ok()
+}
+
+/// Cancels what is left of a migration, lets the vCPUs run if they ran before, and restores QEMU's
+/// settings; tries again until it is so: QEMU may still be busy with the end of the migration.
+fn put_right(qmp: &Path, was_running: bool, settings: Option<&Settings>) -> Result<()> {
     let deadline = Instant::now() + RESCUE_MAX;
     loop {
         let attempt = Qmp::connect(qmp, deadline).and_then(|mut qmp| {
-            // Refused where no migration is under way, which is fine.
-            let _ = qmp.execute("migrate_cancel", json!({}), deadline);
-            loop {
-                let status = qmp.execute("query-migrate", json!({}), deadline)?;
-                let status = status.get("status").and_then(|s| s.as_str()).unwrap_or("none");
-                if !super::stream::under_way(status) {
-                    break;
-                }
-                std::thread::sleep(RESCUE_EVERY);
-                if Instant::now() >= deadline {
-                    return Err(Error::Timeout { what: "waiting for QEMU to end its migration".into() });
-                }
+            super::stream::cancel(&mut qmp)?;
+            if was_running {
+                qmp.execute("cont", json!({}), deadline)?;
             }
-            qmp.execute("cont", json!({}), deadline)?;
-            let status = qmp.execute("query-status", json!({}), deadline)?;
-            match status.get("running").and_then(serde_json::Value::as_bool) {
-                Some(true) => Ok(()),
-                _ => Err(Error::Guest("QEMU does not let the guest run yet".into())),
-            }
+            settings.map_or(Ok(()), |settings| settings.restore(&mut qmp))
         });
         match attempt {
             Ok(()) => return Ok(()),

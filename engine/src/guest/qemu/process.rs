@@ -119,10 +119,10 @@ impl Qemu {
         Arc::clone(&self.pidfd)
     }
 
-    /// Whether the vCPUs run.
+    /// Whether the vCPUs run, or sleep by the guest's own wish (ACPI S3) and must wake up by themselves.
     pub fn is_running(&mut self) -> Result<bool> {
         let status = self.qmp.execute("query-status", json!({}), Instant::now() + QMP_MAX)?;
-        Ok(status.get("running").and_then(Value::as_bool).unwrap_or(false))
+        Ok(status["running"] == true || status["status"] == "suspended")
     }
 
     /// QEMU's own word for its state: `running`, `paused`, `postmigrate`.

@@ -8,13 +8,13 @@ use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
 use crate::error::{Error, Result};
-use crate::guest::{GuestDescription, Liveness, SourceGuest};
-use crate::memory::GuestMemory;
+use crate::guest::{BlockDescription, GuestDescription, Liveness, SourceGuest};
+use crate::memory::{GuestMemory, SlotSource};
 use crate::policy::FixedCosts;
 use pageferry_transport::Access;
 use serde_json::json;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Device state beside the RAM blocks in QEMU's stream: some 100 KiB a device at the very most.
 const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
@@ -24,21 +24,33 @@ const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 const FIXED_COSTS: FixedCosts =
     FixedCosts { pause_us: 400, harvest_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
 
+/// For a guest whose migration failed to run again. QEMU may be busy with its disks.
+const RESUME_MAX: Duration = Duration::from_secs(30);
+/// Pause between two attempts at it.
+const RESUME_EVERY: Duration = Duration::from_millis(20);
+
 /// See the [module](self).
 #[derive(Debug)]
 pub struct QemuSource {
     qemu: Qemu,
+    /// On duty from the first moment in which we stop the guest.
+    guardian: Option<Guardian>,
     armed: Option<Armed>,
+    /// Whether disk transfers go past the page tables; see [`SourceGuest::settle_io`].
+    direct_io: bool,
     /// Whether the vCPUs ran when that was asked last.
     was_running: bool,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
+    /// See [`Self::is_sealed`].
+    sealed: bool,
+    /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
+    postmigrate_is_ours: bool,
 }
 
 /// What `arm` set up and `resume` takes down.
 #[derive(Debug)]
 struct Armed {
-    guardian: Guardian,
     settings: Settings,
     outgoing: Option<Outgoing>,
 }
@@ -47,7 +59,16 @@ impl QemuSource {
     /// Makes a source of a QEMU that was taken up.
     #[must_use]
     pub fn new(qemu: Qemu) -> Self {
-        Self { qemu, armed: None, was_running: false, stopped: false }
+        Self {
+            qemu,
+            guardian: None,
+            armed: None,
+            direct_io: false,
+            was_running: false,
+            stopped: false,
+            sealed: false,
+            postmigrate_is_ours: false,
+        }
     }
 
     /// The QEMU itself.
@@ -55,8 +76,80 @@ impl QemuSource {
         &mut self.qemu
     }
 
+    /// Whether Commit may have been sent, so that only its answer, or the operator, may let the guest run.
+    #[must_use]
+    pub fn is_sealed(&self) -> bool {
+        self.sealed
+    }
+
     fn armed(&mut self) -> Result<&mut Armed> {
         self.armed.as_mut().ok_or_else(|| Error::Guest("the switchover was not armed".into()))
+    }
+
+    fn guardian(&mut self) -> Result<&mut Guardian> {
+        let guardian = match self.guardian.take() {
+            Some(guardian) => guardian,
+            None => Guardian::start(Side::Source, self.qemu.pid(), self.qemu.qmp_path())?,
+        };
+        Ok(self.guardian.insert(guardian))
+    }
+
+    /// Stops the vCPUs, with a guardian that knows of it.
+    fn stop(&mut self) -> Result<()> {
+        let was_running = self.was_running;
+        let guardian = self.guardian()?;
+        guardian.check()?;
+        guardian.was_running(was_running)?;
+        self.stopped = was_running;
+        self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
+        Ok(())
+    }
+
+    fn cont(&mut self) -> Result<()> {
+        self.qemu.qmp.execute("cont", json!({}), Instant::now() + QMP_MAX)?;
+        self.stopped = false;
+        Ok(())
+    }
+
+    /// One attempt at [`SourceGuest::resume`].
+    fn try_resume(&mut self) -> Result<()> {
+        stream::cancel(&mut self.qemu.qmp)?;
+        if self.stopped {
+            self.cont()?;
+        } else if self.armed.is_some() && !self.was_running {
+            self.postmigrate_is_ours = true;
+        }
+        if let Some(armed) = &self.armed {
+            armed.settings.restore(&mut self.qemu.qmp)?;
+        }
+        Ok(())
+    }
+
+    fn refuse_what_escapes_tracking(&mut self, deadline: Instant) -> Result<()> {
+        let writers = blocks::outside_writers(&mut self.qemu.qmp, deadline)?;
+        if writers.is_empty() {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "the guest has devices that write its memory from outside QEMU's process, where no tracking sees it: {}; \
+             unplug them (vhost-net in the kernel, virtio and emulated devices are fine)",
+            writers.join(", ")
+        )))
+    }
+
+    fn refuse_changed_memory(&mut self, deadline: Instant) -> Result<()> {
+        let pid = self.qemu.pid();
+        let now = blocks::find(&mut self.qemu.qmp, pid, Access::Read, deadline)?;
+        let known = &self.qemu.description().blocks;
+        let same = |(now, known): (&SlotSource, &BlockDescription)| {
+            now.name == known.name && now.bytes == known.bytes
+        };
+        if now.shared.len() == known.len() && now.shared.iter().zip(known).all(same) {
+            return Ok(());
+        }
+        Err(Error::refused(
+            "the guest's memory was changed since it was taken up (hot-plug): end this supervisor and `pageferry attach` again",
+        ))
     }
 }
 
@@ -67,33 +160,18 @@ impl SourceGuest for QemuSource {
 
     fn preflight(&mut self) -> Result<()> {
         let deadline = Instant::now() + QMP_MAX;
-        let writers = blocks::outside_writers(&mut self.qemu.qmp, deadline)?;
-        if !writers.is_empty() {
-            return Err(Error::refused(format!(
-                "the guest has devices that write its memory from outside QEMU's process, where no tracking sees it: {}; \
-                 unplug them (vhost-net in the kernel, virtio and emulated devices are fine)",
-                writers.join(", ")
-            )));
-        }
-        let pid = self.qemu.pid();
-        let now = blocks::find(&mut self.qemu.qmp, pid, Access::Read, deadline)?;
-        let described = |name: &str, bytes: u64| {
-            self.qemu.description().blocks.iter().any(|b| b.name == name && b.bytes == bytes)
-        };
-        if now.shared.len() != self.qemu.description().blocks.len()
-            || !now.shared.iter().all(|b| described(&b.name, b.bytes))
-        {
-            return Err(Error::refused(
-                "the guest's memory was changed since it was taken up (hot-plug): end this supervisor and `pageferry attach` again",
-            ));
-        }
+        self.refuse_what_escapes_tracking(deadline)?;
+        self.refuse_changed_memory(deadline)?;
+        self.direct_io = blocks::has_direct_io(&mut self.qemu.qmp, deadline)?;
         let status = self.qemu.status()?;
-        if !matches!(status.as_str(), "running" | "paused" | "suspended") {
+        let movable = matches!(status.as_str(), "running" | "paused" | "suspended" | "prelaunch")
+            || (status == "postmigrate" && self.postmigrate_is_ours);
+        if !movable {
             return Err(Error::refused(format!(
                 "the guest is in QEMU's state {status:?}; only one that runs or is paused can be moved"
             )));
         }
-        let migration = self.qemu.qmp.execute("query-migrate", json!({}), Instant::now() + QMP_MAX)?;
+        let migration = self.qemu.qmp.execute("query-migrate", json!({}), deadline)?;
         let migration = migration.get("status").and_then(serde_json::Value::as_str).unwrap_or("none");
         if stream::under_way(migration) {
             return Err(Error::refused(format!(
@@ -151,24 +229,29 @@ impl SourceGuest for QemuSource {
         Ok(Box::new(PagemapSource::new(uffd, self.qemu.pid(), ranges.collect())?))
     }
 
-    fn arm(&mut self) -> Result<()> {
-        let guardian = Guardian::start(Side::Source, self.qemu.pid(), self.qemu.qmp_path())?;
-        let settings = match Settings::impose(&mut self.qemu.qmp, &["x-ignore-shared", "events"]) {
-            Ok(settings) => settings,
-            Err(e) => {
-                guardian.finish();
-                return Err(e);
-            }
-        };
-        let armed = self.armed.insert(Armed { guardian, settings, outgoing: None });
-        armed.outgoing = Some(Outgoing::start(&mut self.qemu.qmp)?);
+    fn settle_io(&mut self) -> Result<()> {
+        // Stopping the vCPUs is the one thing by which QEMU waits for every transfer of every device.
+        if self.direct_io && self.is_running()? {
+            self.stop()?;
+            self.cont()?;
+        }
         Ok(())
     }
 
+    fn arm(&mut self) -> Result<()> {
+        let settings = Settings::read(&mut self.qemu.qmp)?;
+        self.guardian()?.entrust(&settings)?;
+        let armed = self.armed.insert(Armed { settings, outgoing: None });
+        armed.settings.impose(&mut self.qemu.qmp, &["x-ignore-shared", "events"])?;
+        armed.outgoing = Some(Outgoing::start(&mut self.qemu.qmp)?);
+        // What was plugged in during the rounds. From here on QEMU plugs nothing.
+        let deadline = Instant::now() + QMP_MAX;
+        self.refuse_what_escapes_tracking(deadline)?;
+        self.refuse_changed_memory(deadline)
+    }
+
     fn pause(&mut self) -> Result<()> {
-        self.stopped = self.was_running;
-        self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
-        Ok(())
+        self.stop()
     }
 
     fn begin_save(&mut self) -> Result<()> {
@@ -185,37 +268,41 @@ impl SourceGuest for QemuSource {
     }
 
     fn seal(&mut self) -> Result<()> {
-        self.armed()?.guardian.seal()
+        self.guardian()?.seal()?;
+        self.sealed = true;
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {
-        let Some(armed) = self.armed.take() else { return Ok(()) };
-        // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is refused.
-        drop(armed.outgoing);
-        armed.guardian.unseal()?;
-        let resumed = stream::cancel(&mut self.qemu.qmp).and_then(|()| {
-            if std::mem::take(&mut self.stopped) {
-                self.qemu.qmp.execute("cont", json!({}), Instant::now() + QMP_MAX)?;
-            }
-            Ok(())
-        });
-        match resumed {
-            Ok(()) => {
-                armed.guardian.finish();
-                armed.settings.restore(&mut self.qemu.qmp)
-            }
-            // Left on duty, and let go of: it tries by its own means once this process lets go of QMP.
-            Err(e) => {
-                drop(armed.guardian);
-                Err(e)
-            }
+        let Some(guardian) = &self.guardian else { return Ok(()) };
+        guardian.unseal()?;
+        self.sealed = false;
+        if let Some(armed) = &mut self.armed {
+            // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is refused.
+            armed.outgoing = None;
         }
+        let alive = self.qemu.liveness();
+        let deadline = Instant::now() + RESUME_MAX;
+        while let Err(e) = self.try_resume() {
+            alive()?;
+            if Instant::now() >= deadline {
+                return Err(e);
+            }
+            std::thread::sleep(RESUME_EVERY);
+        }
+        self.armed = None;
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
+        }
+        Ok(())
     }
 
     fn end(&mut self) -> Result<()> {
-        if let Some(armed) = self.armed.take() {
-            armed.guardian.finish();
+        self.armed = None;
+        let ended = self.qemu.quit();
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
         }
-        self.qemu.quit()
+        ended
     }
 }

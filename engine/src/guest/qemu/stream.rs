@@ -24,8 +24,13 @@ pub const STATE_MAX: Duration = Duration::from_secs(30);
 const HELD_BYTES: usize = 4096;
 /// A send buffer that takes a whole device state without a pause.
 const OPEN_BYTES: usize = 8 << 20;
+/// How often a wait for QEMU looks up whether to go on.
+const LOOK_UP_EVERY: Duration = Duration::from_millis(50);
 /// Bytes read from the stream at once.
 const PIECE_BYTES: usize = 256 << 10;
+
+/// QEMU cleans up in its main loop, in about a millisecond, and no event tells when.
+const YANK_LOOK_EVERY: Duration = Duration::from_millis(1);
 
 /// The name under which QEMU keeps our end of the stream.
 const FD_NAME: &str = "pageferry-stream";
@@ -37,60 +42,61 @@ pub fn under_way(status: &str) -> bool {
 }
 
 /// Migration settings as the operator left them.
-#[derive(Debug)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Settings {
     capabilities: Vec<Value>,
     parameters: Value,
 }
 
 impl Settings {
-    /// Remembers QEMU's settings and makes them ours: `on` on and every other capability off, no bound on
-    /// bandwidth, and any downtime allowed, so that QEMU goes to the end once it is let.
-    pub fn impose(qmp: &mut Qmp, on: &[&str]) -> Result<Self> {
+    /// Asks QEMU for its settings.
+    pub fn read(qmp: &mut Qmp) -> Result<Self> {
         let deadline = Instant::now() + QMP_MAX;
-        let found = qmp.execute("query-migrate-capabilities", json!({}), deadline)?;
-        let capabilities = found.as_array().cloned().unwrap_or_default();
-        let parameters = qmp.execute("query-migrate-parameters", json!({}), deadline)?;
-        let settings = Self { capabilities, parameters };
-        let known = |name: &str| settings.capabilities.iter().any(|c| c["capability"] == name);
+        let capabilities = qmp.execute("query-migrate-capabilities", json!({}), deadline)?;
+        let all = qmp.execute("query-migrate-parameters", json!({}), deadline)?;
+        let mut parameters = serde_json::Map::new();
+        for name in ["max-bandwidth", "downtime-limit"] {
+            if let Some(value) = all.get(name) {
+                parameters.insert(name.into(), value.clone());
+            }
+        }
+        Ok(Self {
+            capabilities: capabilities.as_array().cloned().unwrap_or_default(),
+            parameters: Value::Object(parameters),
+        })
+    }
+
+    /// Makes QEMU's settings ours: `on` on and every other capability off, no bound on bandwidth, and any
+    /// downtime allowed, so that QEMU goes to the end once it is let.
+    pub fn impose(&self, qmp: &mut Qmp, on: &[&str]) -> Result<()> {
+        let deadline = Instant::now() + QMP_MAX;
+        let known = |name: &str| self.capabilities.iter().any(|c| c["capability"] == name);
         if let Some(missing) = on.iter().find(|name| !known(name)) {
+            let version = qmp.version();
             return Err(Error::refused(format!(
-                "this QEMU ({}) does not know {missing}: 6.0 or newer is needed",
-                qmp.version()
+                "this QEMU ({version}) does not know {missing}: 8.0 or newer is needed"
             )));
         }
-        let changes: Vec<Value> = settings
-            .capabilities
-            .iter()
-            .filter_map(|c| {
-                let name = c["capability"].as_str()?;
-                let wanted = on.contains(&name);
-                (c["state"].as_bool() != Some(wanted)).then(|| json!({ "capability": name, "state": wanted }))
-            })
-            .collect();
+        let wanted = self.capabilities.iter().filter_map(|c| {
+            let name = c["capability"].as_str()?;
+            let wanted = on.contains(&name);
+            (c["state"].as_bool() != Some(wanted)).then(|| json!({ "capability": name, "state": wanted }))
+        });
+        let changes: Vec<Value> = wanted.collect();
         if !changes.is_empty() {
             qmp.execute("migrate-set-capabilities", json!({ "capabilities": changes }), deadline)?;
         }
         // A TiB a second and the longest downtime that QEMU accepts: no bounds.
-        qmp.execute(
-            "migrate-set-parameters",
-            json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 }),
-            deadline,
-        )?;
-        Ok(settings)
+        let unbounded = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
+        qmp.execute("migrate-set-parameters", unbounded, deadline)?;
+        Ok(())
     }
 
     /// Puts everything back as it was.
     pub fn restore(&self, qmp: &mut Qmp) -> Result<()> {
         let deadline = Instant::now() + QMP_MAX;
-        let mut parameters = serde_json::Map::new();
-        for name in ["max-bandwidth", "downtime-limit"] {
-            if let Some(value) = self.parameters.get(name) {
-                parameters.insert(name.into(), value.clone());
-            }
-        }
         qmp.execute("migrate-set-capabilities", json!({ "capabilities": self.capabilities }), deadline)?;
-        qmp.execute("migrate-set-parameters", Value::Object(parameters), deadline)?;
+        qmp.execute("migrate-set-parameters", self.parameters.clone(), deadline)?;
         Ok(())
     }
 }
@@ -143,17 +149,14 @@ impl Outgoing {
         let what = "reading the device state from QEMU";
         self.open()?;
         let mut ours = self.ours;
+        ours.set_read_timeout(Some(LOOK_UP_EVERY)).map_err(|e| Error::os(what, e))?;
         let mut piece = vec![0; PIECE_BYTES];
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::Timeout { what: what.into() });
-            }
-            ours.set_read_timeout(Some(left)).map_err(|e| Error::os(what, e))?;
             match ours.read(&mut piece) {
                 Ok(0) => break,
                 Ok(n) => sink(&piece[..n])?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => sink(&[])?,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     return Err(Error::Timeout { what: what.into() });
                 }
@@ -199,16 +202,31 @@ fn pair() -> Result<(UnixStream, OwnedFd)> {
     Ok((UnixStream::from(ours), theirs))
 }
 
-/// Ends whatever migration QEMU is busy with, and waits until it has.
+/// Ends whatever migration QEMU is busy with, and waits until all of it is over.
 pub fn cancel(qmp: &mut Qmp) -> Result<()> {
     let deadline = Instant::now() + QMP_MAX;
     loop {
         let status = qmp.execute("query-migrate", json!({}), deadline)?;
         if !under_way(status.get("status").and_then(Value::as_str).unwrap_or("none")) {
-            return Ok(());
+            break;
         }
         qmp.execute("migrate_cancel", json!({}), deadline)?;
         qmp.wait_event(deadline, |e| is_migration(e, &["cancelled", "failed", "completed"]))?;
+    }
+    // QEMU 10 aborts if a migration begins while the one before still holds its yank instance.
+    loop {
+        let yanks = match qmp.execute("query-yank", json!({}), deadline) {
+            Ok(yanks) => yanks,
+            Err(Error::Qmp { .. }) => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        if !yanks.as_array().is_some_and(|list| list.iter().any(|yank| yank["type"] == "migration")) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout { what: "waiting for QEMU to clean up its migration".into() });
+        }
+        std::thread::sleep(YANK_LOOK_EVERY);
     }
 }
 
