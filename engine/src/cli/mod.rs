@@ -255,8 +255,8 @@ fn supervise(name: &str) -> Result<(Claim, Shared, Inbox)> {
 
 fn run(args: &RunArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
-    let (claim, shared, inbox) = supervise(&args.name)?;
-    refuse_left_behind(&runtime, &args.name)?;
+    let (mut claim, shared, inbox) = supervise(&args.name)?;
+    refuse_left_behind(&runtime, &mut claim)?;
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
@@ -268,12 +268,16 @@ fn run(args: &RunArgs) -> Result<u8> {
 }
 
 /// A guest of this name that lost its supervisor must not lose its record too.
-fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
-    match runtime.record(name).filter(crate::supervisor::runtime::Record::alive) {
-        Some(record) => Err(Error::refused(format!(
-            "a guest named {name} runs without a supervisor (QEMU pid {}): take it up with `pageferry attach {name}`, or choose another name",
-            record.pid
-        ))),
+fn refuse_left_behind(runtime: &RuntimeDir, claim: &mut Claim) -> Result<()> {
+    match runtime.record(claim.name()).filter(crate::supervisor::runtime::Record::alive) {
+        Some(record) => {
+            claim.leave_guest();
+            let name = claim.name();
+            Err(Error::refused(format!(
+                "a guest named {name} runs without a supervisor (QEMU pid {}): take it up with `pageferry attach {name}`, or choose another name",
+                record.pid
+            )))
+        }
         None => Ok(()),
     }
 }
@@ -312,8 +316,8 @@ fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let address = session::resolve(&args.listen)?;
     session::check_exposure(address, args.insecure)?;
     let runtime = RuntimeDir::open()?;
-    let (claim, shared, inbox) = supervise(&args.name)?;
-    refuse_left_behind(&runtime, &args.name)?;
+    let (mut claim, shared, inbox) = supervise(&args.name)?;
+    refuse_left_behind(&runtime, &mut claim)?;
     let reception = Reception::new(Doorway::open(address)?);
     receive(claim, shared, inbox, &args.qemu, reception)
 }
