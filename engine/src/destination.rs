@@ -102,7 +102,8 @@ impl Reception {
             guest.discard();
             self.discarded.push_front(token);
             self.discarded.truncate(DISCARDED_MAX);
-            control.abort(&e.chain(), false, Instant::now() + SETUP_MAX);
+            // Only a check before the first byte is a refusal: no room, above all.
+            control.abort(&e.chain(), matches!(e, Error::Refused(_)), Instant::now() + SETUP_MAX);
         }
         Some(result)
     }
