@@ -309,9 +309,8 @@ table! {
     loaded_control_connection_cut: "loaded", CutControl => [1], Source;
     loaded_source_frozen: "loaded", FreezeSource => [3], Source;
     loaded_destination_frozen: "loaded", FreezeDestination => [1], Source;
-    // All data is there: nothing more is to come on it.
-    loaded_lane_cut: "loaded", CutLanes => [0], Destination;
-    // The whole guest is at the destination, and goes on there.
+    // The whole guest is at the destination, and goes on there. (Lanes cannot be cut any more: the destination
+    // has closed them.)
     loaded_source_qemu_killed: "loaded", KillSourceQemu => [0], Destination;
 }
 
@@ -321,7 +320,6 @@ table! {
     owner_source_qemu_killed: "owner", KillSourceQemu => [0], Destination;
     // It did not run there yet, and cannot any more; the destination says so.
     owner_destination_qemu_killed: "owner", KillDestinationQemu => [1], Source;
-    owner_lane_cut: "owner", CutLanes => [0], Destination;
     owner_control_connection_cut: "owner", CutControl => [0], Destination;
     owner_destination_frozen: "owner", FreezeDestination => [0], Destination;
     owner_source_frozen: "owner", FreezeSource => [0, 3], Destination;
@@ -329,7 +327,6 @@ table! {
     committed_source_supervisor_killed: "committed", KillSourceSupervisor => [3], Destination;
     committed_destination_supervisor_killed: "committed", KillDestinationSupervisor => [0], Destination;
     committed_source_qemu_killed: "committed", KillSourceQemu => [0], Destination;
-    committed_lane_cut: "committed", CutLanes => [0], Destination;
     committed_control_connection_cut: "committed", CutControl => [0], Destination;
     committed_source_frozen: "committed", FreezeSource => [0], Destination;
     committed_destination_frozen: "committed", FreezeDestination => [0], Destination;
