@@ -1,13 +1,25 @@
 //! Lets a test hold a migration in a chosen stage, so that it can kill, cut or freeze something just
 //! there. The binary that is tested is the binary that is shipped: this costs one look at a variable.
 //!
-//! `PAGEFERRY_HOLD=rounds:2000,loaded:500` sleeps so many milliseconds when the named point is reached,
-//! and says so on stderr. Points: `setup`, `rounds`, `switchover`, `committed` (source); `filling`,
-//! `loaded`, `owner` (destination).
+//! `PAGEFERRY_HOLD=rounds:2000,loaded:9000:/tmp/held` sleeps so many milliseconds when the named point is
+//! reached, or only until the file that is named behind them is gone, and says so on stderr. Points:
+//! `setup`, `rounds`, `switchover`, `committed` (source); `filling`, `loaded`, `owner` (destination).
 
 use crate::progress::Stage;
+use std::path::PathBuf;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How often a hold looks whether its file is still there.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// Where to hold, for how long, and the file that ends it.
+#[derive(Debug, PartialEq, Eq)]
+struct Hold {
+    point: String,
+    time: Duration,
+    file: Option<PathBuf>,
+}
 
 /// Sleeps if the environment says so for this stage of the source.
 pub fn at(stage: Stage) {
@@ -23,20 +35,48 @@ pub fn at(stage: Stage) {
 
 /// Sleeps if the environment says so for this point.
 pub fn point(name: &str) {
-    static POINTS: OnceLock<Vec<(String, Duration)>> = OnceLock::new();
-    let points =
-        POINTS.get_or_init(|| std::env::var("PAGEFERRY_HOLD").map(|text| parse(&text)).unwrap_or_default());
-    if let Some((_, time)) = points.iter().find(|(held, _)| held == name) {
-        eprintln!("pageferry: held at {name} for {} ms", time.as_millis());
-        std::thread::sleep(*time);
+    static HOLDS: OnceLock<Vec<Hold>> = OnceLock::new();
+    let holds =
+        HOLDS.get_or_init(|| std::env::var("PAGEFERRY_HOLD").map(|text| parse(&text)).unwrap_or_default());
+    let Some(hold) = holds.iter().find(|hold| hold.point == name) else { return };
+    if hold.file.as_ref().is_some_and(|file| !file.exists()) {
+        return;
+    }
+    eprintln!("pageferry: held at {name} for {} ms", hold.time.as_millis());
+    let until = Instant::now() + hold.time;
+    while Instant::now() < until && hold.file.as_ref().is_none_or(|file| file.exists()) {
+        std::thread::sleep(LOOK_EVERY.min(hold.time));
     }
 }
 
-fn parse(text: &str) -> Vec<(String, Duration)> {
+fn parse(text: &str) -> Vec<Hold> {
     text.split(',')
         .filter_map(|part| {
-            let (name, ms) = part.split_once(':')?;
-            Some((name.to_owned(), Duration::from_millis(ms.parse().ok()?)))
+            let mut words = part.splitn(3, ':');
+            let (point, ms, file) = (words.next()?, words.next()?, words.next());
+            Some(Hold {
+                point: point.to_owned(),
+                time: Duration::from_millis(ms.parse().ok()?),
+                file: file.map(PathBuf::from),
+            })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holds_are_read_from_the_variable() {
+        let hold = |point: &str, ms, file: Option<&str>| Hold {
+            point: point.into(),
+            time: Duration::from_millis(ms),
+            file: file.map(PathBuf::from),
+        };
+        assert_eq!(
+            parse("rounds:20,loaded:9000:/tmp/held,odd,also:odd"),
+            [hold("rounds", 20, None), hold("loaded", 9000, Some("/tmp/held"))]
+        );
+    }
 }

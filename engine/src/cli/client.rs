@@ -20,8 +20,7 @@ pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
     cancel_on_signal(&runtime, name)?;
     let mut display = Display::open();
     let report = loop {
-        // Without its supervisor's word nobody here knows how it ended.
-        match client.next_reply().map_err(|e| Error::Unknown(e.chain()))? {
+        match client.next_reply().map_err(|e| lost_sight(name, &e))? {
             Reply::Progress(progress) => display.show(&progress),
             Reply::Report(report) => break report,
             Reply::Refused { text } => {
@@ -41,6 +40,16 @@ pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
         print!("{}", summary(&report));
     }
     Ok(report.exit_status())
+}
+
+/// The supervisor died, or is frozen: where the guest runs is not known here, and "aborted" would say that
+/// it is.
+fn lost_sight(name: &str, error: &Error) -> Error {
+    Error::Unknown(format!(
+        "how the migration of {name} ended is not known here ({}); `pageferry list` shows whether the guest is here, and \
+         `pageferry attach {name}` takes it up again",
+        error.chain()
+    ))
 }
 
 /// A Ctrl-C asks the supervisor to cancel; this command then waits for how it ended.

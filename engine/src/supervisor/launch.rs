@@ -2,8 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::{GuestCommand, Role};
-use crate::guest::qemu::process::Qemu;
+use crate::guest::qemu::process::{Qemu, ended};
 use pageferry_transport::Access;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::Child;
@@ -11,6 +12,9 @@ use std::time::{Duration, Instant};
 
 /// For QEMU to open its monitor. Preallocating a terabyte takes minutes, and the user asked for it.
 const START_MAX: Duration = Duration::from_secs(600);
+/// For a QEMU that has hung up to be gone.
+const EXIT_MAX: Duration = Duration::from_secs(2);
+
 /// Starts QEMU and takes it up. On failure no process is left.
 pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)> {
     // The name is ours by its lock, so a socket that is still there is a dead QEMU's.
@@ -27,6 +31,12 @@ pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)
     let access = if role == Role::Source { Access::Read } else { Access::Write };
     Qemu::attach(child.id(), qmp, access, Instant::now() + START_MAX)
         .map_err(|e| {
+            // It hangs up a moment before it has ended, and why it did so is on its stderr.
+            if matches!(e, Error::Guest(_))
+                && let Ok(pidfd) = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
+            {
+                let _ = ended(&pidfd, EXIT_MAX);
+            }
             let ended = child.try_wait().ok().flatten();
             let _ = child.kill();
             let _ = child.wait();

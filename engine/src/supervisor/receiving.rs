@@ -4,7 +4,7 @@
 use super::api::State;
 use super::hosting::Hosting;
 use super::launch::launch;
-use super::runtime::Claim;
+use super::runtime::{Claim, Record};
 use super::{Inbox, Shared, say, watch_end};
 use crate::destination::{Reception, Served};
 use crate::error::{Error, Result};
@@ -35,7 +35,11 @@ pub fn receive(
     claim.forget_guest();
     loop {
         let (mut child, qemu) = launch(user, Role::Destination, &claim.path("qmp"))?;
-        let mut guest = match QemuDestination::new(qemu) {
+        // From Commit on the guest may outlive this supervisor, and must be found then.
+        let prepared = Record::of(qemu.pid(), qemu.qmp_path())
+            .and_then(|record| claim.remember(&record))
+            .and_then(|()| QemuDestination::new(qemu));
+        let mut guest = match prepared {
             Ok(guest) => guest,
             Err(e) => {
                 end(&mut child);

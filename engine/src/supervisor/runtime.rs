@@ -153,10 +153,14 @@ impl Record {
     }
 }
 
-/// Field 22 of /proc/PID/stat; fields are counted after the command's closing parenthesis.
+/// Field 22 of /proc/PID/stat, unless field 3 says that the process has ended: nobody may ever reap a QEMU
+/// whose supervisor died, as in a container without an init. Fields are counted after the command's closing
+/// parenthesis.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    let ended = matches!(fields.next()?, "Z" | "X");
+    fields.nth(18)?.parse().ok().filter(|_| !ended)
 }
 
 impl Claim {
@@ -240,6 +244,20 @@ mod tests {
             assert!(check_name(name).is_err(), "{name:?}");
         }
         assert!(check_name("db-1.prod_x").is_ok());
+    }
+
+    #[test]
+    fn a_process_that_nobody_reaps_is_not_alive() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let record = Record::of(child.id(), Path::new("/x")).unwrap();
+        assert!(record.alive());
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while record.alive() {
+            assert!(std::time::Instant::now() < deadline, "a zombie counts as alive");
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
     }
 
     #[test]

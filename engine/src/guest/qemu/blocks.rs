@@ -21,6 +21,7 @@ use rustix::fs::{fstat, fstatfs};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -63,7 +64,11 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
     let blocks = parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
     let backends = backends(qmp, deadline)?;
     let maps_path = format!("/proc/{pid}/maps");
-    let maps = fs::read_to_string(&maps_path).map_err(|e| Error::os(format!("reading {maps_path}"), e))?;
+    let maps = fs::read_to_string(&maps_path).map_err(|e| match e.kind() {
+        // Looking at a process' memory asks for the same permission as tracing it.
+        ErrorKind::PermissionDenied => super::inject::seize_refused(pid as i32, rustix::io::Errno::PERM),
+        _ => Error::os(format!("reading {maps_path}"), e),
+    })?;
     let maps: Vec<Mapping> = maps.lines().filter_map(Mapping::parse).collect();
     let mut found = GuestBlocks { shared: Vec::new(), unshared: Vec::new() };
     for block in blocks {

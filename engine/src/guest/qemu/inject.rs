@@ -362,7 +362,8 @@ fn vdso_in(maps: &str) -> Option<(u64, u64)> {
     (start < end && end - start <= BYTES_MAX).then_some((start, end))
 }
 
-fn seize_refused(pid: i32, errno: Errno) -> Error {
+/// Why a process may not be traced, and so not be looked into either, with the mend.
+pub(super) fn seize_refused(pid: i32, errno: Errno) -> Error {
     if errno == Errno::SRCH {
         return Error::refused(format!("there is no process {pid}"));
     }

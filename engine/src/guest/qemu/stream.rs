@@ -113,6 +113,8 @@ pub struct Outgoing {
     ours: UnixStream,
     /// A second handle of QEMU's end while it is held back: only to widen its buffer.
     theirs: Option<OwnedFd>,
+    /// QEMU's own time of its beginning, since the epoch: tells its events from an earlier migration's.
+    begun_us: u64,
 }
 
 impl Outgoing {
@@ -125,14 +127,18 @@ impl Outgoing {
         // What is known of an earlier attempt must not be taken for this one's.
         qmp.drain_events()?;
         qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd(), deadline)?;
+        qmp.drain_events()?;
         qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }), deadline)?;
-        // Whatever set-up fails, fails now, with the guest running. `active` comes after the set-up.
-        let begun =
-            qmp.wait_event(deadline, |e| is_migration(e, &["active", "failed", "cancelled", "completed"]))?;
+        // Whatever set-up fails, fails now, with the guest running. `active` comes after the set-up. The end
+        // of an earlier migration that was cancelled may still be on its way, ahead of our `setup`.
+        let setup = qmp.wait_event(deadline, |e| is_migration(e, &["setup"]))?;
+        let begun = qmp.wait_event(deadline, |e| {
+            e.at_us >= setup.at_us && is_migration(e, &["active", "failed", "cancelled", "completed"])
+        })?;
         if !is_migration(&begun, &["active"]) {
             return Err(migration_error(qmp, "QEMU cannot save this guest's devices"));
         }
-        Ok(Self { ours, theirs: Some(theirs) })
+        Ok(Self { ours, theirs: Some(theirs), begun_us: begun.at_us })
     }
 
     /// Lets QEMU go on.
@@ -163,7 +169,9 @@ impl Outgoing {
                 Err(e) => return Err(Error::os(what, e)),
             }
         }
-        let end = qmp.wait_event(deadline, |e| is_migration(e, &["completed", "failed", "cancelled"]))?;
+        let end = qmp.wait_event(deadline, |e| {
+            e.at_us >= self.begun_us && is_migration(e, &["completed", "failed", "cancelled"])
+        })?;
         if is_migration(&end, &["completed"]) {
             Ok(())
         } else {

@@ -1,0 +1,128 @@
+//! The Linux guest of docs/guest.md: it writes memory, checks every value that it reads back, and says so
+//! on its serial console. Two QEMUs may run it in turn; each has a console of its own.
+
+use crate::stage::Stage;
+use crate::words::Words;
+use crate::{SOON, eventually};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// For the guest to boot, or to check all of its memory, under software emulation on a busy machine.
+pub const BOOT_MAX: Duration = Duration::from_secs(180);
+
+/// How the guest is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Linux {
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Memory that it writes over and over, in MiB.
+    pub written_mib: u32,
+    /// Memory that it fills once and then checks, in MiB.
+    pub touched_mib: u32,
+    /// MB a second that it writes.
+    pub rate: u32,
+}
+
+impl Linux {
+    /// The QEMU command for a guest of this name, with a console at `NAME.console` in the stage.
+    ///
+    /// # Panics
+    /// If the guest's images are missing.
+    #[must_use]
+    pub fn qemu(&self, stage: &Stage, name: &str) -> String {
+        let images = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.cache/guest");
+        let (kernel, initrd) = (images.join("vmlinuz"), images.join("initramfs.gz"));
+        assert!(
+            kernel.is_file() && initrd.is_file(),
+            "{} lacks the guest: run scripts/guest-image",
+            images.display()
+        );
+        let chardev =
+            format!("socket,id=console,path={},server=on,wait=off", console_path(stage, name).display());
+        // The stage splits at spaces, and the kernel's command line has some: tabs do as well.
+        let append = format!(
+            "console=ttyS0\tquiet\tpanic=-1\ttsc=reliable\tpf.mib={}\tpf.touch={}\tpf.rate={}",
+            self.written_mib, self.touched_mib, self.rate
+        );
+        format!(
+            "qemu-system-x86_64 -accel tcg -machine q35 -m {} -nodefaults -display none -chardev {chardev} \
+             -serial chardev:console -kernel {} -initrd {} -append {append}",
+            self.memory_mib,
+            kernel.display(),
+            initrd.display()
+        )
+    }
+}
+
+fn console_path(stage: &Stage, name: &str) -> PathBuf {
+    stage.path(&format!("{name}.console"))
+}
+
+/// The console of one QEMU.
+#[derive(Debug)]
+pub struct Console {
+    words: Words,
+    writer: UnixStream,
+}
+
+impl Console {
+    /// Connects to it.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn open(stage: &Stage, name: &str) -> Self {
+        let path = console_path(stage, name);
+        let writer = eventually(&format!("the console of {name}"), SOON, || UnixStream::connect(&path).ok());
+        Self { words: Words::of(writer.try_clone().expect("a second handle")), writer }
+    }
+
+    /// Waits for the next line with this text.
+    ///
+    /// # Panics
+    /// At the deadline; and if the guest has found damage.
+    #[must_use]
+    pub fn wait(&self, mark: usize, text: &str, wait: Duration) -> (String, usize) {
+        let found = self.words.wait_after(mark, text, wait);
+        let damage = self.words.lines().into_iter().find(|l| l.contains("CORRUPT") || l.contains("FAILED"));
+        assert_eq!(damage, None, "the guest found damage");
+        found
+    }
+
+    /// Waits until the guest is up and writes.
+    pub fn wait_ready(&self) {
+        let _ = self.wait(0, "WORKLOAD READY", BOOT_MAX);
+    }
+
+    /// Waits for the guest's next status line, in which it must have written more than `before` pages and
+    /// found no error. Returns what it has written so far.
+    ///
+    /// # Panics
+    /// If it has not.
+    pub fn progress_since(&self, before: u64) -> u64 {
+        let (line, _) = self.wait(self.words.mark(), "WORKLOAD t=", SOON);
+        let written = number(&line, "writes=");
+        assert!(written > before, "the guest does not write: {line}");
+        assert_eq!(number(&line, "errors="), 0, "{line}");
+        written
+    }
+
+    /// Has the guest check all of its memory now.
+    ///
+    /// # Panics
+    /// If anything is lost.
+    pub fn verdict(&mut self) {
+        let mark = self.words.mark();
+        self.writer.write_all(b"verdict\n").expect("the console takes a line");
+        let (line, _) = self.wait(mark, "WORKLOAD VERDICT", BOOT_MAX);
+        assert!(line.contains("VERDICT intact") && number(&line, "errors=") == 0, "{line}");
+    }
+}
+
+/// The number behind `key` in a line of the guest.
+fn number(line: &str, key: &str) -> u64 {
+    let word = line.split_whitespace().find_map(|word| word.strip_prefix(key));
+    word.and_then(|word| word.parse().ok()).unwrap_or_else(|| panic!("no {key} in {line:?}"))
+}

@@ -1,0 +1,91 @@
+//! What can be seen of a process and of a QEMU from outside, without its supervisor.
+
+use crate::{LOOK_EVERY, SOON};
+use pageferry::guest::qemu::qmp::Qmp;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// One look at a QEMU must not hold up the test if its monitor is busy.
+const ONE_LOOK: Duration = Duration::from_secs(3);
+
+/// Whether the process runs (a zombie does not).
+#[must_use]
+pub fn alive(pid: u32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
+    !matches!(state.as_deref(), None | Some("Z" | "X"))
+}
+
+/// Waits for the end of a process.
+///
+/// # Panics
+/// If it lives on.
+pub fn wait_gone(pid: u32) {
+    crate::eventually(&format!("process {pid} ends"), SOON, || (!alive(pid)).then_some(()));
+}
+
+/// Sends a signal; a process that is gone already is no error.
+pub fn signal(pid: u32, signal: Signal) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// The state that QEMU itself reports (`running`, `paused`, `inmigrate`...), asked on the test's own
+/// monitor; nothing if no QEMU answers there.
+#[must_use]
+pub fn guest_state(monitor: &Path) -> Option<String> {
+    let answer = ask(monitor, "query-status", json!({}))?;
+    answer.get("status").and_then(Value::as_str).map(str::to_owned)
+}
+
+/// One QMP command on the test's own monitor.
+#[must_use]
+pub fn ask(monitor: &Path, command: &str, arguments: Value) -> Option<Value> {
+    let deadline = Instant::now() + ONE_LOOK;
+    Qmp::connect(monitor, deadline).ok()?.execute(command, arguments, deadline).ok()
+}
+
+/// Number of mappings of a process whose writes somebody follows (`uw`: userfaultfd write-protect).
+#[must_use]
+pub fn tracked_mappings(pid: u32) -> usize {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    flags.filter(|flags| flags.split_whitespace().any(|flag| flag == "uw")).count()
+}
+
+/// Number of open descriptors.
+#[must_use]
+pub fn descriptors(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// The processes whose command line holds all of these texts.
+#[must_use]
+pub fn processes_with(texts: &[&str]) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id() && alive(*pid))
+        .filter(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line);
+            texts.iter().all(|text| line.contains(text))
+        })
+        .collect()
+}
+
+/// Ends every process whose command line holds this text, and waits for it.
+pub fn sweep(text: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let left = processes_with(&[text]);
+        if left.is_empty() || Instant::now() >= deadline {
+            return;
+        }
+        left.iter().for_each(|pid| signal(*pid, Signal::KILL));
+        std::thread::sleep(LOOK_EVERY);
+    }
+}

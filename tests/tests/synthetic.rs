@@ -1,0 +1,261 @@
+//! The engine over real TCP in one process, with a guest that is threads and a ledger: a hundred moves back
+//! and forth, with attempts that fail in between, and the number of control messages.
+
+use pageferry::bitmap::DirtyBitmap;
+use pageferry::destination::{Reception, Served};
+use pageferry::dirty::{DirtySource, Harvest};
+use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
+use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
+use pageferry::memory::GuestMemory;
+use pageferry::page::PageRun;
+use pageferry::policy::{FixedCosts, WhenStuck};
+use pageferry::progress::{Monitor, Stage};
+use pageferry::report::{MigrationReport, Outcome};
+use pageferry::session::Doorway;
+use pageferry::source::{MigrateOptions, migrate};
+use pageferry_tests::proxy::{Proxy, Which};
+use pageferry_tests::{SOON, eventually};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// 16 MiB, half of it touched; two threads write some 80 MB/s together.
+const SMALL: SyntheticOptions = SyntheticOptions {
+    pages: 4096,
+    touched_pages: 2048,
+    threads: 2,
+    pages_per_second: Some(10_000),
+    seed: 20_260_101,
+    discards: false,
+};
+
+/// What disturbs an attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    Nothing,
+    Cancel,
+    Cut(Which),
+}
+
+/// One attempt to move `guest` to `destination` over loopback. `trouble` strikes once the rounds have begun.
+fn attempt(
+    guest: &mut dyn SourceGuest,
+    mut destination: SyntheticDestination,
+    lanes: u8,
+    trouble: Trouble,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (MigrationReport, SyntheticDestination) {
+    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let proxy = Proxy::to(doorway.address);
+    let to: SocketAddr = if matches!(trouble, Trouble::Cut(_)) { proxy.address } else { doorway.address };
+    let mut options = MigrateOptions::to(to.to_string());
+    (options.lanes, options.downtime_us_max) = (lanes, 200_000);
+    change(&mut options);
+    let monitor = Monitor::default();
+    let report = std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let mut reception = Reception::new(doorway);
+            let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
+            let served = reception.serve(incoming, &mut destination, &mut || Ok(()));
+            // A source that lost the answer to Commit asks again for as long as this process lives.
+            reception.answer_afterwards();
+            matches!(served, Served::Received(_))
+        });
+        let watched = monitor.clone();
+        let troubling = scope.spawn(move || {
+            if trouble == Trouble::Nothing {
+                return;
+            }
+            eventually("the rounds begin", SOON, || {
+                (!matches!(watched.progress().stage, Stage::Idle | Stage::Setup)).then_some(())
+            });
+            match trouble {
+                Trouble::Cancel => watched.cancel(),
+                Trouble::Cut(which) => drop(proxy.cut(which)),
+                Trouble::Nothing => {}
+            }
+        });
+        let report = migrate(guest, &options, &monitor);
+        troubling.join().unwrap();
+        let received = receiving.join().unwrap();
+        assert_eq!(received, report.outcome == Outcome::Completed, "both sides agree: {:?}", report.reason);
+        report
+    });
+    (report, destination)
+}
+
+#[test]
+fn a_hundred_moves_back_and_forth_with_failed_attempts_between_them_lose_nothing() {
+    eprintln!("seed {}", SMALL.seed);
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let (mut moves, mut failures, mut written) = (0, 0, 0);
+    let troubles = [
+        Trouble::Nothing,
+        Trouble::Nothing,
+        Trouble::Cancel,
+        Trouble::Nothing,
+        Trouble::Cut(Which::Lanes),
+        Trouble::Nothing,
+        Trouble::Nothing,
+        Trouble::Cut(Which::Control),
+    ];
+    for (attempts, trouble) in troubles.into_iter().cycle().enumerate() {
+        if moves == 100 {
+            break;
+        }
+        assert!(attempts < 400, "{failures} of {attempts} attempts failed");
+        let lanes = [1, 2, 4][attempts % 3];
+        let destination = SyntheticDestination::new(SMALL.pages).unwrap();
+        let (report, destination) = attempt(&mut guest, destination, lanes, trouble, |options| {
+            options.verify = attempts % 10 == 0;
+            if trouble != Trouble::Nothing {
+                // Slow, so that it is still under way when it is struck.
+                options.bytes_per_second_max = Some(30_000_000);
+            }
+        });
+        match report.outcome {
+            Outcome::Completed => {
+                assert_eq!(report.lanes, u32::from(lanes));
+                assert!(report.control_messages <= 10, "{}", report.control_messages);
+                guest = destination.into_source().expect("it runs there");
+                moves += 1;
+            }
+            Outcome::Aborted => {
+                assert_ne!(trouble, Trouble::Nothing, "{:?}", report.reason);
+                assert!(destination.into_source().is_none(), "it runs here alone");
+                failures += 1;
+            }
+            Outcome::Unknown => panic!("{:?}", report.reason),
+        }
+        assert!(guest.is_running().unwrap());
+        guest.check().unwrap_or_else(|e| panic!("after attempt {attempts} ({trouble:?}): {}", e.chain()));
+        let now = guest.generations().unwrap();
+        assert!(now > written, "the guest writes");
+        written = now;
+    }
+    assert!(failures >= 30, "only {failures} attempts were struck in time");
+}
+
+#[test]
+fn a_destination_that_refuses_to_run_gives_the_guest_back() {
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let mut destination = SyntheticDestination::new(SMALL.pages).unwrap();
+    destination.refuses_to_run = true;
+    let (report, destination) = attempt(&mut guest, destination, 1, Trouble::Nothing, |_| {});
+    assert_eq!(report.outcome, Outcome::Aborted);
+    assert!(report.reason.as_ref().is_some_and(|r| r.contains("told not to run")), "{:?}", report.reason);
+    assert!(destination.into_source().is_none());
+    assert!(guest.is_running().unwrap());
+    guest.check().unwrap();
+    let destination = SyntheticDestination::new(SMALL.pages).unwrap();
+    let (report, destination) = attempt(&mut guest, destination, 1, Trouble::Nothing, |_| {});
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    destination.into_source().expect("it runs there").check().unwrap();
+}
+
+/// A synthetic guest whose tracking also reports pages that were not written, fewer each round: so many
+/// rounds, whatever the machine's speed. A page reported without need is sent once more, and that is all.
+struct ManyRounds(SyntheticSource);
+
+/// See [`ManyRounds`].
+struct Shrinking {
+    inner: Box<dyn DirtySource>,
+    pages: f64,
+}
+
+impl DirtySource for Shrinking {
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry::Result<Harvest> {
+        let harvest = self.inner.harvest(into)?;
+        into.insert(PageRun::between(0, self.pages as u64 + 1));
+        // More than the tenth that counts as progress.
+        self.pages *= 0.87;
+        Ok(harvest)
+    }
+}
+
+impl SourceGuest for ManyRounds {
+    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
+        Ok(Box::new(Shrinking { inner: self.0.start_tracking()?, pages: 4000.0 }))
+    }
+    fn describe(&self) -> GuestDescription {
+        self.0.describe()
+    }
+    fn preflight(&mut self) -> pageferry::Result<()> {
+        self.0.preflight()
+    }
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.0.memory()
+    }
+    fn state_bytes_max(&self) -> u64 {
+        self.0.state_bytes_max()
+    }
+    fn state_bytes_expected(&self) -> u64 {
+        self.0.state_bytes_expected()
+    }
+    fn fixed_costs(&self) -> FixedCosts {
+        self.0.fixed_costs()
+    }
+    fn liveness(&self) -> Liveness {
+        self.0.liveness()
+    }
+    fn may_discard(&mut self) -> pageferry::Result<bool> {
+        self.0.may_discard()
+    }
+    fn is_running(&mut self) -> pageferry::Result<bool> {
+        self.0.is_running()
+    }
+    fn settle_io(&mut self) -> pageferry::Result<()> {
+        self.0.settle_io()
+    }
+    fn arm(&mut self) -> pageferry::Result<()> {
+        self.0.arm()
+    }
+    fn pause(&mut self) -> pageferry::Result<()> {
+        self.0.pause()
+    }
+    fn begin_save(&mut self) -> pageferry::Result<()> {
+        self.0.begin_save()
+    }
+    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+        self.0.save(sink)
+    }
+    fn seal(&mut self) -> pageferry::Result<()> {
+        self.0.seal()
+    }
+    fn resume(&mut self) -> pageferry::Result<()> {
+        self.0.resume()
+    }
+    fn end(&mut self) -> pageferry::Result<()> {
+        self.0.end()
+    }
+}
+
+/// Control messages of one move of a guest of this size in this many rounds.
+fn control_messages(mib: u64, rounds: u32) -> u64 {
+    let options = SyntheticOptions {
+        pages: mib << 8,
+        touched_pages: 4096,
+        threads: 1,
+        pages_per_second: Some(100),
+        ..SMALL
+    };
+    let mut guest = ManyRounds(SyntheticSource::start(options).unwrap());
+    let destination = SyntheticDestination::new(options.pages).unwrap();
+    assert_eq!(destination.memory().bytes(), mib << 20);
+    let (report, destination) = attempt(&mut guest, destination, 2, Trouble::Nothing, |options| {
+        (options.rounds_max, options.when_stuck, options.downtime_us_max) =
+            (rounds, WhenStuck::Switchover, 1);
+    });
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    assert_eq!(report.rounds.len(), rounds as usize);
+    destination.into_source().expect("it runs there").check().unwrap();
+    report.control_messages
+}
+
+#[test]
+fn control_messages_are_as_many_for_a_large_guest_and_for_many_rounds() {
+    let counts: Vec<u64> = [(256, 3), (256, 30), (4096, 3), (4096, 30)]
+        .map(|(mib, rounds)| control_messages(mib, rounds))
+        .into();
+    assert!(counts.iter().all(|count| *count == counts[0] && *count <= 10), "{counts:?}");
+}
