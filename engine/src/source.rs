@@ -90,7 +90,7 @@ pub fn default_lanes() -> u8 {
 
 /// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is `completed`
 /// (what is left of it here is stopped for good, to be taken away with [`SourceGuest::end`]), here if it is
-/// `aborted`. If it is `unknown` the guest is stopped here.
+/// `aborted` (unless its own QEMU ended). If it is `unknown` the guest is stopped here.
 pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
     let started = Instant::now();
     let mut report = MigrationReport::new(guest.memory().bytes());
@@ -111,7 +111,10 @@ pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &
         // Also after a refusal: it costs nothing where nothing was touched.
         let reason = report.reason.take().unwrap_or_default();
         report.reason = Some(format!("{reason}; and the guest does not run here: {}", e.chain()));
-        report.outcome = Outcome::Unknown;
+        // A guest that is gone with its QEMU is not in doubt.
+        if guest.liveness()().is_ok() {
+            report.outcome = Outcome::Unknown;
+        }
     }
     monitor.enter(Stage::Done);
     report

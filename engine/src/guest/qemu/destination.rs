@@ -123,6 +123,8 @@ impl QemuDestination {
     /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a disk's
     /// lock and then succeed.
     fn cont(&mut self) -> Result<()> {
+        // A QEMU that has ended before it was told to run the guest has not run it.
+        self.qemu.liveness()()?;
         let deadline = Instant::now() + CONT_MAX;
         match self.qemu.qmp.execute("cont", json!({}), deadline) {
             Ok(_) => Ok(()),

@@ -111,6 +111,14 @@ impl QemuSource {
         Ok(())
     }
 
+    /// Nothing is to be put right any more.
+    fn stand_down(&mut self) {
+        self.armed = None;
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
+        }
+    }
+
     /// One attempt at [`SourceGuest::resume`].
     fn try_resume(&mut self) -> Result<()> {
         stream::cancel(&mut self.qemu.qmp)?;
@@ -284,25 +292,22 @@ impl SourceGuest for QemuSource {
         let alive = self.qemu.liveness();
         let deadline = Instant::now() + RESUME_MAX;
         while let Err(e) = self.try_resume() {
-            alive()?;
+            if let Err(gone) = alive() {
+                self.stand_down();
+                return Err(gone);
+            }
             if Instant::now() >= deadline {
                 return Err(e);
             }
             std::thread::sleep(RESUME_EVERY);
         }
-        self.armed = None;
-        if let Some(guardian) = self.guardian.take() {
-            guardian.finish();
-        }
+        self.stand_down();
         Ok(())
     }
 
     fn end(&mut self) -> Result<()> {
-        self.armed = None;
         let ended = self.qemu.quit();
-        if let Some(guardian) = self.guardian.take() {
-            guardian.finish();
-        }
+        self.stand_down();
         ended
     }
 }
