@@ -231,7 +231,8 @@ impl Ferry<'_> {
         self.report.bytes_written = pump.bytes_written();
         self.report.bytes_skipped = pump.bytes_skipped();
         self.report.state_bytes = drained.state_bytes();
-        let prepared = drained.prepare(control, blackout_end, &mut watch)?;
+        // The whole guest is on its way: should its QEMU die here now, it lives on there.
+        let prepared = drained.prepare(control, blackout_end, &mut || monitor.check())?;
         monitor.check()?;
 
         // The guest is the destination's.
