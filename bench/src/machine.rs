@@ -27,6 +27,8 @@ pub struct GuestOptions {
     pub initrd: PathBuf,
     /// The pageferry binary.
     pub pageferry: PathBuf,
+    /// Lanes that pageferry is asked for.
+    pub lanes: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Written over and over, in MiB.

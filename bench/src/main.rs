@@ -50,6 +50,9 @@ struct PeersArgs {
     /// Writes in MB a second; 0 is as fast as the guest can.
     #[arg(long)]
     rate: Option<u32>,
+    /// Lanes that pageferry is asked for. [default: its own]
+    #[arg(long)]
+    lanes: Option<u8>,
     /// Write every sample as JSON into this file.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -86,6 +89,7 @@ fn main() -> Result<()> {
         kernel: args.kernel,
         initrd: args.initrd,
         pageferry,
+        lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
         memory_mib: args.memory.unwrap_or(1024),
         working_mib: args.working.unwrap_or(working),
         touched_mib: args.touched.unwrap_or(touched),

@@ -101,7 +101,7 @@ fn by_pageferry(yard: &Yard, source: &mut Machine, destination: &mut Machine) ->
     }
     let report: Value = serde_json::from_slice(&output.stdout).context("the report")?;
     if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
-        eprintln!("{} rounds {}", report["blackout_us"], report["rounds"].as_array().map_or(0, Vec::len));
+        eprintln!("{} {}", report["blackout_us"], report["rounds"]);
     }
     Ok(Sample {
         total_s: report["total_us"].as_f64().unwrap_or(f64::NAN) / 1e6,

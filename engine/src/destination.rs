@@ -212,7 +212,7 @@ impl Reception {
         let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
         let accept = expose(&memory, &touched, &state, &mut target)?;
-        let prefault = Prefault::start(Arc::clone(&memory), touched)?;
+        let prefault = Prefault::start(Arc::clone(&memory), memory.unmapped(&touched))?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
 

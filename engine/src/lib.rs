@@ -1,4 +1,35 @@
 //! Live migration of virtual machines over one-sided writes.
+//!
+//! # The way of the data
+//!
+//! ```text
+//!   source                                                             destination
+//!   dirty::DirtySource   which pages were written (re-armed first)
+//!      | harvest
+//!   bitmap::DirtyBitmap  what must be sent
+//!      | runs
+//!   precopy::Pump        page::PageRun -> WorkRequest, credits, fences
+//!      | post                                                          memory::GuestMemory, all zeros,
+//!      +========= pageferry_transport: lanes, one-sided writes =======> mapped and exposed
+//!      | what was measured                                             prefault::Prefault ahead of them
+//!   policy::Policy       another round, or the switchover, or give up
+//!      |
+//!   switchover           Paused -> Drained -> Prepared -> Committed    guest::DestinationGuest: load, seal, run
+//! ```
+//!
+//! [`source::migrate`] and [`destination::Reception::serve`] read as the protocol does: eight control
+//! messages ([`protocol`]) over one connection, opened by [`session`]. Who may run the guest at each moment
+//! is decided by two small state machines without I/O ([`protocol::phase`]).
+//!
+//! # Who runs the guest
+//!
+//! [`guest`] has the two traits that a virtual machine monitor implements: [`guest::SourceGuest`] and
+//! [`guest::DestinationGuest`]. [`guest::qemu`] implements them for an unmodified, running QEMU,
+//! [`guest::synthetic`] for threads that write memory and check it.
+//!
+//! # The command
+//!
+//! [`supervisor`] holds a guest and takes orders for it, [`cli`] gives them.
 
 pub mod bitmap;
 pub mod cli;

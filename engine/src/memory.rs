@@ -1,6 +1,7 @@
 //! Guest memory as the engine sees it: slots, each a shared mapping, laid end to end on one line of
 //! pages.
 
+use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
 use pageferry_transport::{Access, LocalSlice, MemoryRegion};
@@ -8,7 +9,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// One block of guest memory: a memfd or a file in a memory file system, shared with whoever runs
 /// the guest.
@@ -68,6 +69,8 @@ pub struct SlotSource {
 pub struct GuestMemory {
     slots: Vec<MemorySlot>,
     pages: u64,
+    /// What [`Self::make_zero`] found allocated, and mapped.
+    mapped: OnceLock<DirtyBitmap>,
 }
 
 impl GuestMemory {
@@ -98,7 +101,7 @@ impl GuestMemory {
         if slots.is_empty() {
             return Err(Error::refused("the guest has no memory that could be moved"));
         }
-        Ok(Self { slots, pages })
+        Ok(Self { slots, pages, mapped: OnceLock::new() })
     }
 
     /// The slots in order.
@@ -169,18 +172,33 @@ impl GuestMemory {
     /// allocated ahead stays so, and the lanes find it mapped.
     pub fn make_zero(&self) -> Result<u64> {
         let mut zeroed = 0;
+        let mut mapped = DirtyBitmap::new(self.pages);
         for run in self.touched()? {
+            mapped.insert(run);
             let (index, offset) = self.locate(run.first.0);
             let slot = &self.slots[index];
             slot.region.populate(offset as usize, run.bytes() as usize)?;
             for page in run.first.0..run.end() {
                 if !self.is_zero(page)? {
                     self.punch(PageRun::between(page, page + 1))?;
+                    mapped.remove(PageRun::between(page, page + 1));
                     zeroed += 1;
                 }
             }
         }
+        // A second call finds the same, or less: what it would add costs a fault and no more.
+        let _ = self.mapped.set(mapped);
         Ok(zeroed)
+    }
+
+    /// The parts of these runs that are not mapped yet, as far as is known.
+    #[must_use]
+    pub fn unmapped(&self, runs: &[PageRun]) -> Vec<PageRun> {
+        let Some(mapped) = self.mapped.get() else { return runs.to_vec() };
+        let mut missing = DirtyBitmap::new(self.pages);
+        runs.iter().for_each(|run| missing.insert(*run));
+        mapped.runs(u64::MAX).for_each(|run| missing.remove(run));
+        missing.runs(u64::MAX).collect()
     }
 
     /// Whether a page reads as zeros. A hole is allocated by looking.

@@ -16,7 +16,13 @@ const ONE_LOOK: Duration = Duration::from_secs(3);
 pub fn alive(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
-    !matches!(state.as_deref(), None | Some("Z" | "X"))
+    // A process whose first thread has ended looks like a zombie while others are still ending.
+    let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    match state.as_deref() {
+        None => false,
+        Some("Z" | "X") => threads() > 1,
+        Some(_) => true,
+    }
 }
 
 /// Waits for the end of a process.

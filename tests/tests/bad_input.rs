@@ -119,7 +119,8 @@ fn garbage_on_the_receivers_port_does_not_end_its_wait() {
     ] {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(&garbage).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // It may have hung up already.
+        let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
         stream.set_read_timeout(Some(SOON)).unwrap();
         // It hangs up; with a reset where it did not read all of it.

@@ -161,6 +161,16 @@ impl Pair {
         );
     }
 
+    /// The copy has ended, and nothing of it is left: one QEMU and one guardian stand ready for the next
+    /// attempt where the receiver lives, none where it does not.
+    fn check_copy_is_gone(&self) {
+        wait_gone(self.destination_qemu);
+        let left = usize::from(self.destination.alive());
+        eventually("the copy's guardian ends", SOON, || {
+            (self.destination.guardians().len() == left).then_some(())
+        });
+    }
+
     /// Whatever the first attempt left, a second one works: with the same supervisors where they live,
     /// with new ones where they do not.
     fn second_attempt(&mut self) {
@@ -213,6 +223,9 @@ fn case(point: &str, fault: Fault, statuses: &[i32], place: Place) {
         Source => {
             eventually("the guest runs at the source", SOON, || (pair.look() == (true, false)).then_some(()));
             pair.check_source_is_as_before();
+            if point != "setup" {
+                pair.check_copy_is_gone();
+            }
             pair.second_attempt();
         }
         Destination => {
@@ -231,6 +244,9 @@ fn case(point: &str, fault: Fault, statuses: &[i32], place: Place) {
             wait_gone(pair.source_qemu);
             pair.source.end();
             pair.destination.wait_state(State::Waiting);
+            if point != "setup" {
+                pair.check_copy_is_gone();
+            }
             assert_eq!(pair.look(), (false, false));
         }
     }
@@ -404,6 +420,39 @@ fn a_guest_outlives_its_supervisor_and_attach_takes_it_up_again() {
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     destination.wait_guest_runs();
     assert_eq!(supervisor.end(), Some(0));
+}
+
+#[test]
+fn run_that_is_told_to_end_leaves_its_guest_running() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let stage = Stage::new();
+        let mut supervisor = stage.run("vm", BARE, "");
+        supervisor.wait_guest_runs();
+        let qemu = supervisor.qemu();
+        supervisor.signal(signal);
+        assert_eq!(supervisor.end(), Some(0), "after {signal:?}");
+        assert!(supervisor.guest_runs(), "after {signal:?}");
+        supervisor = stage.attach("vm", &[]);
+        assert_eq!(supervisor.qemu(), qemu);
+        // Where the guest ends, so does its supervisor, and its name is free.
+        look::signal(qemu, Signal::KILL);
+        assert_eq!(supervisor.end(), Some(0));
+        assert!(!stage.path("vm.json").exists());
+    }
+}
+
+#[test]
+fn a_receiver_that_is_told_to_end_leaves_nothing() {
+    let stage = Stage::new();
+    let mut receiver = stage.receive("dst", BARE, "");
+    let qemu = receiver.qemu();
+    assert_eq!(receiver.guardians().len(), 1);
+    receiver.signal(Signal::TERM);
+    assert_eq!(receiver.end(), Some(0));
+    wait_gone(qemu);
+    eventually("its guardian ends", SOON, || receiver.guardians().is_empty().then_some(()));
+    let listed = stage.done(&["list"]);
+    assert!(listed.stderr.contains("no guests"), "{} {}", listed.stdout, listed.stderr);
 }
 
 #[test]

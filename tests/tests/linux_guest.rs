@@ -101,7 +101,7 @@ fn a_guest_that_writes_too_fast_stays_unless_the_user_lets_it_go() {
     let console = Console::open(&stage, "src");
     console.wait_ready();
     let destination = stage.receive("dst", &guest.qemu(&stage, "dst"), "");
-    let slow = ["--downtime-max", "20ms", "--bandwidth-max", "100MB"];
+    let slow = ["--downtime-max", "200ms", "--bandwidth-max", "100MB"];
     let ended = stage.migrate("src", destination.address(), &slow).end(MOVE_MAX);
     assert_eq!(ended.status, Some(1), "{}", ended.stderr);
     for text in ["as fast as the link carries it", "--downtime-max", "--when-stuck switchover"] {

@@ -117,7 +117,7 @@ impl Control {
         }
     }
 
-    /// Like [`Self::receive`], and asks `watch` every [`WATCH_EVERY`] whether to go on.
+    /// Like [`Self::receive`], and asks `watch` every 50 ms whether to go on.
     pub fn receive_watched(
         &mut self,
         expected: &'static str,

@@ -302,7 +302,7 @@ impl Client {
         Ok(Self { lines: BufReader::new(stream) })
     }
 
-    /// The next line. A migration sends one at least every [`PROGRESS_EVERY`].
+    /// The next line. A migration sends one at least every 100 ms.
     pub fn next_reply(&mut self) -> Result<Reply> {
         let mut line = String::new();
         let lost = |e| {

@@ -131,7 +131,7 @@ impl Qemu {
         Ok(status.get("status").and_then(Value::as_str).unwrap_or("unknown").to_owned())
     }
 
-    /// Ends the process: by QMP, and if that does not help within [`END_MAX`], by force.
+    /// Ends the process: by QMP, and if that does not help within five seconds, by force.
     pub fn quit(&mut self) -> Result<()> {
         // An error here is most often QEMU being quicker than its answer.
         let _ = self.qmp.execute("quit", json!({}), Instant::now() + END_MAX);
