@@ -81,11 +81,12 @@ impl MigrateOptions {
     }
 }
 
-/// A lane is a thread at each end, and one thread fills about 30 Gb/s: half of the cores, four at most.
+/// A lane is a thread at each end: half of the cores, but two at least (measured on two cores: a lane
+/// that waits for the other end leaves its core to the other lane) and four at most.
 #[must_use]
 pub fn default_lanes() -> u8 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / 2).clamp(1, 4) as u8
+    (cores / 2).clamp(2, 4) as u8
 }
 
 /// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is `completed`

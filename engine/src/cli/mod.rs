@@ -144,7 +144,7 @@ struct MigrateArgs {
     /// What carries the data.
     #[arg(long, value_enum, default_value_t)]
     transport: Transport,
-    /// Connections to spread the data over; a thread each at both ends. [default: half of the cores, at most 4]
+    /// Connections to spread the data over; a thread each at both ends. [default: half of the cores, 2 to 4]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest time in which the guest may stand still, such as 10ms or 1s.
