@@ -54,7 +54,8 @@ pub enum Error {
     /// The guest writes faster than the link carries, and the user did not allow a longer downtime.
     #[error("{0}")]
     NotConverging(String),
-    /// Commit was sent and no answer came: who runs the guest is not known here.
+    /// Who runs the guest is not known here: Commit was sent and no answer came, QEMU did not say whether it
+    /// obeyed, or a supervisor was lost.
     #[error("{0}")]
     Unknown(String),
 }

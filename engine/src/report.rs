@@ -8,9 +8,10 @@ use serde::{Deserialize, Serialize};
 pub enum Outcome {
     /// The guest runs at the destination.
     Completed,
-    /// The guest runs at the source.
+    /// The guest runs at the source, unless its own QEMU ended.
     Aborted,
-    /// Commit was sent and no answer came; the guest is stopped at the source.
+    /// The guest is stopped at the source: Commit was sent and no answer came, or it could not be let run
+    /// again.
     Unknown,
 }
 

@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// For the destination to punch holes and expose its memory.
+/// For the destination to expose its memory.
 const ACCEPT_MAX: Duration = Duration::from_secs(60);
 /// For the destination to let the vCPUs run, and for one answer when asked again.
 const RUNNING_MAX: Duration = Duration::from_secs(20);
@@ -245,6 +245,8 @@ impl Ferry<'_> {
         let answer = sent.and_then(|()| control.receive("Running", Instant::now() + RUNNING_MAX));
         let (phase, report) = (&mut self.phase, &mut *self.report);
         let blackout = settle(committed, answer, to, session.token, phase)?;
+        drop(pump);
+        self.guest.retire(tracking);
         report.blackout_us = blackout;
         // The destination would have aborted before Ready, had its digest been another.
         report.verified = options.verify.then_some(true);

@@ -225,6 +225,9 @@ impl SourceGuest for ManyRounds {
     fn resume(&mut self) -> pageferry::Result<()> {
         self.0.resume()
     }
+    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
+        self.0.retire(tracking);
+    }
     fn end(&mut self) -> pageferry::Result<()> {
         self.0.end()
     }

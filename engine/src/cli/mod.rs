@@ -34,7 +34,8 @@ const ATTACH_MAX: Duration = Duration::from_secs(10);
 /// `pageferry receive` on the other host, and `pageferry migrate` moves it while it runs.
 ///
 /// Exit status: 0 done; 1 the migration was aborted and the guest runs on at the source; 2 bad usage or
-/// refused, nothing was touched; 3 the outcome is unknown and the guest is stopped at the source.
+/// refused, nothing was touched; 3 the outcome is not known here: the guest is stopped at the source, or
+/// its supervisor died.
 #[derive(Debug, Parser)]
 #[command(name = "pageferry", version)]
 pub struct Cli {
@@ -260,13 +261,13 @@ fn run(args: &RunArgs) -> Result<u8> {
     claim.forget_guest();
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     claim.keep_guest();
+    let pid = qemu.pid();
+    let hosting = Hosting::new(claim, shared, inbox, qemu, Some(child))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
-        args.name,
-        qemu.pid(),
-        args.name
+        args.name, pid, args.name
     ));
-    Hosting::new(claim, shared, inbox, qemu, Some(child))?.run()
+    hosting.run()
 }
 
 /// A guest of this name that lost its supervisor must not lose its record too.
@@ -299,11 +300,14 @@ fn attach(args: AttachArgs) -> Result<u8> {
     let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Instant::now() + ATTACH_MAX)?;
     match qemu.status()?.as_str() {
         "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),
-        state => say(&format!(
-            "attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}. If a migration was under way, make sure that it does not \
-             run at the destination before you use `pageferry settle {} --run`",
+        "postmigrate" => say(&format!(
+            "attached to {} (QEMU pid {pid}), which was stopped for a migration. Make sure that it does not run at the destination \
+             before you let it run here with `pageferry settle {} --run`; if it does, `--end` it here",
             args.name, args.name
         )),
+        state => {
+            say(&format!("attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}", args.name))
+        }
     }
     Hosting::new(claim, shared, inbox, qemu, None)?.run()
 }

@@ -9,13 +9,15 @@
 //!
 //! It sees every write that goes through a page table of that process: vCPUs, the process' own
 //! threads, and the kernel on its behalf (`read(2)` into guest memory, vhost-net). It does not see
-//! writes through another process' mapping of the same file. See `ioctl_userfaultfd(2)` and
+//! writes through another process' mapping of the same file. A transfer by DMA into pinned pages (direct
+//! disk I/O) is reported when it begins and not when it ends; [`crate::guest::SourceGuest::settle_io`] is
+//! there for that. See `ioctl_userfaultfd(2)` and
 //! `Documentation/admin-guide/mm/pagemap.rst` in the kernel.
 //!
 //! What a page that no page table entry maps looks like (tried on Linux 6.18; the tests hold it):
 //! the first write to it after `new` is reported, a mere read is not, and a hole that is punched into
-//! the file (a balloon's `MADV_REMOVE`) is **not** reported: whoever discards a page has no claim on
-//! its old bytes.
+//! the file (a balloon's `MADV_REMOVE`) is **not** reported: the pump looks for holes at the end
+//! ([`crate::precopy::Pump::push_holes`]).
 
 use super::{DirtySource, Harvest};
 use crate::bitmap::DirtyBitmap;

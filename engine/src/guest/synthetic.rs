@@ -388,6 +388,10 @@ impl SourceGuest for SyntheticSource {
         Ok(())
     }
 
+    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
+        drop(tracking);
+    }
+
     fn end(&mut self) -> Result<()> {
         assert!(self.sealed, "a guest ends at the source only after Commit");
         self.stopped = None;

@@ -8,7 +8,7 @@ use pageferry_transport::{RemoteKey, RemoteRegion};
 use serde::{Deserialize, Serialize};
 
 /// An Offer names at most this many runs of touched pages; a guest with more gets its closest
-/// runs joined, which costs some zero pages and keeps the message below a few MiB.
+/// runs joined, which allocates some pages for nothing and keeps the message below a few MiB.
 pub const TOUCHED_RUNS_MAX: usize = 1 << 18;
 
 /// Device state beyond this is refused: QEMU with large video memory stays far below.
@@ -17,7 +17,7 @@ pub const STATE_BYTES_MAX: u64 = 4 << 30;
 /// One control message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Message {
-    /// The source opens a session, or asks about one whose answer got lost.
+    /// The source opens a session.
     Hello(Hello),
     /// The destination's answer to Hello.
     Welcome(Welcome),
@@ -33,8 +33,8 @@ pub enum Message {
     Commit,
     /// It runs at the destination.
     Running(Running),
-    /// The side that says it gives up. From the destination it is a promise that the guest does not
-    /// run there and never will.
+    /// The side that says it gives up. From the destination, unless it is a refusal, it is a promise that
+    /// the guest does not run there and never will.
     Abort(Abort),
 }
 

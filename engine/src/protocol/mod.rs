@@ -2,15 +2,15 @@
 //!
 //! ```text
 //!   source                                                  destination
-//!     | -- preamble, Hello { guest, lanes } ------------------> | same machine, memory, room?
-//!     | <------------------------------ Hello { token, lanes } -- |
+//!     | -- preamble, Hello { guest, lanes } ------------------> | same machine, same memory?
+//!     | <---------------------------- Welcome { token, lanes } -- |
 //!     | == lanes open, each with the token ===================> |
 //!     |    tracking on, touched pages found                     |
-//!     | -- Offer { touched, state_bytes_max } -----------------> | holes punched, memory exposed,
+//!     | -- Offer { touched } ----------------------------------> | room for it? memory exposed,
 //!     | <---------------------------- Accept { regions, state } -- | prefault under way
 //!     |    rounds: writes and fences in the lanes               |
 //!     |    pause, last harvest, residue, device state, fence    |
-//!     | -- Prepare { fence, state_bytes } ----------------------> | fence, revoke, load
+//!     | -- Prepare { fence, state_bytes } ----------------------> | fence; load, and revoke beside it
 //!     | <-------------------------------------------- Ready ---- |
 //!     |    seal: this side never resumes by itself from here    |
 //!     | -- Commit ----------------------------------------------> | seal, run

@@ -26,7 +26,6 @@ const CTRL_C_MAX: Duration = Duration::from_millis(300);
 const END_GRACE: Duration = Duration::from_millis(300);
 
 /// A guest that is here, and everything around it.
-#[derive(Debug)]
 pub struct Hosting {
     claim: Claim,
     shared: Shared,
@@ -127,6 +126,9 @@ impl Hosting {
                 report.blackout_us.total as f64 / 1e3,
                 report.total_us as f64 / 1e6
             )),
+            Outcome::Aborted if self.guest.liveness()().is_err() => {
+                say(&format!("{name} was not moved, and its QEMU has ended: {}", reason(&report)));
+            }
             Outcome::Aborted => say(&format!("{name} was not moved and runs on here: {}", reason(&report))),
             Outcome::Unknown => say(&format!("{name} is STOPPED here: {}", reason(&report))),
         }

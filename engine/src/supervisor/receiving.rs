@@ -5,7 +5,7 @@ use super::api::State;
 use super::hosting::Hosting;
 use super::launch::launch;
 use super::runtime::{Claim, Record};
-use super::{Inbox, Shared, say, watch_end};
+use super::{Inbox, Shared, end, say, watch_end};
 use crate::destination::{Reception, Served};
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
@@ -99,7 +99,7 @@ pub fn receive(
                 return host(claim, shared, inbox, guest, child, reception);
             }
             Served::Discarded(e) => {
-                say(&format!("the guest was not taken in; the source has it: {}", e.chain()));
+                say(&format!("the guest was not taken in: {}", e.chain()));
                 end(&mut child);
                 if told_to_end {
                     return Ok(0);
@@ -140,10 +140,4 @@ fn host(
     claim.keep_guest();
     reception.answer_afterwards();
     Hosting::new(claim, shared, inbox, guest.into_qemu(), Some(child))?.run()
-}
-
-/// No QEMU is left behind.
-fn end(child: &mut Child) {
-    let _ = child.kill();
-    let _ = child.wait();
 }

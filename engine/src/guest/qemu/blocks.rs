@@ -167,9 +167,10 @@ pub fn outside_writers(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<String>> 
         }
     }
     let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }), deadline)?;
-    let nvme = nodes.as_array().is_some_and(|nodes| nodes.iter().any(|node| node["drv"] == "nvme"));
-    if nvme {
-        names.push("nvme:// disk".into());
+    for node in nodes.as_array().into_iter().flatten() {
+        if let Some(driver) = node["drv"].as_str().filter(|driver| is_outside_driver(driver)) {
+            names.push(format!("{driver} (a disk)"));
+        }
     }
     Ok(names)
 }
@@ -184,7 +185,16 @@ pub fn has_direct_io(qmp: &mut Qmp, deadline: Instant) -> Result<bool> {
 
 /// A block node whose transfers may go by DMA: opened with `cache.direct`, or a device passed through.
 fn is_direct(node: &Value) -> bool {
-    node["cache"]["direct"] == true || matches!(node["drv"].as_str(), Some("host_device" | "iscsi" | "rbd"))
+    node["cache"]["direct"] == true
+        || matches!(
+            node["drv"].as_str(),
+            Some("host_device" | "host_cdrom" | "io_uring" | "nvme-io_uring" | "iscsi" | "rbd")
+        )
+}
+
+/// Block drivers that hand guest memory to hardware or to another process for good.
+fn is_outside_driver(driver: &str) -> bool {
+    matches!(driver, "nvme" | "virtio-blk-vfio-pci" | "virtio-blk-vhost-user" | "virtio-blk-vhost-vdpa")
 }
 
 /// Types of devices, network back ends and objects whose other half is another process or hardware.
@@ -419,6 +429,18 @@ mod tests {
     use std::os::fd::AsFd;
 
     const V10: Version = Version { major: 10, minor: 0, micro: 2 };
+
+    #[test]
+    fn disks_that_write_guest_memory_by_dma_are_told_from_those_that_do_not() {
+        let direct = |text: &str| is_direct(&serde_json::from_str(text).unwrap());
+        assert!(direct(
+            r#"{"drv": "file", "cache": {"direct": true, "writeback": true, "no-flush": false}}"#
+        ));
+        assert!(direct(r#"{"drv": "host_device", "cache": {"direct": false}}"#));
+        assert!(!direct(r#"{"drv": "qcow2", "cache": {"direct": false}}"#));
+        assert!(!direct("{}") && !direct("null"));
+        assert!(is_outside_driver("nvme") && !is_outside_driver("file"));
+    }
 
     #[test]
     fn the_table_of_qemu_10_is_read() {

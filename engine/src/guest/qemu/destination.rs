@@ -44,6 +44,10 @@ impl QemuDestination {
     /// The QEMU, whose guest runs here now.
     #[must_use]
     pub fn into_qemu(mut self) -> Qemu {
+        // From here on it is the new supervisor's guest, in doubt or not.
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
+        }
         if let Err(e) = self.settings.restore(&mut self.qemu.qmp) {
             tracing::warn!(error = %e.chain(), "QEMU keeps pageferry's migration settings");
         }

@@ -1,9 +1,9 @@
 //! A process that outlives its supervisor by a moment, to put the guest right if the supervisor dies.
 //!
 //! In the blackout the guest is stopped and only the supervisor knows why. If it is killed there, nobody
-//! would ever let the guest run again. So ahead of the blackout the supervisor starts a guardian: this
-//! same program, in a process group of its own, which waits for the end of a pipe that only the
-//! supervisor holds open, and then acts on a byte that they share.
+//! would ever let the guest run again. So before it stops the guest the first time the supervisor starts a
+//! guardian: this same program, in a process group of its own, which waits for the end of a pipe that only the
+//! supervisor holds open, and then acts on what they share.
 //!
 //! | the byte says | source: the supervisor died   | destination: the supervisor died |
 //! | ---           | ---                           | ---                              |
@@ -54,7 +54,7 @@ pub enum Side {
     Destination,
 }
 
-/// What the shared byte says.
+/// What the first shared byte says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Flag {
@@ -183,7 +183,7 @@ pub struct GuardianArgs {
     /// Its QMP socket.
     #[arg(long)]
     qmp: PathBuf,
-    /// The shared byte, as a path under the supervisor's /proc entry.
+    /// The shared memory, as a path under the supervisor's /proc entry.
     #[arg(long)]
     flag: PathBuf,
 }
@@ -191,7 +191,7 @@ pub struct GuardianArgs {
 /// The guardian's whole life.
 pub fn main(args: &GuardianArgs) -> Result<()> {
     let file =
-        File::options().read(true).open(&args.flag).map_err(|e| Error::os("opening the shared byte", e))?;
+        File::options().read(true).open(&args.flag).map_err(|e| Error::os("opening the shared memory", e))?;
     let shared = MemoryRegion::map_shared(file.as_fd(), 0, SHARED_BYTES, Access::Read)?;
     let pid = i32::try_from(args.pid)
         .ok()

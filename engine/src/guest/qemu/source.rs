@@ -30,20 +30,19 @@ const RESUME_MAX: Duration = Duration::from_secs(30);
 const RESUME_EVERY: Duration = Duration::from_millis(20);
 
 /// See the [module](self).
-#[derive(Debug)]
 pub struct QemuSource {
     qemu: Qemu,
     /// On duty from the first moment in which we stop the guest.
     guardian: Option<Guardian>,
     armed: Option<Armed>,
-    /// Whether disk transfers go past the page tables; see [`SourceGuest::settle_io`].
-    direct_io: bool,
     /// Whether the vCPUs ran when that was asked last.
     was_running: bool,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
     /// See [`Self::is_sealed`].
     sealed: bool,
+    /// See [`SourceGuest::retire`].
+    retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
     postmigrate_is_ours: bool,
 }
@@ -63,10 +62,10 @@ impl QemuSource {
             qemu,
             guardian: None,
             armed: None,
-            direct_io: false,
             was_running: false,
             stopped: false,
             sealed: false,
+            retired: None,
             postmigrate_is_ours: false,
         }
     }
@@ -89,7 +88,12 @@ impl QemuSource {
     fn guardian(&mut self) -> Result<&mut Guardian> {
         let guardian = match self.guardian.take() {
             Some(guardian) => guardian,
-            None => Guardian::start(Side::Source, self.qemu.pid(), self.qemu.qmp_path())?,
+            None => {
+                let guardian = Guardian::start(Side::Source, self.qemu.pid(), self.qemu.qmp_path())?;
+                // Before anything is done that it might have to put right.
+                guardian.was_running(self.is_running()?)?;
+                guardian
+            }
         };
         Ok(self.guardian.insert(guardian))
     }
@@ -170,7 +174,6 @@ impl SourceGuest for QemuSource {
         let deadline = Instant::now() + QMP_MAX;
         self.refuse_what_escapes_tracking(deadline)?;
         self.refuse_changed_memory(deadline)?;
-        self.direct_io = blocks::has_direct_io(&mut self.qemu.qmp, deadline)?;
         let status = self.qemu.status()?;
         let movable = matches!(status.as_str(), "running" | "paused" | "suspended" | "prelaunch")
             || (status == "postmigrate" && self.postmigrate_is_ours);
@@ -238,8 +241,9 @@ impl SourceGuest for QemuSource {
     }
 
     fn settle_io(&mut self) -> Result<()> {
-        // Stopping the vCPUs is the one thing by which QEMU waits for every transfer of every device.
-        if self.direct_io && self.is_running()? {
+        // Asked each time: disks are plugged in. Stopping the vCPUs is the one thing by which QEMU waits for
+        // every transfer of every device.
+        if blocks::has_direct_io(&mut self.qemu.qmp, Instant::now() + QMP_MAX)? && self.is_running()? {
             self.stop()?;
             self.cont()?;
         }
@@ -305,8 +309,13 @@ impl SourceGuest for QemuSource {
         Ok(())
     }
 
+    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
+        self.retired = Some(tracking);
+    }
+
     fn end(&mut self) -> Result<()> {
         let ended = self.qemu.quit();
+        self.retired = None;
         self.stand_down();
         ended
     }
