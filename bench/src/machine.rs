@@ -134,8 +134,7 @@ impl Yard {
             None => None,
         };
         let deadline = Instant::now() + START_MAX;
-        wait_for(&at("qmp1"), &mut process, deadline)?;
-        let mut qmp = Qmp::connect(&at("qmp1"), deadline)?;
+        let mut qmp = Qmp::over(connect(&at("qmp1"), &mut process)?.into(), &at("qmp1"), deadline)?;
         let supervised = begin == Begin::Receive;
         let pid =
             if supervised { qemu_of(&self.directory, &name, &self.options.pageferry)? } else { process.id() };
@@ -199,8 +198,7 @@ impl Yard {
     }
 
     fn listen_to_beats(&self, path: &Path, process: &mut Child) -> Result<()> {
-        wait_for(path, process, Instant::now() + START_MAX)?;
-        let mut stream = UnixStream::connect(path)?;
+        let mut stream = connect(path, process)?;
         let beats = Arc::clone(&self.beats);
         std::thread::spawn(move || {
             let mut bytes = [0; 256];
@@ -280,22 +278,26 @@ impl Drop for Machine {
     }
 }
 
-fn wait_for(path: &Path, process: &mut Child, deadline: Instant) -> Result<()> {
-    while !path.exists() {
+/// Connects to a socket that QEMU is about to open: the path appears an instant before anybody listens.
+fn connect(path: &Path, process: &mut Child) -> Result<UnixStream> {
+    let deadline = Instant::now() + START_MAX;
+    loop {
+        match UnixStream::connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(e) if Instant::now() > deadline => {
+                return Err(e).with_context(|| format!("connecting to {}", path.display()));
+            }
+            Err(_) => {}
+        }
         if let Some(status) = process.try_wait()? {
             bail!("a QEMU ended while it started ({status})");
         }
-        if Instant::now() > deadline {
-            bail!("{} did not appear within {START_MAX:?}", path.display());
-        }
         std::thread::sleep(Duration::from_millis(2));
     }
-    Ok(())
 }
 
 fn open_console(path: &Path, process: &mut Child) -> Result<(UnixStream, Receiver<String>)> {
-    wait_for(path, process, Instant::now() + START_MAX)?;
-    let stream = UnixStream::connect(path)?;
+    let stream = connect(path, process)?;
     let reader = stream.try_clone()?;
     let (sender, lines) = channel();
     std::thread::spawn(move || {
