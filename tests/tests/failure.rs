@@ -104,7 +104,7 @@ impl Pair {
                 wait_gone(self.destination_qemu);
                 self.destination.kill();
             }
-            CutLanes => assert_eq!(self.proxy.cut(Which::Lanes), 1, "one lane was cut"),
+            CutLanes => assert!(self.proxy.cut(Which::Lanes) > 0, "a lane was cut"),
             CutControl => assert_eq!(self.proxy.cut(Which::Control), 1, "the control connection was cut"),
             FreezeSource => self.source.signal(Signal::STOP),
             FreezeDestination => self.destination.signal(Signal::STOP),

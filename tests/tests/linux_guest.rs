@@ -59,7 +59,7 @@ fn failed_attempts_of_all_kinds_lose_nothing_and_the_guest_writes_on() {
 
     let cut = stage.migrate("src", proxy.address, &slow);
     cut.stderr.wait("round 0", SOON);
-    assert_eq!(proxy.cut(Which::Lanes), 1);
+    assert!(proxy.cut(Which::Lanes) > 0, "a lane was cut");
     assert_eq!(cut.end(SOON).status, Some(1));
     goes_on("a lane was cut");
 

@@ -66,8 +66,7 @@ fn inject(pid: u32) -> Result<OwnedFd> {
         Errno::INVAL => Error::refused(format!("{pid} is a thread, not a process")),
         other => Error::os(format!("opening a handle of process {pid}"), other),
     })?;
-    let tracee = Tracee::seize(raw)?;
-    take_over(tracee, pid, &pidfd).map_err(|error| {
+    Tracee::seize(raw).and_then(|tracee| take_over(tracee, pid, &pidfd)).map_err(|error| {
         // A process that is just dying fails in strange ways: its memory is gone before it is.
         if exits_within(&pidfd, DYING) { Error::Guest(format!("process {pid} died")) } else { error }
     })
