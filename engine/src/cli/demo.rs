@@ -24,7 +24,9 @@ const VERDICT_MAX: Duration = Duration::from_secs(180);
 /// For QEMU and the supervisors to start.
 const START_MAX: Duration = Duration::from_secs(30);
 
-/// Status lines of the guest, one a second, to wait for after a move (docs/guest.md says why).
+/// Status lines of the guest, one a second, in which it learns how its clocks drift apart.
+const STATUS_LINES_BEFORE: u32 = 4;
+/// Status lines to wait for after a move (docs/guest.md says why).
 const STATUS_LINES_AFTER: u32 = 5;
 
 /// The guest's name at the source and at the destination.
@@ -89,7 +91,9 @@ pub fn main(args: &DemoArgs) -> Result<u8> {
         here.console.wait("WORKLOAD t=", START_MAX)?;
         here.console.say("reset-gap")?;
         here.console.wait("WORKLOAD GAP RESET", START_MAX)?;
-        here.console.wait("WORKLOAD t=", START_MAX)?;
+        for _ in 0..STATUS_LINES_BEFORE {
+            here.console.wait("WORKLOAD t=", START_MAX)?;
+        }
         let mut options = MigrateOptions::to(address);
         options.downtime_us_max = args.downtime_max.as_micros() as u64;
         options.verify = args.verify;
