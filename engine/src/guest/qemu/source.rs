@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 /// Device state beside the RAM blocks in QEMU's stream: some 100 KiB a device at the very most.
 const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 
-/// The blackout's fixed part as QEMU 10 shows it on an ordinary host, in microseconds; each migration
-/// measures its own, but only at its end.
+/// An estimate of the blackout's fixed part, in microseconds, from moves of a small guest by QEMU 10 on one
+/// two-core machine. What a migration really takes is known only at its end.
 const FIXED_COSTS: FixedCosts =
     FixedCosts { pause_us: 400, harvest_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
 
