@@ -4,6 +4,7 @@
 //!   initiator (source host)                     target (destination host)
 //!   ----------------------                      -------------------------
 //!   register(region)                            expose(region) -> RemoteRegion
+//!   expect(region, parts)                       expect(region, parts)
 //!   post([WorkRequest]) --- lane 0 ===========> bytes appear in the exposed region
 //!                       --- lane 1 ===========>
 //!   poll() -> Completion::Write
@@ -17,9 +18,13 @@
 //!   life of the link ([`lane_of`]: stripes of [`STRIPE_BYTES`] go round the lanes), so two writes
 //!   to one address never overtake each other. Writes to different stripes may.
 //! - **Post.** [`Initiator::post`] accepts a prefix of the batch and says how long it is; zero means
-//!   that there is no credit and the caller should [`Initiator::poll`]. The local memory may go on
+//!   that there is no credit, or that memory is still being made ready, and the caller should
+//!   [`Initiator::poll`]. The local memory may go on
 //!   changing while a write is in flight: what arrives is then any mix of old and new bytes, and it
 //!   is the caller's duty to write that memory again.
+//! - **Expect.** A link that pins memory needs to know ahead what will be written: both ends say so
+//!   with `expect`, and pin beside the data, so that nothing is pinned in the blackout. On other
+//!   links it does nothing.
 //! - **Completion of a write.** The link is done with the local memory. It says nothing about the
 //!   remote side.
 //! - **Fence.** [`Initiator::fence`] is ordered behind every write posted before it, on every lane.

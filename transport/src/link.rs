@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::region::{MemoryRegion, RemoteRegion};
 use crate::work::{Completion, FenceTag, WorkRequest};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +24,8 @@ pub fn lane_of(addr: u64, lanes: usize) -> usize {
 /// What carries the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TransportKind {
+    /// Queue pairs of an RDMA device.
+    Rdma,
     /// TCP connections driven by io_uring.
     Tcp,
     /// Memory copies inside one process.
@@ -34,6 +37,7 @@ impl TransportKind {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Rdma => "rdma",
             Self::Tcp => "tcp",
             Self::Loopback => "loopback",
         }
@@ -48,16 +52,25 @@ pub trait Initiator: Send {
     /// Number of lanes, at least one.
     fn lanes(&self) -> usize;
 
-    /// Makes `region` known to the link so that slices of it can be posted. Not for the blackout:
-    /// on RDMA this is where memory is pinned.
+    /// Makes `region` known to the link so that slices of it can be posted. Costs nothing a byte.
     fn register(&mut self, region: &Arc<MemoryRegion>) -> Result<()>;
 
-    /// Posts a prefix of `batch` and returns its length; zero means no credit. Whatever was
-    /// accepted is on its way when this returns: no further call is needed to flush it.
+    /// Says which parts of a registered region will be posted, in about this order, so that a link
+    /// that must pin memory does so ahead of the data and beside it. What is posted without having
+    /// been expected is made ready when it is posted, which takes longer.
+    fn expect(&mut self, region: &Arc<MemoryRegion>, parts: &[Range<usize>]) -> Result<()> {
+        let _ = (region, parts);
+        Ok(())
+    }
+
+    /// Posts a prefix of `batch` and returns its length; zero means no credit, or memory that one of
+    /// the ends is still making ready. Whatever was accepted is on its way when this returns: no
+    /// further call is needed to flush it.
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize>;
 
     /// Appends completions to `out` and returns how many. With nothing to hand, waits until
-    /// `deadline` for the first and then returns zero; a deadline in the past only looks.
+    /// `deadline` for the first, or until a post that was refused may be tried again, and then
+    /// returns zero; a deadline in the past only looks.
     fn poll(&mut self, out: &mut Vec<Completion>, deadline: Instant) -> Result<usize>;
 
     /// Sends a fence behind everything posted so far, on every lane.
@@ -71,6 +84,13 @@ pub trait Initiator: Send {
 pub trait Target: Send {
     /// Allows the peer to write `region`, and returns how the peer must address it.
     fn expose(&mut self, region: &Arc<MemoryRegion>) -> Result<RemoteRegion>;
+
+    /// Says which parts of an exposed region will be written, in about this order: see
+    /// [`Initiator::expect`].
+    fn expect(&mut self, region: &Arc<MemoryRegion>, parts: &[Range<usize>]) -> Result<()> {
+        let _ = (region, parts);
+        Ok(())
+    }
 
     /// Waits until the fence `tag` has come on every lane: from then on this host's CPU sees every
     /// write that was posted before it. Fences may be skipped: waiting for a later tag is enough.
