@@ -1,8 +1,10 @@
 //! The destination: `receive` reads as the protocol does.
 
+use crate::doorway::{Doorway, Incoming, LaneCollector};
 use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
 use crate::hold;
+use crate::link::{LinkChoice, Listening};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::prefault::Prefault;
@@ -10,10 +12,9 @@ use crate::protocol::{
     Abort, Accept, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
     Running, Welcome,
 };
-use crate::session::{Doorway, Incoming, SETUP_MAX, collect_lanes, new_token};
+use crate::session::{SETUP_MAX, new_token};
 use crate::source::STATE_WARM_BYTES;
 use pageferry_transport::preamble::Token;
-use pageferry_transport::tcp::TcpTarget;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -70,6 +71,7 @@ pub type Watch<'w> = dyn FnMut() -> Result<()> + 'w;
 #[derive(Debug)]
 pub struct Reception {
     doorway: Doorway,
+    choice: LinkChoice,
     discarded: VecDeque<Token>,
     completed: Option<(Token, u64)>,
 }
@@ -77,8 +79,8 @@ pub struct Reception {
 impl Reception {
     /// A reception behind this doorway.
     #[must_use]
-    pub fn new(doorway: Doorway) -> Self {
-        Self { doorway, discarded: VecDeque::new(), completed: None }
+    pub fn new(doorway: Doorway, choice: LinkChoice) -> Self {
+        Self { doorway, choice, discarded: VecDeque::new(), completed: None }
     }
 
     /// The doorway, to wait at.
@@ -116,7 +118,17 @@ impl Reception {
             Ok(token) => token,
             Err(e) => return self.discard(Token::default(), guest, &mut control, e),
         };
-        match self.session(&mut control, &hello, token, guest, &mut phase, watch, begun) {
+        // Until here and in here nothing of the guest is touched.
+        let (offer, mut target) = match self.open(&mut control, &hello, token, guest, watch) {
+            Ok(opened) => opened,
+            Err(error) => {
+                eprintln!("pageferry: no session with {peer}: {}", error.chain());
+                control.abort(&error.chain(), true, Instant::now() + SETUP_MAX);
+                return Served::Nothing;
+            }
+        };
+        let target = target.as_mut();
+        match self.session(&mut control, &hello, token, offer, target, guest, &mut phase, watch, begun) {
             Ok(received) => Served::Received(received),
             // Ours by Commit, and perhaps running: nothing may be promised about it any more.
             Err(error) if phase == DestinationPhase::Owner => Served::Doubtful(error),
@@ -180,46 +192,84 @@ impl Reception {
         }
     }
 
+    /// Welcome, and then the lanes that the Offer names.
+    fn open(
+        &self,
+        control: &mut Control,
+        hello: &Hello,
+        token: Token,
+        guest: &dyn DestinationGuest,
+        watch: &mut Watch<'_>,
+    ) -> Result<(Offer, Box<dyn Target>)> {
+        let (listening, rdma) =
+            Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
+        let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
+        control.send(&Message::Welcome(welcome), Instant::now() + SETUP_MAX)?;
+        let mut lanes = LaneCollector::new(token, hello.lanes);
+        let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
+        let deadline = Instant::now() + SETUP_MAX;
+        let target = listening.take(&self.choice, offer.lanes, || {
+            lanes.wait(&self.doorway, |other| self.turn_away(other), deadline)
+        })?;
+        Ok((offer, target))
+    }
+
+    /// Waits for Offer, and takes in lanes meanwhile.
+    fn wait_for_offer(
+        &self,
+        control: &mut Control,
+        lanes: &mut LaneCollector,
+        guest: &dyn DestinationGuest,
+        watch: &mut Watch<'_>,
+    ) -> Result<Offer> {
+        let (alive, deadline) = (guest.liveness(), Instant::now() + OFFER_MAX);
+        loop {
+            if control.readable(LOOK_EVERY)? {
+                return match control.receive("Offer", Instant::now() + SETUP_MAX)? {
+                    Message::Offer(offer) => Ok(offer),
+                    other => Err(unexpected(other, "Offer")),
+                };
+            }
+            watch()?;
+            alive()?;
+            while let Some(incoming) = self.doorway.next(Instant::now()) {
+                if let Some(other) = lanes.take(incoming)? {
+                    self.turn_away(other);
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::Timeout { what: "waiting for the source's Offer".into() });
+            }
+        }
+    }
+
     #[allow(clippy::too_many_arguments, reason = "one private call, whose arguments are the session")]
     fn session(
         &mut self,
         control: &mut Control,
         hello: &Hello,
         token: Token,
+        offer: Offer,
+        target: &mut dyn Target,
         guest: &mut dyn DestinationGuest,
         phase: &mut DestinationPhase,
         watch: &mut Watch<'_>,
         begun: Instant,
     ) -> Result<Received> {
-        // Lanes.
-        let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes };
-        control.send(&Message::Welcome(welcome.clone()), Instant::now() + SETUP_MAX)?;
-        let lanes = collect_lanes(
-            &self.doorway,
-            &welcome,
-            |other| self.turn_away(other),
-            Instant::now() + 2 * SETUP_MAX,
-        )?;
-        let mut target = TcpTarget::new(lanes)?;
-
         // Memory.
         let memory = Arc::clone(guest.memory());
-        let offer = match control.receive_watched("Offer", Instant::now() + OFFER_MAX, watch)? {
-            Message::Offer(offer) => offer,
-            other => return Err(unexpected(other, "Offer")),
-        };
         let touched = offer.runs(memory.pages())?;
         let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
-        let accept = expose(&memory, &touched, &state, &mut target)?;
+        let accept = expose(&memory, &touched, &state, target)?;
         let prefault = Prefault::start(Arc::clone(&memory), memory.unmapped(&touched))?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
 
         // Rounds.
-        let prepare = self.wait_for_prepare(control, &mut target, &prefault, guest, watch)?;
+        let prepare = self.wait_for_prepare(control, target, &prefault, guest, watch)?;
         let waiting = Instant::now();
-        wait_for_fence(&mut target, FenceTag(prepare.fence))?;
+        wait_for_fence(target, FenceTag(prepare.fence))?;
         let fence_us = waiting.elapsed().as_micros() as u64;
         let bytes_placed = target.bytes_placed()?;
 
@@ -270,7 +320,7 @@ impl Reception {
     fn wait_for_prepare(
         &self,
         control: &mut Control,
-        target: &mut TcpTarget,
+        target: &mut dyn Target,
         prefault: &Prefault,
         guest: &dyn DestinationGuest,
         watch: &mut Watch<'_>,
@@ -372,7 +422,7 @@ impl Reception {
 
 /// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit to
 /// deliver when Prepare overtakes it.
-fn wait_for_fence(target: &mut TcpTarget, tag: FenceTag) -> Result<()> {
+fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
     let (mut placed, mut moved) = (target.bytes_placed()?, Instant::now());
     loop {
         match target.wait_fence(tag, Instant::now() + FENCE_LOOK_EVERY) {
@@ -429,11 +479,13 @@ fn expose(
 ) -> Result<Accept> {
     check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
     let mut slots = Vec::with_capacity(memory.slots().len());
-    for slot in memory.slots() {
+    for (slot, parts) in memory.slots().iter().zip(memory.parts(touched)) {
         slots.push(target.expose(slot.region())?.into());
+        target.expect(slot.region(), &parts)?;
     }
-    let state = target.expose(state)?.into();
-    Ok(Accept { slots, state })
+    let exposed_state = target.expose(state)?.into();
+    target.expect(state, &[0..STATE_WARM_BYTES.min(state.len())])?;
+    Ok(Accept { slots, state: exposed_state })
 }
 
 /// Fails if the host has less memory free than the guest will take. Huge pages were set aside when

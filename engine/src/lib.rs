@@ -18,7 +18,8 @@
 //! ```
 //!
 //! [`source::migrate`] and [`destination::Reception::serve`] read as the protocol does: eight control
-//! messages ([`protocol`]) over one connection, opened by [`session`]. Who may run the guest at each moment
+//! messages ([`protocol`]) over one connection, opened by [`session`] and heard by [`doorway`]; [`link`] chooses
+//! what the lanes are. Who may run the guest at each moment
 //! is decided by two small state machines without I/O ([`protocol::phase`]).
 //!
 //! # Who runs the guest
@@ -35,9 +36,11 @@ pub mod bitmap;
 pub mod cli;
 pub mod destination;
 pub mod dirty;
+pub mod doorway;
 pub mod error;
 pub mod guest;
 pub mod hold;
+pub mod link;
 pub mod memory;
 pub mod page;
 pub mod policy;

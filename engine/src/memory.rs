@@ -8,6 +8,7 @@ use pageferry_transport::{Access, LocalSlice, MemoryRegion};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 
@@ -189,6 +190,23 @@ impl GuestMemory {
         // A second call finds the same, or less: what it would add costs a fault and no more.
         let _ = self.mapped.set(mapped);
         Ok(zeroed)
+    }
+
+    /// These runs, rising, as byte ranges of each slot's region.
+    #[must_use]
+    pub fn parts(&self, runs: &[PageRun]) -> Vec<Vec<Range<usize>>> {
+        let mut parts = vec![Vec::new(); self.slots.len()];
+        for run in runs {
+            let mut at = run.first.0;
+            while at < run.end() {
+                let (index, offset) = self.locate(at);
+                let end = run.end().min(self.slots[index].run().end());
+                let begin = offset as usize;
+                parts[index].push(begin..begin + ((end - at) * PAGE_BYTES) as usize);
+                at = end;
+            }
+        }
+        parts
     }
 
     /// The parts of these runs that are not mapped yet, as far as is known.

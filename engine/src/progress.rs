@@ -24,10 +24,13 @@ pub enum Stage {
 }
 
 /// A snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Where it stands.
     pub stage: Stage,
+    /// The way that the data take, once it is chosen.
+    #[serde(default)]
+    pub link: String,
     /// Index of the round, from zero.
     pub round: u32,
     /// Pages that this round began with.
@@ -46,6 +49,7 @@ impl Default for Progress {
     fn default() -> Self {
         Self {
             stage: Stage::Idle,
+            link: String::new(),
             round: 0,
             round_pages: 0,
             round_pages_sent: 0,
@@ -72,7 +76,7 @@ impl Monitor {
     /// What can be seen now.
     #[must_use]
     pub fn progress(&self) -> Progress {
-        *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Changes what can be seen.
@@ -84,6 +88,11 @@ impl Monitor {
     pub fn enter(&self, stage: Stage) {
         self.update(|p| p.stage = stage);
         crate::hold::at(stage);
+    }
+
+    /// Notes the way that the data take.
+    pub fn take(&self, link: &str) {
+        self.update(|p| p.link = link.into());
     }
 
     /// Asks the migration to stop. It does so at its next step unless Commit has been sent.

@@ -66,8 +66,14 @@ pub struct MigrationReport {
     /// Whether it was refused before anything was touched (exit status 2).
     #[serde(default)]
     pub refused: bool,
-    /// What carried the bytes: `tcp`, `loopback`.
+    /// What carried the bytes: `rdma`, `tcp`, `loopback`.
     pub transport: String,
+    /// The way that was taken and, where it is TCP, why not RDMA, in one line.
+    #[serde(default)]
+    pub link: String,
+    /// Why a first attempt by RDMA was given up, where there was one.
+    #[serde(default)]
+    pub fell_back: Option<String>,
     /// Number of lanes.
     pub lanes: u32,
     /// Size of guest memory in bytes.
@@ -101,6 +107,8 @@ impl MigrationReport {
             reason: None,
             refused: false,
             transport: String::new(),
+            link: String::new(),
+            fell_back: None,
             lanes: 0,
             memory_bytes,
             bytes_written: 0,

@@ -11,11 +11,11 @@ use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
 use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
 use crate::report::{Blackout, MigrationReport, Outcome, Round};
+use crate::link::{LinkChoice, Transport, Wish};
 use crate::session::{self, Session, aborted};
 use crate::switchover::{Committed, Paused};
 use pageferry_transport::preamble::Token;
-use pageferry_transport::tcp::TcpOptions;
-use pageferry_transport::{MemoryRegion, STRIPE_BYTES};
+use pageferry_transport::{MemoryRegion, STRIPE_BYTES, TransportKind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -37,6 +37,11 @@ pub const STATE_WARM_BYTES: usize = 1 << 20;
 const BYTES_PER_SECOND_GUESS: f64 = 500e6;
 /// How long a guest may stand still at most, beside what was asked for and predicted.
 const BLACKOUT_MAX: Duration = Duration::from_secs(20);
+/// For a receiver to be ready again after an RDMA path broke: it ends one QEMU and starts another, which may
+/// have to allocate its memory.
+const SECOND_ATTEMPT_MAX: Duration = Duration::from_secs(30);
+/// Pause between two tries to reach it.
+const SECOND_ATTEMPT_EVERY: Duration = Duration::from_millis(500);
 /// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
 const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
@@ -50,6 +55,8 @@ pub struct MigrateOptions {
     pub to: String,
     /// Lanes to ask for.
     pub lanes: u8,
+    /// What may carry the data.
+    pub link: LinkChoice,
     /// Longest blackout, in microseconds.
     pub downtime_us_max: u64,
     /// Bound on the rate while the guest runs, in bytes a second.
@@ -71,6 +78,7 @@ impl MigrateOptions {
         Self {
             to: address.into(),
             lanes: default_lanes(),
+            link: LinkChoice::default(),
             downtime_us_max: 10_000,
             bytes_per_second_max: None,
             when_stuck: WhenStuck::Abort,
@@ -92,19 +100,53 @@ pub fn default_lanes() -> u8 {
 /// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is `completed`
 /// (what is left of it here is stopped for good, to be taken away with [`SourceGuest::end`]), here if it is
 /// `aborted` (unless its own QEMU ended). If it is `unknown` the guest is stopped here.
+///
+/// A path by RDMA that breaks before Commit is given up for TCP, if the choice is left to us.
 pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
     let started = Instant::now();
-    let mut report = MigrationReport::new(guest.memory().bytes());
-    let result = run(guest, options, monitor, &mut report);
+    let (mut report, broke) = attempt(guest, options, monitor, None);
+    if broke && options.link.transport == Transport::Auto {
+        let why = report.reason.take().unwrap_or_default();
+        tracing::warn!("the path by RDMA broke, going on by TCP: {why}");
+        let until = Instant::now() + SECOND_ATTEMPT_MAX;
+        loop {
+            (report, _) = attempt(guest, options, monitor, Some(&why));
+            // The receiver may still be busy with taking the first attempt's copy away.
+            let again = report.refused && Instant::now() < until && monitor.check().is_ok();
+            if !again {
+                break;
+            }
+            std::thread::sleep(SECOND_ATTEMPT_EVERY);
+        }
+        // It was under way once, so it is no refusal any more.
+        report.refused = false;
+        report.fell_back = Some(why);
+    }
     report.total_us = started.elapsed().as_micros() as u64;
+    monitor.enter(Stage::Done);
+    report
+}
+
+/// One attempt; by TCP if a first one broke. Says whether it was an RDMA path that broke it.
+fn attempt(
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    broken: Option<&str>,
+) -> (MigrationReport, bool) {
+    let mut report = MigrationReport::new(guest.memory().bytes());
+    let result = run(guest, options, monitor, broken, &mut report);
     report.outcome = match &result {
         Ok(()) => Outcome::Completed,
         Err(Error::Unknown(_)) => Outcome::Unknown,
         Err(_) => Outcome::Aborted,
     };
+    let mut broke = false;
     if let Err(error) = result {
         report.reason = Some(error.chain());
         report.refused = matches!(error, Error::Refused(_));
+        broke = report.transport == TransportKind::Rdma.name()
+            && matches!(error, Error::Transport(_) | Error::PeerAborted { .. } | Error::Timeout { .. });
     }
     if report.outcome == Outcome::Aborted
         && let Err(e) = guest.resume()
@@ -116,33 +158,43 @@ pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &
         if guest.liveness()().is_ok() {
             report.outcome = Outcome::Unknown;
         }
+        broke = false;
     }
-    monitor.enter(Stage::Done);
-    report
+    (report, broke && report.outcome == Outcome::Aborted)
 }
 
 fn run(
     guest: &mut dyn SourceGuest,
     options: &MigrateOptions,
     monitor: &Monitor,
+    broken: Option<&str>,
     report: &mut MigrationReport,
 ) -> Result<()> {
     monitor.enter(Stage::Setup);
     let to = session::resolve(&options.to)?;
     session::check_exposure(to, options.insecure)?;
     guest.preflight()?;
+    let discards = guest.may_discard()?;
+    let wish = match broken {
+        None => Wish::new(&options.link, to, discards)?,
+        Some(why) => Wish::new(&options.link, to, discards)?.by_tcp(&format!("RDMA broke: {why}")),
+    };
     let hello = Hello {
         software: crate::VERSION.into(),
         lanes: options.lanes,
         guest: guest.describe(),
         state_bytes_max: guest.state_bytes_max(),
+        rdma: wish.rdma(),
     };
-    let mut session = session::open(to, hello, TcpOptions::default()).map_err(refuse_unreachable)?;
-    report.transport = session.link.kind().name().into();
-    report.lanes = session.link.lanes() as u32;
+    let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { session::SETUP_MAX };
+    let mut session = session::open(to, hello, &wish, patience).map_err(refuse_unreachable)?;
+    report.transport = session.opened.link.kind().name().into();
+    report.lanes = session.opened.link.lanes() as u32;
+    report.link.clone_from(&session.opened.taken);
+    monitor.take(&session.opened.taken);
 
     let mut ferry = Ferry { guest, options, monitor, report, phase: SourcePhase::Copying };
-    let result = ferry.cross(&mut session, to);
+    let result = ferry.cross(&mut session, to, discards);
     let phase = ferry.phase;
     report.control_messages += session.control.messages();
     if let Err(error) = &result
@@ -172,7 +224,7 @@ struct Ferry<'m> {
 
 impl Ferry<'_> {
     /// From the start of tracking to the destination's word that it runs the guest.
-    fn cross(&mut self, session: &mut Session, to: SocketAddr) -> Result<()> {
+    fn cross(&mut self, session: &mut Session, to: SocketAddr, discards: bool) -> Result<()> {
         let Self { guest, options, monitor, .. } = self;
         let memory = Arc::clone(guest.memory());
         let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
@@ -182,20 +234,25 @@ impl Ferry<'_> {
         let mut tracking = guest.start_tracking()?;
         guest.settle_io()?;
         let touched = memory.touched()?;
-        let offer = Offer::pack(&touched, options.verify);
+        // A balloon that is plugged in during the rounds is seen by `arm`, not here.
+        let zeros = discards.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
+        let link = session.opened.link.as_mut();
+        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
+            link.register(region)?;
+        }
+        for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
+            link.expect(slot.region(), &parts)?;
+        }
+        link.expect(&state, &[0..STATE_WARM_BYTES.min(state.len())])?;
+        let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
         let accept = offer_memory(&mut session.control, offer, &memory, &state, monitor)?;
 
         let mut dirty = DirtyBitmap::new(memory.pages());
         touched.iter().for_each(|run| dirty.insert(*run));
-        let zeros =
-            guest.may_discard()?.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
-        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
-            session.link.register(region)?;
-        }
         let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
         let remote_state = (Arc::clone(&state), accept.state.into());
         let rate_max = options.bytes_per_second_max;
-        let mut pump = Pump::new(session.link.as_mut(), &memory, slots, remote_state, rate_max);
+        let mut pump = Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max);
         let alive = guest.liveness();
         let control = &mut session.control;
 

@@ -11,7 +11,8 @@ use pageferry::page::PageRun;
 use pageferry::policy::{FixedCosts, WhenStuck};
 use pageferry::progress::{Monitor, Stage};
 use pageferry::report::{MigrationReport, Outcome};
-use pageferry::session::Doorway;
+use pageferry::doorway::Doorway;
+use pageferry::link::LinkChoice;
 use pageferry::source::{MigrateOptions, migrate};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::{SOON, eventually};
@@ -54,7 +55,7 @@ fn attempt(
     let monitor = Monitor::default();
     let report = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let mut reception = Reception::new(doorway);
+            let mut reception = Reception::new(doorway, LinkChoice::default());
             let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
             let served = reception.serve(incoming, &mut destination, &mut || Ok(()));
             // A source that lost the answer to Commit asks again for as long as this process lives.

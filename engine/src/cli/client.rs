@@ -75,6 +75,7 @@ fn cancel_on_signal(runtime: &RuntimeDir, name: &str) -> Result<()> {
 pub struct Display {
     bar: Option<ProgressBar>,
     last: Option<(Stage, u32)>,
+    link: String,
 }
 
 impl Display {
@@ -90,11 +91,19 @@ impl Display {
             }
             bar
         });
-        Self { bar, last: None }
+        Self { bar, last: None, link: String::new() }
     }
 
     /// Shows how it goes.
     pub fn show(&mut self, progress: &Progress) {
+        if self.link != progress.link {
+            self.link.clone_from(&progress.link);
+            let text = format!("going by {}", self.link);
+            match &self.bar {
+                Some(bar) => bar.suspend(|| say(&text)),
+                None => say(&text),
+            }
+        }
         if let Some(bar) = &self.bar {
             bar.set_length(progress.round_pages * PAGE_BYTES);
             bar.set_position(progress.round_pages_sent * PAGE_BYTES);
@@ -145,6 +154,9 @@ pub fn summary(report: &MigrationReport) -> String {
         bytes(report.bytes_skipped),
         report.control_messages,
     );
+    if let Some(why) = &report.fell_back {
+        text += &format!("  a first attempt by RDMA was given up: {why}\n");
+    }
     for round in &report.rounds {
         text += &format!(
             "  round {:<3} {:>10} in {:>8.1} ms, {:>10} dirty after it\n",

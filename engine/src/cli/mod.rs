@@ -12,14 +12,16 @@ use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::policy::WhenStuck;
-use crate::session::{self, Doorway};
+use crate::doorway::Doorway;
+use crate::link::LinkChoice;
+use crate::session;
 use crate::source::{MigrateOptions, default_lanes};
 use crate::supervisor::hosting::Hosting;
 use crate::supervisor::launch::launch;
 use crate::supervisor::receiving::receive;
 use crate::supervisor::runtime::{Claim, RuntimeDir};
 use crate::supervisor::{Inbox, Shared, api, say};
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use pageferry_transport::Access;
 use std::ffi::OsString;
@@ -128,6 +130,8 @@ struct ReceiveArgs {
     /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: String,
+    #[command(flatten)]
+    link: LinkChoice,
     /// Listen off loopback although the connection is neither encrypted nor authenticated yet.
     #[arg(long)]
     insecure: bool,
@@ -143,10 +147,9 @@ struct MigrateArgs {
     /// Where a `pageferry receive` waits.
     #[arg(long, value_name = "ADDR:PORT")]
     to: String,
-    /// What carries the data.
-    #[arg(long, value_enum, default_value_t)]
-    transport: Transport,
-    /// Connections to spread the data over; a thread each at both ends. [default: half of the cores, 2 to 4]
+    #[command(flatten)]
+    link: LinkChoice,
+    /// Queue pairs or connections to spread the data over; a thread each at both ends. [default: half of the cores, 2 to 4]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest time in which the guest may stand still, such as 10ms or 1s.
@@ -172,17 +175,6 @@ struct MigrateArgs {
     /// Connect off loopback although the connection is neither encrypted nor authenticated yet.
     #[arg(long)]
     insecure: bool,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Transport {
-    /// The best that both hosts have.
-    #[default]
-    Auto,
-    /// RDMA or nothing; not in this release.
-    Rdma,
-    /// TCP on io_uring.
-    Tcp,
 }
 
 #[derive(Debug, Args)]
@@ -319,15 +311,13 @@ fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;
-    let reception = Reception::new(Doorway::open(address)?);
+    let reception = Reception::new(Doorway::open(address)?, args.link.clone());
     receive(claim, shared, inbox, &args.qemu, reception)
 }
 
 fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {
-    if args.transport == Transport::Rdma {
-        return Err(Error::refused("this release carries guests over TCP only: use --transport auto or tcp"));
-    }
     Ok(MigrateOptions {
+        link: args.link.clone(),
         to: args.to.clone(),
         lanes: args.lanes.unwrap_or_else(default_lanes),
         downtime_us_max: u64::try_from(args.downtime_max.as_micros()).unwrap_or(u64::MAX),

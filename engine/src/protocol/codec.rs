@@ -5,7 +5,7 @@ use super::message::{Abort, Message};
 use crate::error::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 /// Longest body. The largest honest message is an Offer of a fragmented guest, a few MiB.
@@ -57,6 +57,12 @@ impl Control {
     #[must_use]
     pub fn messages(&self) -> u64 {
         self.messages
+    }
+
+    /// This side's address of the connection.
+    pub fn local_ip(&self) -> Result<IpAddr> {
+        let address = self.stream.local_addr();
+        Ok(address.map_err(|e| Error::os("asking for the address of the control connection", e))?.ip())
     }
 
     /// The connection itself, to wait on.
@@ -190,18 +196,24 @@ mod tests {
         any::<(u64, u64, u32)>().prop_map(|(base, bytes, key)| Exposed { base, bytes, key })
     }
 
+    fn rdma() -> impl Strategy<Value = RdmaAnswer> {
+        prop_oneof![any::<u16>().prop_map(RdmaAnswer::Port), any::<String>().prop_map(RdmaAnswer::No)]
+    }
+
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
-            (any::<u8>(), guest(), any::<u64>()).prop_map(|(lanes, guest, state_bytes_max)| Message::Hello(
-                Hello { software: "x".into(), lanes, guest, state_bytes_max }
-            )),
-            any::<([u8; 16], u8)>().prop_map(|(token, lanes)| Message::Welcome(Welcome {
-                software: "y".into(),
-                token,
-                lanes
-            })),
-            any::<(Vec<(u64, u64)>, bool)>()
-                .prop_map(|(touched, verify)| Message::Offer(Offer { touched, verify })),
+            (any::<u8>(), guest(), any::<u64>(), any::<bool>()).prop_map(
+                |(lanes, guest, state_bytes_max, rdma)| {
+                    Message::Hello(Hello { software: "x".into(), lanes, guest, state_bytes_max, rdma })
+                }
+            ),
+            (any::<([u8; 16], u8)>(), rdma()).prop_map(|((token, lanes), rdma)| {
+                Message::Welcome(Welcome { software: "y".into(), token, lanes, rdma })
+            }),
+            any::<(Vec<(u64, u64)>, bool, bool)>().prop_map(|(touched, verify, rdma)| {
+                let lanes = if rdma { Lanes::Rdma } else { Lanes::Tcp };
+                Message::Offer(Offer { touched, verify, lanes })
+            }),
             (prop::collection::vec(exposed(), 0..4), exposed())
                 .prop_map(|(slots, state)| Message::Accept(Accept { slots, state })),
             any::<(u32, u64, bool, Option<u128>)>().prop_map(|(fence, state_bytes, was_running, digest)| {

@@ -49,6 +49,8 @@ pub struct Hello {
     pub guest: GuestDescription,
     /// The largest device state, in bytes.
     pub state_bytes_max: u64,
+    /// Whether the source would open its lanes by RDMA.
+    pub rdma: bool,
 }
 
 /// See [`Message::Welcome`]; counted as the second Hello of the design.
@@ -60,6 +62,26 @@ pub struct Welcome {
     pub token: [u8; 16],
     /// Lanes that the source must open.
     pub lanes: u8,
+    /// Whether they may be opened by RDMA.
+    pub rdma: RdmaAnswer,
+}
+
+/// Whether a destination takes lanes by RDMA.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RdmaAnswer {
+    /// At this port of the connection manager, at the address of the control connection.
+    Port(u16),
+    /// No, and why; for people.
+    No(String),
+}
+
+/// Which lanes a source has opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Lanes {
+    /// Queue pairs.
+    Rdma,
+    /// TCP connections.
+    Tcp,
 }
 
 /// See [`Message::Offer`].
@@ -69,6 +91,8 @@ pub struct Offer {
     pub touched: Vec<(u64, u64)>,
     /// Whether both sides digest all memory at the end.
     pub verify: bool,
+    /// The lanes that carry it.
+    pub lanes: Lanes,
 }
 
 /// A region that the destination exposed.
@@ -152,7 +176,7 @@ impl Message {
 impl Offer {
     /// Packs rising runs. Where there are too many, the smallest gaps are closed.
     #[must_use]
-    pub fn pack(runs: &[PageRun], verify: bool) -> Self {
+    pub fn pack(runs: &[PageRun], verify: bool, lanes: Lanes) -> Self {
         let gap_closed = closed_gap(runs);
         let mut touched: Vec<(u64, u64)> = Vec::new();
         let mut at = 0;
@@ -164,7 +188,7 @@ impl Offer {
             }
             at = run.end();
         }
-        Self { touched, verify }
+        Self { touched, verify, lanes }
     }
 
     /// The runs, checked against a memory of `pages` pages.
@@ -274,15 +298,15 @@ mod tests {
         #[test]
         fn touched_runs_survive_the_wire(runs in runs()) {
             let pages = runs.last().map_or(1, PageRun::end);
-            prop_assert_eq!(Offer::pack(&runs, false).runs(pages).unwrap(), runs.clone());
+            prop_assert_eq!(Offer::pack(&runs, false, Lanes::Tcp).runs(pages).unwrap(), runs.clone());
             if !runs.is_empty() {
-                prop_assert!(Offer::pack(&runs, false).runs(pages - 1).is_err());
+                prop_assert!(Offer::pack(&runs, false, Lanes::Tcp).runs(pages - 1).is_err());
             }
         }
 
         #[test]
         fn a_hostile_offer_is_refused_without_panic(touched: Vec<(u64, u64)>, pages: u64) {
-            let _ = Offer { touched, verify: false }.runs(pages);
+            let _ = Offer { touched, verify: false, lanes: Lanes::Tcp }.runs(pages);
         }
     }
 
@@ -291,7 +315,7 @@ mod tests {
         let runs: Vec<_> = (0..TOUCHED_RUNS_MAX as u64 * 2)
             .map(|i| PageRun::between(i * 10 + i % 5, i * 10 + i % 5 + 1))
             .collect();
-        let offer = Offer::pack(&runs, false);
+        let offer = Offer::pack(&runs, false, Lanes::Tcp);
         assert!(offer.touched.len() <= TOUCHED_RUNS_MAX, "{} runs", offer.touched.len());
         let mut wide = offer.runs(u64::MAX).unwrap().into_iter().peekable();
         for run in runs {

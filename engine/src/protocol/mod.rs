@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   source                                                  destination
-//!     | -- preamble, Hello { guest, lanes } ------------------> | same machine, same memory?
-//!     | <---------------------------- Welcome { token, lanes } -- |
+//!     | -- preamble, Hello { guest, lanes, rdma } ------------> | same machine, same memory?
+//!     | <---------------------- Welcome { token, lanes, rdma } -- |
 //!     | == lanes open, each with the token ===================> |
 //!     |    tracking on, touched pages found                     |
-//!     | -- Offer { touched } ----------------------------------> | room for it? memory exposed,
+//!     | -- Offer { touched, lanes } ---------------------------> | room for it? memory exposed,
 //!     | <---------------------------- Accept { regions, state } -- | prefault under way
 //!     |    rounds: writes and fences in the lanes               |
 //!     |    pause, last harvest, residue, device state, fence    |
@@ -27,5 +27,7 @@ pub mod message;
 pub mod phase;
 
 pub use codec::Control;
-pub use message::{Abort, Accept, Hello, Message, Offer, Prepare, Ready, Running, Welcome};
+pub use message::{
+    Abort, Accept, Hello, Lanes, Message, Offer, Prepare, Ready, RdmaAnswer, Running, Welcome,
+};
 pub use phase::{DestinationEvent, DestinationPhase, SourceEvent, SourcePhase};

@@ -10,7 +10,7 @@ use crate::destination::{Reception, Served};
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::destination::QemuDestination;
-use crate::session::Incoming;
+use crate::doorway::Incoming;
 use crossbeam_channel::{Receiver, select};
 use std::ffi::OsString;
 use std::process::Child;
