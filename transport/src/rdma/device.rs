@@ -47,12 +47,14 @@ pub enum Unavailable {
 
 /// A device that is there and cannot be asked.
 #[derive(Debug, thiserror::Error)]
-#[error("{device}: {what} failed; this user needs read and write permission on /dev/infiniband/uverbs*")]
+#[error("{device}: {what} failed; this user needs read and write permission on {file}")]
 pub struct Unusable {
     /// Name of the device.
     pub device: String,
     /// What was asked.
     pub what: &'static str,
+    /// The device file that it is asked through.
+    pub file: String,
     source: io::Error,
 }
 
@@ -214,7 +216,11 @@ pub fn kernel_devices() -> Vec<String> {
 
 /// Whether connections can be made: rdma_cm's device file can be opened.
 pub fn connection_manager() -> io::Result<()> {
-    fs::File::options().read(true).write(true).open(CM_DEVICE).map(drop)
+    open_both_ways(CM_DEVICE)
+}
+
+fn open_both_ways(file: &str) -> io::Result<()> {
+    fs::File::options().read(true).write(true).open(file).map(drop)
 }
 
 /// Bytes of memory that this process may register in all, or `None` for as much as there is.
@@ -292,11 +298,17 @@ fn ask(verbs: &LibIbverbs, device: *mut ibv_device) -> Result<Device, Unusable> 
     let name = unsafe { CStr::from_ptr(verbs.ibv_get_device_name(device)) }.to_string_lossy().into_owned();
     // SAFETY: the list is there, so the device is.
     let (node_type, guid) = unsafe { ((*device).node_type, u64::from_be(verbs.ibv_get_device_guid(device))) };
-    let unusable = |what, source| Unusable { device: name.clone(), what, source };
+    // SAFETY: the list is there, so the device is; the name of its file ends with a zero.
+    let file = unsafe { CStr::from_ptr((&raw const (*device).dev_name).cast()) };
+    let file = format!("/dev/infiniband/{}", file.to_string_lossy());
+    let unusable = |what, source| Unusable { device: name.clone(), what, file: file.clone(), source };
 
     // SAFETY: the list is there, so the device is.
-    let raw = NonNull::new(unsafe { verbs.ibv_open_device(device) })
-        .ok_or_else(|| unusable("opening", io::Error::last_os_error()))?;
+    let raw = NonNull::new(unsafe { verbs.ibv_open_device(device) }).ok_or_else(|| {
+        let unsaid = io::Error::last_os_error();
+        // Where permission is missing the library says that there is no such file: the file itself knows better.
+        unusable("opening", open_both_ways(&file).err().unwrap_or(unsaid))
+    })?;
     let context = Context { verbs, raw };
     let mut attr = ibv_device_attr_ex::default();
     // SAFETY: the context is open, `attr` may be written.

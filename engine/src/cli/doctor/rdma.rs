@@ -6,6 +6,7 @@ use pageferry_transport::rdma::device::{
     self, Device, Gid, GidKind, Port, PortState, Protocol, Unavailable, Unusable,
 };
 use std::io;
+use std::net::IpAddr;
 
 const RDMA: &str = "RDMA";
 const PORT: &str = "RDMA port";
@@ -73,7 +74,7 @@ fn one_device(device: &Device) -> Finding {
     let paging = if device.on_demand_paging {
         "registers memory without pinning it if asked to (ODP)"
     } else {
-        "pins what it registers (no ODP for writes), so a guest's memory cannot be swapped or overcommitted"
+        "pins what it registers (no ODP for writes), so all of a guest's memory must fit in RAM while it moves"
     };
     good(
         RDMA,
@@ -90,13 +91,16 @@ fn one_device(device: &Device) -> Finding {
 
 fn one_port(device: &Device, port: &Port) -> Finding {
     let name = format!("{}/{}", device.name, port.number);
+    let interface = port.gids.iter().find_map(|gid| gid.netdev.as_deref()).unwrap_or("INTERFACE");
     let mend = match (port.state, port.protocol) {
         (PortState::Active, _) => None,
         (PortState::Initializing | PortState::Armed, Protocol::InfiniBand) => {
-            Some("start a subnet manager on this fabric: opensm, or the switch's own")
+            Some("start a subnet manager on this fabric: opensm, or the switch's own".to_owned())
         }
-        (_, Protocol::InfiniBand) => Some("look at cable and switch port, and at what `ibstat` says"),
-        (_, _) => Some("set its interface up (ip link set INTERFACE up), and look at cable and switch port"),
+        (_, Protocol::InfiniBand) => {
+            Some("look at cable and switch port, and at what ibstat says".to_owned())
+        }
+        (_, _) => Some(format!("ip link set {interface} up, and look at cable and switch port")),
     };
     if let Some(mend) = mend {
         return note(PORT, format!("{name}: {}, {}: {mend}", port.protocol, port.state));
@@ -109,19 +113,19 @@ fn one_port(device: &Device, port: &Port) -> Finding {
             PORT,
             format!("{line}, LID {}; it is reached by the IP address of its IPoIB interface", port.lid),
         ),
-        Protocol::Roce => match gids(&port.gids) {
-            Some(gids) => good(PORT, format!("{line}; {gids}")),
-            None => note(
-                PORT,
-                format!("{line}; no IP address, so nothing reaches it: ip address add ADDRESS dev INTERFACE"),
-            ),
-        },
+        Protocol::Roce if port.gids.iter().any(is_routable) => {
+            good(PORT, format!("{line}; {}", gids(&port.gids)))
+        }
+        Protocol::Roce => note(
+            PORT,
+            format!("{line}; no IP address to reach it by: ip address add ADDRESS dev {interface}"),
+        ),
         Protocol::Iwarp | Protocol::Other => good(PORT, line),
     }
 }
 
 /// The addresses of a RoCE port, with the place in its table and the version that each has.
-fn gids(gids: &[Gid]) -> Option<String> {
+fn gids(gids: &[Gid]) -> String {
     let mut texts: Vec<String> = gids
         .iter()
         .filter_map(|gid| {
@@ -139,7 +143,15 @@ fn gids(gids: &[Gid]) -> Option<String> {
     if left_out > 0 {
         texts.push(format!("and {left_out} more"));
     }
-    (!texts.is_empty()).then(|| texts.join(", "))
+    texts.join(", ")
+}
+
+/// A peer that is told this address alone can reach it; a link-local one needs an interface's name besides.
+fn is_routable(gid: &Gid) -> bool {
+    gid.address(Protocol::Roce).is_some_and(|address| match address {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(address) => !address.is_unicast_link_local(),
+    })
 }
 
 fn connection_manager(opened: io::Result<()>) -> Finding {
@@ -198,7 +210,7 @@ mod tests {
     use super::*;
     use crate::cli::doctor::Grade;
     use pageferry_transport::rdma::device::Limits;
-    use std::net::{IpAddr, Ipv6Addr};
+    use std::net::Ipv6Addr;
 
     fn gid(index: u32, address: &str, kind: GidKind) -> Gid {
         let value = match address.parse().unwrap() {
@@ -295,8 +307,14 @@ mod tests {
     #[test]
     fn a_port_that_carries_nothing_is_noted_with_its_mend() {
         for (state, protocol, gids, mend) in [
-            (PortState::Down, Protocol::Roce, vec![gid(0, "192.0.2.7", GidKind::RoceV2)], "ip link set"),
-            (PortState::Active, Protocol::Roce, vec![], "ip address add"),
+            (
+                PortState::Down,
+                Protocol::Roce,
+                vec![gid(0, "192.0.2.7", GidKind::RoceV2)],
+                "ip link set eth4 up",
+            ),
+            (PortState::Active, Protocol::Roce, vec![], "ip address add ADDRESS dev INTERFACE"),
+            (PortState::Active, Protocol::Roce, vec![gid(0, "fe80::1", GidKind::RoceV2)], "dev eth4"),
             (PortState::Initializing, Protocol::InfiniBand, vec![], "subnet manager"),
             (PortState::Down, Protocol::InfiniBand, vec![], "cable"),
             (PortState::Other(9), Protocol::Iwarp, vec![], "in state 9"),
