@@ -1,0 +1,3 @@
+//! RDMA: what this host has of it.
+
+pub mod device;
