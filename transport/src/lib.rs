@@ -50,6 +50,7 @@ mod fences;
 pub mod link;
 pub mod loopback;
 pub mod preamble;
+pub mod rdma;
 pub mod region;
 pub mod tcp;
 pub mod work;

@@ -14,8 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Stripes that a target's addresses may have: 32 TiB. It bounds what a peer can make us remember.
-pub(crate) const STRIPES_MAX: u64 = 1 << 24;
+/// Stripes that a target's addresses may have: 16 TiB. It bounds what a peer can make us remember, to 64 MiB.
+pub(crate) const STRIPES_MAX: u64 = 1 << 23;
 
 const STRIPE: usize = STRIPE_BYTES as usize;
 
@@ -127,37 +127,33 @@ pub(crate) enum Remote {
     Foreign,
 }
 
-/// The keys that the target has announced.
+/// The keys that the target has announced, by the stripe of its addresses.
 #[derive(Debug, Default)]
 pub(crate) struct RemoteKeys {
     stripes: Vec<Entry>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
     region: u32,
     key: u32,
-    state: EntryState,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum EntryState {
-    Unknown,
-    Asked,
-    Ready,
-}
+/// No region has this index: what it says of a stripe is that there is no key.
+const NO_REGION: u32 = u32::MAX;
+const UNKNOWN: Entry = Entry { region: NO_REGION, key: 0 };
+const ASKED: Entry = Entry { region: NO_REGION, key: 1 };
 
 impl RemoteKeys {
     #[inline]
     pub(crate) fn get(&self, region: u32, stripe: u64) -> Remote {
         let entry = usize::try_from(stripe).ok().and_then(|stripe| self.stripes.get(stripe));
         match entry {
-            Some(Entry { region: owner, key, state: EntryState::Ready }) => {
-                if *owner == region { Remote::Ready(*key) } else { Remote::Foreign }
-            }
-            Some(Entry { state: EntryState::Asked, .. }) => Remote::Asked,
-            None if stripe >= STRIPES_MAX => Remote::Foreign,
-            _ => Remote::Unknown,
+            Some(&ASKED) => Remote::Asked,
+            Some(&Entry { region: NO_REGION, .. }) => Remote::Unknown,
+            Some(entry) if entry.region == region => Remote::Ready(entry.key),
+            None if stripe < STRIPES_MAX => Remote::Unknown,
+            _ => Remote::Foreign,
         }
     }
 
@@ -165,27 +161,28 @@ impl RemoteKeys {
     pub(crate) fn asked(&mut self, stripe: u64) {
         assert!(stripe < STRIPES_MAX, "get() says foreign");
         self.reach(stripe + 1);
-        self.stripes[stripe as usize].state = EntryState::Asked;
+        self.stripes[stripe as usize] = ASKED;
     }
 
     /// Takes in what the target announces, or says what is wrong with it.
     pub(crate) fn grant(&mut self, grant: Grant) -> Result<(), String> {
         let Stripes { region, first, count } = grant.stripes;
         let end = first.checked_add(u64::from(count)).filter(|&end| count > 0 && end <= STRIPES_MAX);
-        let end = end.ok_or_else(|| format!("a key for {count} stripes at {first}, which cannot be"))?;
+        let end = end
+            .filter(|_| region != NO_REGION)
+            .ok_or_else(|| format!("a key for {count} stripes at {first}, which cannot be"))?;
         self.reach(end);
         let entries = &mut self.stripes[first as usize..end as usize];
-        if entries.iter().any(|entry| entry.state == EntryState::Ready) {
+        if entries.iter().any(|entry| entry.region != NO_REGION) {
             return Err(format!("a second key for some of {count} stripes at {first}"));
         }
-        entries.fill(Entry { region, key: grant.key, state: EntryState::Ready });
+        entries.fill(Entry { region, key: grant.key });
         Ok(())
     }
 
     fn reach(&mut self, end: u64) {
-        let unknown = Entry { region: 0, key: 0, state: EntryState::Unknown };
         if self.stripes.len() < end as usize {
-            self.stripes.resize(end as usize, unknown);
+            self.stripes.resize(end as usize, UNKNOWN);
         }
     }
 }
@@ -226,7 +223,14 @@ mod tests {
         assert_eq!((keys.get(1, 5), keys.get(2, 5)), (Remote::Ready(7), Remote::Foreign));
         assert_eq!((keys.get(1, 3), keys.get(1, 7)), (Remote::Unknown, Remote::Unknown));
         assert!(keys.grant(grant).is_err(), "twice");
-        assert_eq!(keys.get(1, u64::MAX), Remote::Foreign);
+        for beyond in [STRIPES_MAX, u64::MAX] {
+            assert_eq!(keys.get(1, beyond), Remote::Foreign);
+        }
+        for (region, first, count) in [(1, STRIPES_MAX - 1, 2), (1, 20, 0), (u32::MAX, 20, 1), (1, u64::MAX, 2)] {
+            assert!(keys.grant(Grant { stripes: Stripes { region, first, count }, key: 7 }).is_err());
+        }
+        keys.grant(Grant { stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 }, key: 8 }).unwrap();
+        assert_eq!(keys.get(1, STRIPES_MAX - 1), Remote::Ready(8));
     }
 
     proptest! {
@@ -257,7 +261,7 @@ mod tests {
         ) {
             let pins = pins(5 * STRIPE + 1);
             let mut keys = RemoteKeys::default();
-            for (first, count) in [(first, count), (near, few), (near, count), (first, few), (STRIPES_MAX - near, few)] {
+            for (first, count) in [(first, count), (near, few), (near, count), (first, few)] {
                 let stripes = Stripes { region, first, count };
                 if let Ok(bytes) = pins.wanted(stripes) {
                     prop_assert!(bytes.start < bytes.end && bytes.end <= 5 * STRIPE + 1);

@@ -223,6 +223,11 @@ impl Lane {
         self.queue.arm().map_err(|errno| self.os("asking for completion events", errno))
     }
 
+    /// Ends it: nothing is read or written through it after this, in either direction.
+    pub(crate) fn close(&mut self) {
+        self.queue.close();
+    }
+
     /// Bytes of completed work requests with their headers.
     pub(crate) fn wire_bytes(&self) -> u64 {
         self.wire_bytes

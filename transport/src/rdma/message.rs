@@ -161,7 +161,7 @@ mod tests {
         fn arbitrary_bytes_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..300), kind in 0u8..5) {
             let _ = Message::decode(&bytes);
             if bytes.len() >= 4 {
-                bytes[..4].copy_from_slice(&[kind, bytes[1], 0, 0]);
+                (bytes[0], bytes[2], bytes[3]) = (kind, 0, 0);
                 let _ = Message::decode(&bytes);
             }
         }

@@ -1,6 +1,6 @@
 //! The seam between a lane and the device: a chain of work requests goes in, completions come out.
 //!
-//! [`Verbs`](super::verbs_queue::VerbsQueue) is the device's queue pair; [`Null`] completes whatever it
+//! [`VerbsQueue`](super::verbs_queue::VerbsQueue) is the device's queue pair; [`Null`] completes whatever it
 //! is given at once, to measure what a page costs on our own side of the seam.
 
 use super::message::MESSAGE_BYTES;
@@ -32,6 +32,8 @@ pub(crate) trait Queue: Send {
     fn put(&mut self, slot: usize, bytes: &[u8]) -> Result<Local, i32>;
     /// Asks for an event on the completion channel when the next completion comes.
     fn arm(&mut self) -> Result<(), i32>;
+    /// Ends it: nothing is read or written through it after this, in either direction.
+    fn close(&mut self) {}
 }
 
 /// Memory of this side, as a work request names it.
