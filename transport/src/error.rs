@@ -30,6 +30,38 @@ pub enum Error {
         /// What was wrong with it.
         what: String,
     },
+    /// A work request of a lane completed in error; the whole link is unusable from here on.
+    #[error(
+        "lane {lane}: {operation} of {len} bytes at remote address {addr:#x} failed: {status} (vendor code {vendor:#x})"
+    )]
+    Work {
+        /// Index of the lane, from zero.
+        lane: usize,
+        /// What the work request was.
+        operation: &'static str,
+        /// Where it went, in the target's terms; zero if it has no such address.
+        addr: u64,
+        /// Its length in bytes.
+        len: u32,
+        /// What the device says.
+        status: String,
+        /// What the device says in its vendor's own numbers.
+        vendor: u32,
+    },
+    /// The device that carries the link, or the connection manager, reported an end to it.
+    #[error("{device}: {event}")]
+    Device {
+        /// Name of the device.
+        device: String,
+        /// What happened.
+        event: String,
+    },
+    /// There is no way of this kind from here to there; another transport may have one.
+    #[error("no RDMA path: {what}")]
+    NoPath {
+        /// Which address or device, why, and the mend where there is one.
+        what: String,
+    },
     /// A wait ended at its deadline.
     #[error("timed out while waiting for {what}")]
     Timeout {

@@ -13,6 +13,14 @@ pub(crate) enum LaneFailure {
     Closed { lane: usize },
     /// The peer sent what the protocol does not allow.
     Protocol { lane: usize, what: String },
+    /// A work request completed in error.
+    Work { lane: usize, operation: &'static str, addr: u64, len: u32, status: String, vendor: u32 },
+    /// A queue pair's work was flushed and nothing said why: somebody else knows, and may tell later.
+    Flushed { lane: usize },
+    /// The device or the connection manager reported an end.
+    Device { device: String, event: String },
+    /// Memory could not be made ready.
+    Memory { what: String, errno: i32 },
 }
 
 impl LaneFailure {
@@ -31,6 +39,25 @@ impl From<&LaneFailure> for Error {
             }
             LaneFailure::Closed { lane } => Self::Closed { lane: *lane },
             LaneFailure::Protocol { lane, what } => Self::Protocol { lane: *lane, what: what.clone() },
+            LaneFailure::Work { lane, operation, addr, len, status, vendor } => Self::Work {
+                lane: *lane,
+                operation,
+                addr: *addr,
+                len: *len,
+                status: status.clone(),
+                vendor: *vendor,
+            },
+            LaneFailure::Flushed { lane } => Self::Lane {
+                lane: *lane,
+                operation: "working on a queue pair that the device has given up",
+                source: io::Error::from_raw_os_error(libc::ECONNABORTED),
+            },
+            LaneFailure::Device { device, event } => {
+                Self::Device { device: device.clone(), event: event.clone() }
+            }
+            LaneFailure::Memory { what, errno } => {
+                Self::os(what.clone(), io::Error::from_raw_os_error(*errno))
+            }
         }
     }
 }

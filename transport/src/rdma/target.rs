@@ -1,0 +1,301 @@
+//! The end that is written to. A service thread hears fences and messages and tells the peer which
+//! memory is ready; the writes themselves are seen by nobody.
+
+use super::connect::Connections;
+use super::health::{Health, wait_readable};
+use super::keys::Pins;
+use super::lane::{Lane, News};
+use super::message::{Grant, Message, READY_MAX, Stripes};
+use super::monitor::Monitor;
+use super::path::Path;
+use super::pinner::{DevicePinner, Side};
+use super::registrar::{Job, Registrar};
+use super::verbs::{Completions, Domain};
+use crate::credit::Window;
+use crate::error::{Error, Result};
+use crate::exposed::Exposed;
+use crate::failure::LaneFailure;
+use crate::fences::Arrivals;
+use crate::link::Target;
+use crate::region::{MemoryRegion, RemoteRegion};
+use crate::work::FenceTag;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// The target of an RDMA link. Dropping it revokes.
+pub struct RdmaTarget {
+    shared: Arc<Shared>,
+    exposed: Exposed,
+    service: Option<JoinHandle<Service>>,
+    monitor: Option<Monitor>,
+    path: Path,
+    revoked: bool,
+}
+
+/// What the service thread and the target have in common.
+struct Shared {
+    health: Arc<Health>,
+    arrivals: Mutex<Arrivals>,
+    changed: Condvar,
+    placed_bytes: AtomicU64,
+    pins: Mutex<Vec<Arc<Pins>>>,
+    registrar: Registrar,
+    /// Ready, and not announced yet.
+    grants: Arc<Mutex<VecDeque<Grant>>>,
+    chunk: usize,
+}
+
+/// The service thread's own; it comes back when the thread ends.
+struct Service {
+    lanes: Vec<Lane>,
+    completions: Arc<Completions>,
+    domain: Arc<Domain>,
+    shared: Arc<Shared>,
+    news: News,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Tables that are whole at every moment, so a panic elsewhere spoils nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl RdmaTarget {
+    pub(crate) fn new(connections: Connections, chunk_bytes: usize) -> Result<Self> {
+        let health = Arc::new(Health::new()?);
+        let watched = connections.watched();
+        let Connections { queues, domain, completions, channel, path, .. } = connections;
+        // It writes nothing, so its window is of no account.
+        let window = Window { bytes: 0, requests: 0 };
+        let lanes: Vec<_> = (queues.into_iter().enumerate())
+            .map(|(index, queue)| Lane::new(index, Box::new(queue), window, 0, path.active_mtu))
+            .collect();
+        let monitor = Monitor::new(watched, channel, Arc::clone(domain.id()), Arc::clone(&health))?;
+        let grants: Arc<Mutex<VecDeque<Grant>>> = Arc::default();
+        let (announced, told) = (Arc::clone(&grants), Arc::clone(&health));
+        let ready = Box::new(move |job: &Job, key: u32| {
+            lock(&announced).push_back(job.pins.grant(&job.stripes, key));
+            told.bell.ring();
+        });
+        let pinner = Box::new(DevicePinner::new(&domain, Side::Target));
+        let shared = Arc::new(Shared {
+            registrar: Registrar::new(pinner, ready, Arc::clone(&health))?,
+            health,
+            arrivals: Mutex::new(Arrivals::new(lanes.len())),
+            changed: Condvar::new(),
+            placed_bytes: AtomicU64::new(0),
+            pins: Mutex::default(),
+            grants,
+            chunk: super::chunk_stripes(chunk_bytes),
+        });
+        let service =
+            Service { lanes, completions, domain, shared: Arc::clone(&shared), news: News::default() };
+        let thread = std::thread::Builder::new()
+            .name("ferry-rdma-serve".into())
+            .spawn(move || service.run())
+            .map_err(|e| Error::os("starting the thread that serves a link", e))?;
+        let (service, monitor) = (Some(thread), Some(monitor));
+        Ok(Self { shared, exposed: Exposed::new(), service, monitor, path, revoked: false })
+    }
+
+    /// The way that the link takes.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the protection
+    /// domain is this link's alone, and a key opens nothing to a queue pair of another.
+    fn stop(&mut self) {
+        if std::mem::replace(&mut self.revoked, true) {
+            return;
+        }
+        self.shared.registrar.stop();
+        self.shared.health.end();
+        let mut service = self.service.take().and_then(|thread| thread.join().ok());
+        if let Some(service) = &mut service {
+            service.lanes.iter_mut().for_each(Lane::close);
+        }
+        self.exposed.revoke();
+        let (monitor, shared) = (self.monitor.take(), Arc::clone(&self.shared));
+        // What remains takes long and changes nothing: unpinning.
+        super::give_up_memory(move || drop((monitor, service, shared)));
+    }
+}
+
+impl Target for RdmaTarget {
+    fn expose(&mut self, region: &Arc<MemoryRegion>) -> Result<RemoteRegion> {
+        let remote = self.exposed.expose(region)?;
+        lock(&self.shared.pins).push(Arc::new(Pins::new(region, remote.key.0, Some(remote.base))));
+        Ok(remote)
+    }
+
+    fn expect(&mut self, region: &Arc<MemoryRegion>, parts: &[Range<usize>]) -> Result<()> {
+        self.shared.health.check()?;
+        if self.revoked {
+            return Err(Error::State("expecting writes after the link was revoked"));
+        }
+        let exposed: Vec<_> = (lock(&self.shared.pins).iter())
+            .filter(|pins| Arc::ptr_eq(pins.region(), region))
+            .map(Arc::clone)
+            .collect();
+        if exposed.is_empty() {
+            return Err(Error::State("expecting writes into a region that was not exposed"));
+        }
+        // A region may be exposed more than once, and each has addresses of its own.
+        exposed
+            .iter()
+            .try_for_each(|pins| super::expect(Some(&self.shared.registrar), pins, parts, self.shared.chunk))
+    }
+
+    fn wait_fence(&mut self, tag: FenceTag, deadline: Instant) -> Result<()> {
+        let mut arrivals = lock(&self.shared.arrivals);
+        loop {
+            if arrivals.reached(tag) {
+                return Ok(());
+            }
+            if self.revoked {
+                return Err(Error::State("waiting for a fence after the link was revoked"));
+            }
+            if self.shared.health.broken() {
+                drop(arrivals);
+                self.shared.health.check()?;
+                return Err(Error::State("waiting for a fence on a link that is broken"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout { what: "a fence on every lane" });
+            }
+            (arrivals, _) =
+                self.shared.changed.wait_timeout(arrivals, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn bytes_placed(&mut self) -> Result<u64> {
+        self.shared.health.check()?;
+        Ok(self.shared.placed_bytes.load(Ordering::Relaxed))
+    }
+
+    fn revoke(&mut self) -> Result<()> {
+        self.stop();
+        Ok(())
+    }
+}
+
+impl Drop for RdmaTarget {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl std::fmt::Debug for RdmaTarget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RdmaTarget").field("path", &self.path).field("revoked", &self.revoked).finish()
+    }
+}
+
+impl Service {
+    fn run(mut self) -> Self {
+        while !self.shared.health.broken() && !self.shared.health.ending() {
+            if let Err(failure) = self.turn() {
+                self.shared.health.fail(failure);
+            }
+        }
+        // What came before the end, such as a last fence. Why it ended is known.
+        let _ = self.collect();
+        // Under the lock, so that nobody misses it between looking and waiting.
+        drop(lock(&self.shared.arrivals));
+        self.shared.changed.notify_all();
+        self
+    }
+
+    /// Does what there is to do, and waits if there is nothing.
+    fn turn(&mut self) -> Result<(), LaneFailure> {
+        if self.collect()? || self.announce()? {
+            return Ok(());
+        }
+        // Armed first, then looked at again: what comes in between rings the bell or is seen.
+        self.lanes.iter_mut().try_for_each(Lane::arm)?;
+        if self.collect()? || self.announce()? {
+            return Ok(());
+        }
+        let bell = &self.shared.health.bell;
+        wait_readable(&[self.completions.fd(), bell.as_fd()], None)
+            .map_err(|_| LaneFailure::Os { lane: 0, operation: "waiting for completions", errno: libc::EIO })?;
+        self.completions.silence();
+        bell.silence();
+        Ok(())
+    }
+
+    /// Takes in what came. True if there was anything.
+    fn collect(&mut self) -> Result<bool, LaneFailure> {
+        let mut any = false;
+        // A target writes nothing.
+        let mut written = Vec::new();
+        for lane in 0..self.lanes.len() {
+            let room = self.lanes[lane].can_send();
+            self.lanes[lane].collect(&mut written, &mut self.news)?;
+            any |= !self.news.arrived.is_empty() || !self.news.messages.is_empty();
+            any |= room != self.lanes[lane].can_send();
+            self.digest(lane)?;
+        }
+        Ok(any)
+    }
+
+    fn digest(&mut self, lane: usize) -> Result<(), LaneFailure> {
+        let protocol = |what: String| LaneFailure::Protocol { lane, what };
+        if !self.news.arrived.is_empty() {
+            let mut arrivals = lock(&self.shared.arrivals);
+            for tag in self.news.arrived.drain(..) {
+                if !arrivals.arrive(lane, tag) {
+                    return Err(protocol(format!("the fence {} after a later one", tag.0)));
+                }
+            }
+            drop(arrivals);
+            self.shared.changed.notify_all();
+        }
+        for message in self.news.messages.drain(..) {
+            match message {
+                Message::Progress(bytes) => {
+                    self.shared.placed_bytes.fetch_max(bytes, Ordering::Relaxed);
+                }
+                Message::Want(stripes) => self.shared.want(stripes).map_err(protocol)?,
+                Message::Ready(_) => return Err(protocol("keys from the initiator".into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the peer what has become ready. True if there was anything.
+    fn announce(&mut self) -> Result<bool, LaneFailure> {
+        let mut any = false;
+        while self.lanes[0].can_send() {
+            let mut grants = lock(&self.shared.grants);
+            let count = grants.len().min(READY_MAX);
+            if count == 0 {
+                break;
+            }
+            let message = Message::Ready(grants.drain(..count).collect());
+            drop(grants);
+            any |= self.lanes[0].send(&message)?;
+        }
+        Ok(any)
+    }
+}
+
+impl Shared {
+    /// The peer wants to write where nobody said that it would.
+    fn want(&self, stripes: Stripes) -> Result<(), String> {
+        let pins = lock(&self.pins).get(stripes.region as usize).map(Arc::clone);
+        let pins = pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
+        // What is claimed already is announced when it is ready.
+        let claimed = pins.claim(&pins.wanted(stripes)?, self.chunk);
+        self.registrar
+            .urge(claimed.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect());
+        Ok(())
+    }
+}
