@@ -484,7 +484,8 @@ fn expose(
         target.expect(slot.region(), &parts)?;
     }
     let exposed_state = target.expose(state)?.into();
-    target.expect(state, &[0..STATE_WARM_BYTES.min(state.len())])?;
+    let warm = 0..STATE_WARM_BYTES.min(state.len());
+    target.expect(state, std::slice::from_ref(&warm))?;
     Ok(Accept { slots, state: exposed_state })
 }
 

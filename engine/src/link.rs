@@ -214,9 +214,7 @@ impl Listening {
             (Lanes::Rdma, Some(listener)) => {
                 Ok(Box::new(listener.into_target(Instant::now() + CONNECT_MAX)?))
             }
-            (Lanes::Rdma, None) => {
-                Err(Error::Protocol("lanes by RDMA where none were offered".into()))
-            }
+            (Lanes::Rdma, None) => Err(Error::Protocol("lanes by RDMA where none were offered".into())),
             (Lanes::Tcp, _) if choice.transport == Transport::Rdma => Err(Error::refused(
                 "this receiver takes guests by RDMA alone (--transport rdma), and the source came by TCP",
             )),

@@ -4,6 +4,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
+use crate::link::{LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
 use crate::page::PAGE_BYTES;
 use crate::policy::{Decision, FixedCosts, Limits, Observation, Policy, WhenStuck, predict_blackout_us};
@@ -11,7 +12,6 @@ use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
 use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
 use crate::report::{Blackout, MigrationReport, Outcome, Round};
-use crate::link::{LinkChoice, Transport, Wish};
 use crate::session::{self, Session, aborted};
 use crate::switchover::{Committed, Paused};
 use pageferry_transport::preamble::Token;
@@ -160,7 +160,8 @@ fn attempt(
         }
         broke = false;
     }
-    (report, broke && report.outcome == Outcome::Aborted)
+    let broke = broke && report.outcome == Outcome::Aborted;
+    (report, broke)
 }
 
 fn run(
@@ -243,7 +244,8 @@ impl Ferry<'_> {
         for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
             link.expect(slot.region(), &parts)?;
         }
-        link.expect(&state, &[0..STATE_WARM_BYTES.min(state.len())])?;
+        let warm = 0..STATE_WARM_BYTES.min(state.len());
+        link.expect(&state, std::slice::from_ref(&warm))?;
         let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
         let accept = offer_memory(&mut session.control, offer, &memory, &state, monitor)?;
 

@@ -4,15 +4,15 @@
 use pageferry::bitmap::DirtyBitmap;
 use pageferry::destination::{Reception, Served};
 use pageferry::dirty::{DirtySource, Harvest};
+use pageferry::doorway::Doorway;
 use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
+use pageferry::link::LinkChoice;
 use pageferry::memory::GuestMemory;
 use pageferry::page::PageRun;
 use pageferry::policy::{FixedCosts, WhenStuck};
 use pageferry::progress::{Monitor, Stage};
 use pageferry::report::{MigrationReport, Outcome};
-use pageferry::doorway::Doorway;
-use pageferry::link::LinkChoice;
 use pageferry::source::{MigrateOptions, migrate};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::{SOON, eventually};

@@ -327,10 +327,7 @@ pub(crate) fn nothing_changes_after_revoke(make: &dyn Fn(usize) -> Pair) {
         target.revoke().unwrap();
         let before = contents(&destination);
         let error = pusher.join().unwrap();
-        assert!(
-            matches!(error, Error::Closed { .. } | Error::Lane { .. } | Error::Work { .. }),
-            "{error:?}"
-        );
+        assert!(matches!(error, Error::Closed { .. } | Error::Lane { .. } | Error::Work { .. }), "{error:?}");
         assert!(contents(&destination) == before);
         assert!(target.expose(&destination).is_err());
         assert!(target.wait_fence(FenceTag(1), soon()).is_err());

@@ -6,14 +6,14 @@ pub mod doctor;
 pub mod units;
 
 use crate::destination::Reception;
+use crate::doorway::Doorway;
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
-use crate::policy::WhenStuck;
-use crate::doorway::Doorway;
 use crate::link::LinkChoice;
+use crate::policy::WhenStuck;
 use crate::session;
 use crate::source::{MigrateOptions, default_lanes};
 use crate::supervisor::hosting::Hosting;

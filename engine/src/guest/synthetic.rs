@@ -489,11 +489,11 @@ impl DestinationGuest for SyntheticDestination {
 mod tests {
     use super::*;
     use crate::destination::{Reception, Served};
+    use crate::doorway::Doorway;
+    use crate::link::LinkChoice;
     use crate::policy::WhenStuck;
     use crate::progress::Monitor;
     use crate::report::Outcome;
-    use crate::doorway::Doorway;
-    use crate::link::LinkChoice;
     use crate::source::{MigrateOptions, migrate};
 
     const OPTIONS: SyntheticOptions = SyntheticOptions {
@@ -507,10 +507,8 @@ mod tests {
 
     /// Moves a guest over real TCP within this process.
     fn moved(mut source: SyntheticSource) -> SyntheticSource {
-        let reception = Reception::new(
-            Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap(),
-            LinkChoice::default(),
-        );
+        let reception =
+            Reception::new(Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap(), LinkChoice::default());
         let mut options = MigrateOptions::to(reception.doorway().address.to_string());
         (options.downtime_us_max, options.when_stuck) = (500_000, WhenStuck::Switchover);
         (options.lanes, options.verify, options.rounds_max) = (2, true, 5);

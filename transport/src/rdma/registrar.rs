@@ -197,8 +197,7 @@ mod tests {
         let (told, ready) = crossbeam_channel::unbounded();
         let health = Arc::new(Health::new().unwrap());
         let tell: Ready = Box::new(move |job, key| told.send((job.stripes.clone(), key)).unwrap());
-        let registrar =
-            Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
+        let registrar = Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
         let pins = Arc::new(Pins::new(&MemoryRegion::anonymous(8 * STRIPE).unwrap(), 0, None));
         let jobs = |bytes: Range<usize>| -> Vec<Job> {
             let claimed = pins.claim(&bytes, 2);

@@ -224,8 +224,11 @@ impl Service {
             return Ok(());
         }
         let bell = &self.shared.health.bell;
-        wait_readable(&[self.completions.fd(), bell.as_fd()], None)
-            .map_err(|_| LaneFailure::Os { lane: 0, operation: "waiting for completions", errno: libc::EIO })?;
+        wait_readable(&[self.completions.fd(), bell.as_fd()], None).map_err(|_| LaneFailure::Os {
+            lane: 0,
+            operation: "waiting for completions",
+            errno: libc::EIO,
+        })?;
         self.completions.silence();
         bell.silence();
         Ok(())
@@ -291,7 +294,8 @@ impl Shared {
     /// The peer wants to write where nobody said that it would.
     fn want(&self, stripes: Stripes) -> Result<(), String> {
         let pins = lock(&self.pins).get(stripes.region as usize).map(Arc::clone);
-        let pins = pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
+        let pins =
+            pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
         // What is claimed already is announced when it is ready.
         let claimed = pins.claim(&pins.wanted(stripes)?, self.chunk);
         self.registrar

@@ -565,7 +565,7 @@ mod tests {
     #[test]
     fn a_real_qemu_runs_nothing_that_was_taken_back() {
         let mut qemu = TestQemu::start(&["-S"]);
-        let mut status =
+        let status =
             |qmp: &mut Qmp| qmp.execute("query-status", json!({}), soon()).unwrap()["status"].clone();
         qemu.qmp.type_ahead("cont", soon()).unwrap();
         assert_eq!(status(&mut qemu.qmp), "prelaunch");
