@@ -124,10 +124,11 @@ impl Console {
     /// Pages that the guest has read from its disk and written to it, as its next status line has them.
     ///
     /// # Panics
-    /// If it has no disk.
+    /// If it has no disk, or has found an error.
     #[must_use]
     pub fn disk_pages(&self) -> (u64, u64) {
         let (line, _) = self.wait(self.words.mark(), "disk_read=", SOON);
+        assert_eq!(number(&line, "errors="), 0, "{line}");
         (number(&line, "disk_read="), number(&line, "disk_written="))
     }
 
