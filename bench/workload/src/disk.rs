@@ -69,7 +69,7 @@ impl Disk {
         let extents = (file.seek(SeekFrom::End(0))? / EXTENT_BYTES as u64).min(1 << 24) as u32;
         // Two that it writes for each worker, so that one can be stale.
         if extents < 2 * workers * WRITE_ONE_OF {
-            let least = (2 * workers * WRITE_ONE_OF) as usize * EXTENT_BYTES >> 20;
+            let least = ((2 * workers * WRITE_ONE_OF) as usize * EXTENT_BYTES) >> 20;
             return Err(io::Error::other(format!("it is smaller than {least} MiB")));
         }
         Ok(Self { file, extents, workers })
