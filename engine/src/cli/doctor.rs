@@ -1,5 +1,7 @@
 //! `pageferry doctor`: what this host can do, one line a finding, with the mend.
 
+mod rdma;
+
 use crate::supervisor::runtime::RuntimeDir;
 use std::fs;
 use std::process::Command;
@@ -15,6 +17,7 @@ enum Grade {
     Bad,
 }
 
+#[derive(Debug)]
 struct Finding {
     grade: Grade,
     topic: &'static str,
@@ -24,8 +27,17 @@ struct Finding {
 /// Prints every finding; 0 if a guest can be moved from and to this host, 1 if not.
 #[must_use]
 pub fn main() -> u8 {
-    let findings =
-        [kernel(), tracking(), io_uring(), tracing_permission(), qemu(), memory(), huge_pages(), runtime()];
+    let mut findings = vec![
+        kernel(),
+        tracking(),
+        io_uring(),
+        tracing_permission(),
+        qemu(),
+        memory(),
+        huge_pages(),
+        runtime(),
+    ];
+    findings.extend(rdma::findings());
     for Finding { grade, topic, text } in &findings {
         let mark = match grade {
             Grade::Good => "ok  ",

@@ -21,7 +21,7 @@ pub struct verbs_context {
     pub query_port: Option<
         unsafe extern "C" fn(*mut ibv_context, port_num: u8, *mut ibv_port_attr, size: usize) -> c_int,
     >,
-    unused_newer: [*const c_void; 24],
+    unused_newer: [*const c_void; 25],
     private: *const c_void,
     /// See [`ibv_query_device_ex`].
     pub query_device_ex: Option<

@@ -21,6 +21,7 @@
 
 mod cm;
 mod connect;
+pub mod device;
 mod health;
 mod initiator;
 mod keys;

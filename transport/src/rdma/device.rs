@@ -1,0 +1,470 @@
+//! What this host has of RDMA: devices, their limits, ports and addresses; and what the host itself limits.
+//!
+//! ```text
+//!   devices()            libibverbs: limits, state of ports; sysfs: rate, GIDs
+//!   kernel_devices()     sysfs: names, also of those that libibverbs cannot drive
+//!   connection_manager() the device file that rdma_cm needs
+//!   memory_lock_limit()  how much this process may register
+//!   peer_memory()        modules that let a NIC reach the memory of other devices
+//! ```
+//!
+//! It only looks: nothing is registered, created or changed.
+
+mod sysfs;
+
+use rdma_sys::{
+    IBV_LINK_LAYER_ETHERNET, IBV_LINK_LAYER_INFINIBAND, IBV_MTU_256, IBV_MTU_4096, IBV_NODE_RNIC,
+    IBV_ODP_SUPPORT, IBV_ODP_SUPPORT_WRITE, IBV_PORT_ACTIVE, IBV_PORT_ACTIVE_DEFER, IBV_PORT_ARMED,
+    IBV_PORT_DOWN, IBV_PORT_INIT, LibIbverbs, Libraries, OpenError, ibv_context, ibv_device,
+    ibv_device_attr_ex, ibv_port_attr,
+};
+use std::ffi::CStr;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+use std::ptr::NonNull;
+
+/// Bit of `CAP_IPC_LOCK` in the capability sets of `/proc/PID/status` (capabilities(7)).
+const CAP_IPC_LOCK: u32 = 14;
+/// The device file of rdma_cm.
+const CM_DEVICE: &str = "/dev/infiniband/rdma_cm";
+
+/// Why this host has no devices to speak of.
+#[derive(Debug, thiserror::Error)]
+pub enum Unavailable {
+    /// rdma-core is not installed, or is not one that can be used.
+    #[error(transparent)]
+    Libraries(#[from] OpenError),
+    /// The kernel has no RDMA, or its modules are not loaded.
+    #[error("this kernel offers no RDMA; load its modules: modprobe -a ib_uverbs rdma_ucm")]
+    Kernel,
+    /// libibverbs could not list the devices.
+    #[error("the RDMA devices cannot be listed")]
+    List(#[source] io::Error),
+}
+
+/// A device that is there and cannot be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {what} failed; this user needs read and write permission on {file}")]
+pub struct Unusable {
+    /// Name of the device.
+    pub device: String,
+    /// What was asked.
+    pub what: &'static str,
+    /// The device file that it is asked through.
+    pub file: String,
+    source: io::Error,
+}
+
+/// A NIC, as the kernel names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Such as `mlx5_0` or `rxe0`.
+    pub name: String,
+    /// Globally unique identifier of the node, most significant byte first.
+    pub guid: u64,
+    /// How much it can do at once.
+    pub limits: Limits,
+    /// Whether memory that is the source of an RDMA write on a reliable connection can be registered without being
+    /// pinned.
+    pub on_demand_paging: bool,
+    /// Its ports, in order.
+    pub ports: Vec<Port>,
+}
+
+/// What a device can do at once, by its own word; soft-RoCE and some others promise more than they keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Queue pairs.
+    pub queue_pairs: u32,
+    /// Work requests in one queue of a queue pair.
+    pub work_requests: u32,
+    /// Local slices of one work request.
+    pub slices: u32,
+    /// Completion queues.
+    pub completion_queues: u32,
+    /// Entries of a completion queue.
+    pub completions: u32,
+    /// Regions that are registered.
+    pub regions: u32,
+    /// Bytes of a region.
+    pub region_bytes: u64,
+}
+
+/// A port of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// From one.
+    pub number: u8,
+    /// Only [`PortState::Active`] carries data.
+    pub state: PortState,
+    /// What it speaks.
+    pub protocol: Protocol,
+    /// Payload of a packet now, if it is a size that verbs knows.
+    pub mtu_bytes: Option<u32>,
+    /// The longest message, and so the longest single write.
+    pub message_bytes_max: u32,
+    /// As the kernel writes it, such as `100 Gb/sec (4X EDR)`.
+    pub rate: Option<String>,
+    /// Local identifier on an InfiniBand subnet; zero elsewhere.
+    pub lid: u16,
+    /// Entries of its GID table that are in use.
+    pub gids: Vec<Gid>,
+}
+
+/// State of a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortState {
+    /// No link.
+    Down,
+    /// A link that no subnet manager has configured yet.
+    Initializing,
+    /// Configured, not yet active.
+    Armed,
+    /// Carries data.
+    Active,
+    /// Was active, and lost its link a moment ago.
+    ActiveDefer,
+    /// A number that is not known here.
+    Other(u32),
+}
+
+/// What a port speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// InfiniBand.
+    InfiniBand,
+    /// RDMA over Converged Ethernet.
+    Roce,
+    /// RDMA over TCP.
+    Iwarp,
+    /// None of these.
+    Other,
+}
+
+/// An entry of a port's GID table: an address that connections can use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gid {
+    /// Its place in the table.
+    pub index: u32,
+    /// Its sixteen bytes.
+    pub value: [u8; 16],
+    /// How packets with it look.
+    pub kind: GidKind,
+    /// The network device that it belongs to, such as `eth0`; InfiniBand has none.
+    pub netdev: Option<String>,
+}
+
+/// How packets with a GID look on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GidKind {
+    /// InfiniBand, or RoCE version 1, for which the kernel has one name: Ethernet frames that are not routed.
+    InfiniBandOrRoceV1,
+    /// RoCE version 2: in UDP.
+    RoceV2,
+    /// Something newer.
+    Other,
+}
+
+impl fmt::Display for PortState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Down => f.write_str("down"),
+            Self::Initializing => f.write_str("initializing"),
+            Self::Armed => f.write_str("armed"),
+            Self::Active => f.write_str("active"),
+            Self::ActiveDefer => f.write_str("active, link lost"),
+            Self::Other(number) => write!(f, "in state {number}"),
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::InfiniBand => "InfiniBand",
+            Self::Roce => "RoCE",
+            Self::Iwarp => "iWARP",
+            Self::Other => "unknown protocol",
+        })
+    }
+}
+
+impl Gid {
+    /// The IP address that the entry stands for. On InfiniBand a GID is no IP address, although it looks like one.
+    #[must_use]
+    pub fn address(&self, protocol: Protocol) -> Option<IpAddr> {
+        let address = Ipv6Addr::from(self.value);
+        (protocol == Protocol::Roce).then(|| address.to_canonical())
+    }
+}
+
+/// Every device of this host, in the library's order, with those that cannot be asked.
+pub fn devices() -> Result<Vec<Result<Device, Unusable>>, Unavailable> {
+    let verbs = &Libraries::open()?.verbs;
+    let list = DeviceList::get(verbs)?;
+    Ok(list.devices().map(|device| ask(verbs, device)).collect())
+}
+
+/// Names of the devices that the kernel has. Those that [`devices`] lacks have no provider in libibverbs.
+#[must_use]
+pub fn kernel_devices() -> Vec<String> {
+    sysfs::devices(Path::new("/"))
+}
+
+/// Whether connections can be made: rdma_cm's device file can be opened.
+pub fn connection_manager() -> io::Result<()> {
+    open_both_ways(CM_DEVICE)
+}
+
+fn open_both_ways(file: &str) -> io::Result<()> {
+    fs::File::options().read(true).write(true).open(file).map(drop)
+}
+
+/// Bytes of memory that this process may register in all, or `None` for as much as there is.
+#[must_use]
+pub fn memory_lock_limit() -> Option<u64> {
+    // Registration asks for CAP_IPC_LOCK, and where that is missing counts against the limit.
+    if fs::read_to_string("/proc/self/status").is_ok_and(|status| may_lock_memory(&status)) {
+        return None;
+    }
+    rustix::process::getrlimit(rustix::process::Resource::Memlock).current
+}
+
+/// Modules that are loaded and let a NIC reach the memory of another device, a GPU's for one. That such a module is
+/// there does not prove that the NIC's driver uses it.
+#[must_use]
+pub fn peer_memory() -> Vec<String> {
+    sysfs::peer_memory(Path::new("/"))
+}
+
+/// Reads the effective capabilities out of `/proc/PID/status`.
+fn may_lock_memory(status: &str) -> bool {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    bits & (1 << CAP_IPC_LOCK) != 0
+}
+
+/// The library's list of devices; freed when dropped.
+struct DeviceList<'a> {
+    verbs: &'a LibIbverbs,
+    first: NonNull<*mut ibv_device>,
+    count: usize,
+}
+
+impl<'a> DeviceList<'a> {
+    fn get(verbs: &'a LibIbverbs) -> Result<Self, Unavailable> {
+        let mut count = 0;
+        // SAFETY: `count` may be written.
+        let first = NonNull::new(unsafe { verbs.ibv_get_device_list(&raw mut count) });
+        let first = first.ok_or_else(|| match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENOSYS) => Unavailable::Kernel,
+            e => Unavailable::List(e),
+        })?;
+        Ok(Self { verbs, first, count: usize::try_from(count).unwrap_or(0) })
+    }
+
+    fn devices(&self) -> impl Iterator<Item = *mut ibv_device> + '_ {
+        // SAFETY: the library says that so many are there; they are until the list is freed.
+        (0..self.count).map(|index| unsafe { *self.first.as_ptr().add(index) })
+    }
+}
+
+impl Drop for DeviceList<'_> {
+    fn drop(&mut self) {
+        // SAFETY: it came from the library and is freed once.
+        unsafe { self.verbs.ibv_free_device_list(self.first.as_ptr()) }
+    }
+}
+
+/// An open device; closed when dropped.
+struct Context<'a> {
+    verbs: &'a LibIbverbs,
+    raw: NonNull<ibv_context>,
+}
+
+impl Drop for Context<'_> {
+    fn drop(&mut self) {
+        // SAFETY: it came from the library, and nothing was made on it. A failure leaves nothing to be done.
+        unsafe { self.verbs.ibv_close_device(self.raw.as_ptr()) };
+    }
+}
+
+/// Asks a device of a list that is not freed yet.
+fn ask(verbs: &LibIbverbs, device: *mut ibv_device) -> Result<Device, Unusable> {
+    // SAFETY: the list is there, so the device is; its name ends with a zero.
+    let name = unsafe { CStr::from_ptr(verbs.ibv_get_device_name(device)) }.to_string_lossy().into_owned();
+    // SAFETY: the list is there, so the device is.
+    let (node_type, guid) = unsafe { ((*device).node_type, u64::from_be(verbs.ibv_get_device_guid(device))) };
+    // SAFETY: the list is there, so the device is; the name of its file ends with a zero.
+    let file = unsafe { CStr::from_ptr((&raw const (*device).dev_name).cast()) };
+    let file = format!("/dev/infiniband/{}", file.to_string_lossy());
+    let unusable = |what, source| Unusable { device: name.clone(), what, file: file.clone(), source };
+
+    // SAFETY: the list is there, so the device is.
+    let raw = NonNull::new(unsafe { verbs.ibv_open_device(device) }).ok_or_else(|| {
+        let unsaid = io::Error::last_os_error();
+        // Where permission is missing the library says that there is no such file: the file itself knows better.
+        unusable("opening", open_both_ways(&file).err().unwrap_or(unsaid))
+    })?;
+    let context = Context { verbs, raw };
+    let mut attr = ibv_device_attr_ex::default();
+    // SAFETY: the context is open, `attr` may be written.
+    let code = unsafe { rdma_sys::ibv_query_device_ex(verbs, raw.as_ptr(), &raw mut attr) };
+    succeeded(code).map_err(|e| unusable("asking for its limits", e))?;
+    let ports = (1..=attr.orig_attr.phys_port_cnt)
+        .map(|number| context.port(&name, node_type, number))
+        .collect::<io::Result<_>>()
+        .map_err(|e| unusable("asking for a port", e))?;
+    Ok(Device { guid, limits: limits(&attr), on_demand_paging: on_demand_paging(&attr), ports, name })
+}
+
+impl Context<'_> {
+    fn port(&self, device: &str, node_type: i32, number: u8) -> io::Result<Port> {
+        let mut attr = ibv_port_attr::default();
+        // SAFETY: the context is open, `attr` may be written.
+        let code = unsafe { rdma_sys::ibv_query_port(self.verbs, self.raw.as_ptr(), number, &raw mut attr) };
+        succeeded(code)?;
+        let directory = sysfs::port(Path::new("/"), device, number);
+        Ok(Port {
+            number,
+            state: state(attr.state),
+            protocol: protocol(node_type, attr.link_layer),
+            mtu_bytes: mtu_bytes(attr.active_mtu),
+            message_bytes_max: attr.max_msg_sz,
+            rate: sysfs::line(&directory.join("rate")),
+            lid: attr.lid,
+            gids: sysfs::gids(&directory),
+        })
+    }
+}
+
+/// Verbs return an error number, or -1 and leave it in `errno`.
+fn succeeded(code: i32) -> io::Result<()> {
+    match code {
+        0 => Ok(()),
+        1.. => Err(io::Error::from_raw_os_error(code)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn limits(attr: &ibv_device_attr_ex) -> Limits {
+    // A negative count makes no sense.
+    let count = |number: i32| u32::try_from(number).unwrap_or(0);
+    let attr = &attr.orig_attr;
+    Limits {
+        queue_pairs: count(attr.max_qp),
+        work_requests: count(attr.max_qp_wr),
+        slices: count(attr.max_sge),
+        completion_queues: count(attr.max_cq),
+        completions: count(attr.max_cqe),
+        regions: count(attr.max_mr),
+        region_bytes: attr.max_mr_size,
+    }
+}
+
+fn on_demand_paging(attr: &ibv_device_attr_ex) -> bool {
+    attr.odp_caps.general_caps & u64::from(IBV_ODP_SUPPORT) != 0
+        && attr.odp_caps.per_transport_caps.rc_odp_caps & IBV_ODP_SUPPORT_WRITE != 0
+}
+
+fn state(number: u32) -> PortState {
+    match number {
+        IBV_PORT_DOWN => PortState::Down,
+        IBV_PORT_INIT => PortState::Initializing,
+        IBV_PORT_ARMED => PortState::Armed,
+        IBV_PORT_ACTIVE => PortState::Active,
+        IBV_PORT_ACTIVE_DEFER => PortState::ActiveDefer,
+        other => PortState::Other(other),
+    }
+}
+
+fn protocol(node_type: i32, link_layer: u8) -> Protocol {
+    match (node_type, u32::from(link_layer)) {
+        (IBV_NODE_RNIC, _) => Protocol::Iwarp,
+        (_, IBV_LINK_LAYER_INFINIBAND) => Protocol::InfiniBand,
+        (_, IBV_LINK_LAYER_ETHERNET) => Protocol::Roce,
+        _ => Protocol::Other,
+    }
+}
+
+/// The enum counts powers of two: 1 is 256 bytes, 5 is 4096.
+fn mtu_bytes(number: u32) -> Option<u32> {
+    (IBV_MTU_256..=IBV_MTU_4096).contains(&number).then(|| 128 << number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_numbers_of_verbs_are_named_and_unknown_ones_kept() {
+        assert_eq!(state(4), PortState::Active);
+        assert_eq!(state(77), PortState::Other(77));
+        assert_eq!(PortState::Other(77).to_string(), "in state 77");
+        assert_eq!(
+            (0..7).map(mtu_bytes).collect::<Vec<_>>(),
+            [None, Some(256), Some(512), Some(1024), Some(2048), Some(4096), None]
+        );
+    }
+
+    #[test]
+    fn a_port_speaks_what_its_node_and_its_link_layer_say() {
+        assert_eq!(protocol(1, 1), Protocol::InfiniBand);
+        assert_eq!(protocol(1, 2), Protocol::Roce);
+        assert_eq!(protocol(4, 2), Protocol::Iwarp);
+        assert_eq!(protocol(1, 9), Protocol::Other);
+    }
+
+    #[test]
+    fn a_roce_gid_is_an_address_and_an_infiniband_gid_is_none() {
+        let value = Ipv6Addr::from([0, 0, 0, 0, 0, 0xffff, 0xc000, 0x0201]).octets();
+        let gid = Gid { index: 1, value, kind: GidKind::RoceV2, netdev: None };
+        assert_eq!(gid.address(Protocol::Roce), Some("192.0.2.1".parse().unwrap()));
+        assert_eq!(gid.address(Protocol::InfiniBand), None);
+        let value = Ipv6Addr::from([0xfe80, 0, 0, 0, 0, 0, 0, 1]).octets();
+        let gid = Gid { index: 0, value, kind: GidKind::InfiniBandOrRoceV1, netdev: None };
+        assert_eq!(gid.address(Protocol::Roce), Some("fe80::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn the_capability_to_lock_memory_is_read_from_the_effective_set() {
+        assert!(may_lock_memory("Name:\tx\nCapPrm:\t0\nCapEff:\t000001ffffffffff\n"));
+        assert!(may_lock_memory("CapEff:\t0000000000004000\n"));
+        assert!(!may_lock_memory("CapEff:\t000001ffffffbfff\n"));
+        assert!(!may_lock_memory("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000000000\n"));
+        assert!(!may_lock_memory("CapEff:\tgarbage\n"));
+        assert!(!may_lock_memory(""));
+    }
+
+    #[test]
+    fn paging_on_demand_counts_only_if_it_covers_writes_on_reliable_connections() {
+        let mut attr = ibv_device_attr_ex::default();
+        assert!(!on_demand_paging(&attr));
+        attr.odp_caps.general_caps = 1;
+        attr.odp_caps.per_transport_caps.uc_odp_caps = IBV_ODP_SUPPORT_WRITE;
+        assert!(!on_demand_paging(&attr));
+        attr.odp_caps.per_transport_caps.rc_odp_caps = IBV_ODP_SUPPORT_WRITE;
+        assert!(on_demand_paging(&attr));
+    }
+
+    #[test]
+    fn asking_this_host_gives_devices_or_says_why_not() {
+        match devices() {
+            Ok(devices) => {
+                for device in devices.into_iter().flatten() {
+                    assert!(!device.name.is_empty() && !device.ports.is_empty(), "{device:?}");
+                }
+            }
+            Err(why) => assert!(
+                Path::new("/sys/class/infiniband")
+                    .read_dir()
+                    .map_or(true, |mut found| found.next().is_none())
+                    || matches!(why, Unavailable::Libraries(_)),
+                "there are devices, and yet: {why}"
+            ),
+        }
+    }
+}
