@@ -71,7 +71,8 @@ impl Channel {
         }
         let this = Self { libraries, raw };
         // A wait must end at its deadline, so nothing may block inside the library.
-        rustix::io::ioctl_fionbio(this.fd(), true).map_err(|e| Error::os("setting up an event channel", e))?;
+        rustix::io::ioctl_fionbio(this.fd(), true)
+            .map_err(|e| Error::os("setting up an event channel", e))?;
         Ok(Arc::new(this))
     }
 
@@ -327,9 +328,8 @@ impl Id {
         let mut made = ibv_qp_init_attr::default();
         let mask = (rdma_sys::IBV_QP_AV | rdma_sys::IBV_QP_PATH_MTU) as c_int;
         // SAFETY: as the caller says; both structures may be written.
-        let code = unsafe {
-            self.libraries().verbs.ibv_query_qp(qp, &raw mut attributes, mask, &raw mut made)
-        };
+        let code =
+            unsafe { self.libraries().verbs.ibv_query_qp(qp, &raw mut attributes, mask, &raw mut made) };
         code_to_io(code)?;
         Ok(attributes)
     }

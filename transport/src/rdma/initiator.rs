@@ -248,13 +248,15 @@ impl RdmaInitiator {
         let first_key = pins.key(stripes.start);
         let last_key = if stripes.len() == 1 { first_key } else { pins.key(stripes.end - 1) };
         let known = self.remote.get(remote.0, remote.1);
-        let (Some(first_key), Some(last_key), Remote::Ready(remote_key)) = (first_key, last_key, known) else {
+        let (Some(first_key), Some(last_key), Remote::Ready(remote_key)) = (first_key, last_key, known)
+        else {
             return self.prepare(Refused { region, stripes, remote }, known);
         };
         let lane = lane_of(request.remote.addr, self.lanes.len());
         let lane = &mut self.lanes[lane];
         // Where the key of the local memory changes, if it does. A write is no longer than a stripe.
-        let first_len = if first_key == last_key { len } else { stripes.end.saturating_sub(1) * STRIPE - offset };
+        let first_len =
+            if first_key == last_key { len } else { stripes.end.saturating_sub(1) * STRIPE - offset };
         let max = self.write_bytes_max;
         let pieces = first_len.div_ceil(max) + (len - first_len).div_ceil(max);
         if !lane.admit(len as u64, pieces) {
@@ -315,7 +317,8 @@ impl RdmaInitiator {
         if let Some(registrar) = &self.registrar
             && !jobs.is_empty()
         {
-            registrar.urge(jobs.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect());
+            registrar
+                .urge(jobs.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect());
         }
         self.refused = Some(refused);
         Ok(Admission::NotReady)

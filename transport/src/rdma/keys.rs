@@ -226,10 +226,13 @@ mod tests {
         for beyond in [STRIPES_MAX, u64::MAX] {
             assert_eq!(keys.get(1, beyond), Remote::Foreign);
         }
-        for (region, first, count) in [(1, STRIPES_MAX - 1, 2), (1, 20, 0), (u32::MAX, 20, 1), (1, u64::MAX, 2)] {
+        for (region, first, count) in
+            [(1, STRIPES_MAX - 1, 2), (1, 20, 0), (u32::MAX, 20, 1), (1, u64::MAX, 2)]
+        {
             assert!(keys.grant(Grant { stripes: Stripes { region, first, count }, key: 7 }).is_err());
         }
-        keys.grant(Grant { stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 }, key: 8 }).unwrap();
+        keys.grant(Grant { stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 }, key: 8 })
+            .unwrap();
         assert_eq!(keys.get(1, STRIPES_MAX - 1), Remote::Ready(8));
     }
 

@@ -115,7 +115,13 @@ enum Kind {
 impl Lane {
     /// A lane whose queue takes `writes_max` pieces beside what is [`RESERVED`], with packets of
     /// `mtu` bytes.
-    pub(crate) fn new(index: usize, queue: Box<dyn Queue>, window: Window, writes_max: usize, mtu: u32) -> Self {
+    pub(crate) fn new(
+        index: usize,
+        queue: Box<dyn Queue>,
+        window: Window,
+        writes_max: usize,
+        mtu: u32,
+    ) -> Self {
         let window = Window { requests: window.requests.min(writes_max), ..window };
         Self {
             index,

@@ -153,7 +153,14 @@ fn the_failing_write_is_named_whatever_is_flushed_behind_it() {
     let (ids, _, failure) = collected(&mut lane);
     assert_eq!(ids, (0..64).collect::<Vec<_>>());
     match failure {
-        Some(LaneFailure::Work { lane: 5, operation: "a write", addr: 0x46000, len: 4096, status, vendor: 0x51 }) => {
+        Some(LaneFailure::Work {
+            lane: 5,
+            operation: "a write",
+            addr: 0x46000,
+            len: 4096,
+            status,
+            vendor: 0x51,
+        }) => {
             assert!(status.contains("remote access error"), "{status}");
         }
         other => panic!("{other:?}"),

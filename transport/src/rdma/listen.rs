@@ -98,9 +98,7 @@ impl RdmaListener {
             Err(RecvTimeoutError::Timeout) => {
                 Err(Error::Timeout { what: "every lane of the RDMA link to be connected" })
             }
-            Err(RecvTimeoutError::Disconnected) => {
-                Err(Error::State("the thread that takes lanes has ended"))
-            }
+            Err(RecvTimeoutError::Disconnected) => Err(Error::State("the thread that takes lanes has ended")),
         }
     }
 }

@@ -86,7 +86,8 @@ fn expect(
 ) -> Result<()> {
     let registrar = registrar.ok_or(Error::State("expecting writes after the link has ended"))?;
     for part in parts {
-        let len = part.end.checked_sub(part.start).ok_or(Error::State("a part that ends before it begins"))?;
+        let len =
+            part.end.checked_sub(part.start).ok_or(Error::State("a part that ends before it begins"))?;
         pins.region().check(part.start, len)?;
     }
     for part in parts {

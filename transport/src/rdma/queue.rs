@@ -47,10 +47,18 @@ pub(crate) struct Local {
 /// What a work request does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Operation {
-    Write { local: Local, addr: u64, key: u32 },
+    Write {
+        local: Local,
+        addr: u64,
+        key: u32,
+    },
     /// A write of nothing with an immediate value.
-    Fence { value: u32 },
-    Send { local: Local },
+    Fence {
+        value: u32,
+    },
+    Send {
+        local: Local,
+    },
 }
 
 /// A completion.
@@ -143,8 +151,7 @@ impl Chain {
         }
         let (first, pieces) = (self.requests.as_mut_ptr(), self.pieces.as_mut_ptr());
         for index in 0..count {
-            let next =
-                if index + 1 < count { first.wrapping_add(index + 1) } else { std::ptr::null_mut() };
+            let next = if index + 1 < count { first.wrapping_add(index + 1) } else { std::ptr::null_mut() };
             // SAFETY: both vectors have `count` elements, and nothing else touches them meanwhile.
             unsafe {
                 let request = first.add(index);

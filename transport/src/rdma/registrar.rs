@@ -84,6 +84,13 @@ impl Registrar {
         self.shared.changed.notify_all();
     }
 
+    /// Takes every registration back, as nobody does while a link lives.
+    #[cfg(test)]
+    pub(crate) fn forget(&self) {
+        let held = std::mem::take(&mut self.shared.jobs().held);
+        drop(held);
+    }
+
     /// Begins no further job.
     pub(crate) fn stop(&self) {
         let mut jobs = self.shared.jobs();
@@ -197,8 +204,7 @@ mod tests {
         let (told, ready) = crossbeam_channel::unbounded();
         let health = Arc::new(Health::new().unwrap());
         let tell: Ready = Box::new(move |job, key| told.send((job.stripes.clone(), key)).unwrap());
-        let registrar =
-            Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
+        let registrar = Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
         let pins = Arc::new(Pins::new(&MemoryRegion::anonymous(8 * STRIPE).unwrap(), 0, None));
         let jobs = |bytes: Range<usize>| -> Vec<Job> {
             let claimed = pins.claim(&bytes, 2);

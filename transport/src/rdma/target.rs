@@ -54,7 +54,8 @@ struct Shared {
 struct Service {
     lanes: Vec<Lane>,
     completions: Arc<Completions>,
-    domain: Arc<Domain>,
+    /// After the lanes: their queue pairs stand on it.
+    _domain: Arc<Domain>,
     shared: Arc<Shared>,
     news: News,
 }
@@ -92,8 +93,8 @@ impl RdmaTarget {
             grants,
             chunk: super::chunk_stripes(chunk_bytes),
         });
-        let service =
-            Service { lanes, completions, domain, shared: Arc::clone(&shared), news: News::default() };
+        let (_domain, serving) = (domain, Arc::clone(&shared));
+        let service = Service { lanes, completions, _domain, shared: serving, news: News::default() };
         let thread = std::thread::Builder::new()
             .name("ferry-rdma-serve".into())
             .spawn(move || service.run())
@@ -106,6 +107,12 @@ impl RdmaTarget {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Takes every registration back while the peer may still write.
+    #[cfg(test)]
+    pub(super) fn deregister(&self) {
+        self.shared.registrar.forget();
     }
 
     /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the protection
@@ -224,8 +231,11 @@ impl Service {
             return Ok(());
         }
         let bell = &self.shared.health.bell;
-        wait_readable(&[self.completions.fd(), bell.as_fd()], None)
-            .map_err(|_| LaneFailure::Os { lane: 0, operation: "waiting for completions", errno: libc::EIO })?;
+        wait_readable(&[self.completions.fd(), bell.as_fd()], None).map_err(|_| LaneFailure::Os {
+            lane: 0,
+            operation: "waiting for completions",
+            errno: libc::EIO,
+        })?;
         self.completions.silence();
         bell.silence();
         Ok(())
@@ -291,7 +301,8 @@ impl Shared {
     /// The peer wants to write where nobody said that it would.
     fn want(&self, stripes: Stripes) -> Result<(), String> {
         let pins = lock(&self.pins).get(stripes.region as usize).map(Arc::clone);
-        let pins = pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
+        let pins =
+            pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
         // What is claimed already is announced when it is ready.
         let claimed = pins.claim(&pins.wanted(stripes)?, self.chunk);
         self.registrar

@@ -207,9 +207,7 @@ impl Drop for CompletionQueue {
     fn drop(&mut self) {
         // SAFETY: whoever made a queue pair with it has destroyed that before, and every event was
         // acknowledged when it was read; one that was not read is thrown away.
-        complain("a completion queue", unsafe {
-            self.channel.id.libraries().verbs.ibv_destroy_cq(self.raw)
-        });
+        complain("a completion queue", unsafe { self.channel.id.libraries().verbs.ibv_destroy_cq(self.raw) });
     }
 }
 

@@ -73,8 +73,9 @@ impl VerbsQueue {
             ..ibv_qp_init_attr::default()
         };
         // SAFETY: on one device, and this object keeps domain and completion queue longer.
-        let queue_pair = unsafe { id.create_queue_pair(domain.raw(), &mut attributes) }
-            .map_err(|e| Error::os(format!("creating a queue pair with {} work requests", depths.sends), e))?;
+        let queue_pair = unsafe { id.create_queue_pair(domain.raw(), &mut attributes) }.map_err(|e| {
+            Error::os(format!("creating a queue pair with {} work requests", depths.sends), e)
+        })?;
         let id = Arc::clone(id);
         let _domain = Arc::clone(domain);
         let mut this = Self { queue_pair, id, completions, buffers, registration, depths, _domain };
