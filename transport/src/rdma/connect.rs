@@ -11,7 +11,7 @@
 //!
 //! Receives are posted before a peer can send, so a receive queue is never empty.
 
-use super::cm::{Channel, Event, Id};
+use super::cm::{Channel, Event, Id, code_to_io};
 use super::lane::{RESERVED, WRITES_MAX, WRITES_MIN};
 use super::monitor::Watched;
 use super::path::{Path, Port, RdmaOptions, mtu_bytes};
@@ -73,16 +73,13 @@ impl Limits {
         let mut device = ibv_device_attr::default();
         let mut port = ibv_port_attr::default();
         let verbs = &id.libraries().verbs;
-        // SAFETY: the context is open as long as the identifier; both structures may be written.
-        let codes = unsafe {
-            (
-                verbs.ibv_query_device(id.context(), &raw mut device),
-                rdma_sys::ibv_query_port(verbs, id.context(), id.port(), &raw mut port),
-            )
-        };
-        super::cm::code_to_io(codes.0)
-            .and_then(|()| super::cm::code_to_io(codes.1))
-            .map_err(|e| Error::os(format!("asking {} what it can do", id.device()), e))?;
+        let asking = |what| move |e| Error::os(format!("asking {} what {what} can do", id.device()), e);
+        // SAFETY: the context is open as long as the identifier, and the structure may be written.
+        let code = unsafe { verbs.ibv_query_device(id.context(), &raw mut device) };
+        code_to_io(code).map_err(asking("it"))?;
+        // SAFETY: as above.
+        let code = unsafe { rdma_sys::ibv_query_port(verbs, id.context(), id.port(), &raw mut port) };
+        code_to_io(code).map_err(asking("its port"))?;
         let at_least = |limit: i32| usize::try_from(limit).unwrap_or(0);
         let depth = at_least(device.max_qp_wr).min(at_least(device.max_cqe) / 2);
         let writes = depth.saturating_sub(RESERVED).min(WRITES_MAX);

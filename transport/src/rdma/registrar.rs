@@ -84,6 +84,13 @@ impl Registrar {
         self.shared.changed.notify_all();
     }
 
+    /// Takes every registration back, as nobody does while a link lives.
+    #[cfg(test)]
+    pub(crate) fn forget(&self) {
+        let held = std::mem::take(&mut self.shared.jobs().held);
+        drop(held);
+    }
+
     /// Begins no further job.
     pub(crate) fn stop(&self) {
         let mut jobs = self.shared.jobs();

@@ -54,7 +54,8 @@ struct Shared {
 struct Service {
     lanes: Vec<Lane>,
     completions: Arc<Completions>,
-    domain: Arc<Domain>,
+    /// After the lanes: their queue pairs stand on it.
+    _domain: Arc<Domain>,
     shared: Arc<Shared>,
     news: News,
 }
@@ -92,8 +93,8 @@ impl RdmaTarget {
             grants,
             chunk: super::chunk_stripes(chunk_bytes),
         });
-        let service =
-            Service { lanes, completions, domain, shared: Arc::clone(&shared), news: News::default() };
+        let (_domain, serving) = (domain, Arc::clone(&shared));
+        let service = Service { lanes, completions, _domain, shared: serving, news: News::default() };
         let thread = std::thread::Builder::new()
             .name("ferry-rdma-serve".into())
             .spawn(move || service.run())
@@ -106,6 +107,12 @@ impl RdmaTarget {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Takes every registration back while the peer may still write.
+    #[cfg(test)]
+    pub(super) fn deregister(&self) {
+        self.shared.registrar.forget();
     }
 
     /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the protection

@@ -6,9 +6,11 @@
 //! ```
 
 use super::*;
-use crate::contract::{Pair, soon};
+use crate::contract::{Pair, Random, contents, fill, poll_until, post_all, regions, request, soon};
 use crate::preamble::Token;
+use crate::*;
 use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 const TOKEN: Token = Token([7; 16]);
 
@@ -74,4 +76,417 @@ mod lab_contract_in_small_pieces {
     }
 
     crate::contract::contract_tests!(ignore = "needs an RDMA device", if super::can_run, make);
+}
+
+const MIB: usize = 1 << 20;
+
+/// Runs a command of the lab machine.
+fn run(command: &str, arguments: &[&str]) {
+    let status = std::process::Command::new(command).args(arguments).status().unwrap();
+    assert!(status.success(), "{command} {arguments:?}: {status}");
+}
+
+/// The device of an address, its interface and port, from the link's own words.
+fn device() -> (String, String) {
+    let (initiator, _target) = ends(1, &RdmaOptions::default());
+    let device = initiator.path().device.clone();
+    let interface =
+        std::fs::read_to_string(format!("/sys/class/infiniband/{device}/ports/1/gid_attrs/ndevs/0"));
+    (device, interface.unwrap().trim().to_owned())
+}
+
+/// Whole stripes, one write each.
+fn stripes(from: &Arc<MemoryRegion>, to: RemoteRegion) -> Vec<WorkRequest> {
+    (0..from.len() / (2 * MIB))
+        .map(|at| request(at as u64, from, at * 2 * MIB, 2 * MIB, to, at * 2 * MIB))
+        .collect()
+}
+
+/// Posts until the link breaks, and says how.
+fn push_until_it_breaks(initiator: &mut RdmaInitiator, batch: &[WorkRequest]) -> Error {
+    let deadline = soon();
+    loop {
+        if let Err(e) = post_all(initiator, batch, &mut Vec::new()) {
+            return e;
+        }
+        assert!(Instant::now() < deadline, "the link does not break");
+    }
+}
+
+/// What the target says when its link has broken.
+fn wait_until_broken(target: &mut RdmaTarget) -> Error {
+    target.wait_fence(FenceTag(u32::MAX), soon()).unwrap_err()
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_regions_larger_than_a_chunk_arrive_expected_or_not() {
+    if !can_run("lab_regions_larger_than_a_chunk_arrive_expected_or_not") {
+        return;
+    }
+    let options = RdmaOptions { chunk_bytes: 4 * MIB, ..RdmaOptions::default() };
+    for lanes in [1, 2, 4] {
+        let mut pair = pair_with(lanes, &options);
+        let (source, destination, remote) = regions(&mut pair, 23 * MIB + 4096, &mut Random(1));
+        // Parts of the first half here, of the second there, a bit of it twice, and some never.
+        let (here, there) = ([0..5 * MIB, 5 * MIB..6 * MIB, 11 * MIB..12 * MIB], [9 * MIB..20 * MIB]);
+        pair.initiator.expect(&source, &here).unwrap();
+        pair.target.expect(&destination, &there).unwrap();
+        pair.initiator.expect(&source, &here).unwrap();
+        assert!(pair.initiator.expect(&source, &[0..24 * MIB]).is_err());
+        assert!(pair.target.expect(&source, &[0..1]).is_err());
+        let len = source.len();
+        let mut batch: Vec<_> = (0..len.div_ceil(MIB))
+            .map(|at| request(at as u64, &source, at * MIB, MIB.min(len - at * MIB), remote, at * MIB))
+            .collect();
+        // Lies across a boundary of chunks at this end and not at the other.
+        batch.push(request(99, &source, 4 * MIB - 4096, 8192, remote, 8 * MIB));
+        let mut out = Vec::new();
+        post_all(&mut *pair.initiator, &batch, &mut out).unwrap();
+        pair.initiator.fence(FenceTag(1)).unwrap();
+        pair.target.wait_fence(FenceTag(1), soon()).unwrap();
+        let mut expected = contents(&source);
+        expected.copy_within(4 * MIB - 4096..4 * MIB + 4096, 8 * MIB);
+        assert!(contents(&destination) == expected, "{lanes} lanes");
+        poll_until(&mut *pair.initiator, &mut out, |out| out.len() == batch.len() + 1).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_local_memory_may_be_mapped_read_only() {
+    if !can_run("lab_local_memory_may_be_mapped_read_only") {
+        return;
+    }
+    let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, 4 << 20).unwrap();
+    let file = std::os::fd::AsFd::as_fd(&file);
+    let guest = MemoryRegion::map_shared(file, 0, 4 * MIB, Access::Write).unwrap();
+    let source = MemoryRegion::map_shared(file, 0, 4 * MIB, Access::Read).unwrap();
+    fill(&guest, &mut Random(2));
+    let destination = MemoryRegion::anonymous(4 * MIB).unwrap();
+    initiator.register(&source).unwrap();
+    initiator.expect(&source, &[0..4 * MIB]).unwrap();
+    let remote = target.expose(&destination).unwrap();
+    for tag in 1..4 {
+        post_all(&mut initiator, &stripes(&source, remote), &mut Vec::new()).unwrap();
+        initiator.fence(FenceTag(tag)).unwrap();
+        target.wait_fence(FenceTag(tag), soon()).unwrap();
+        assert!(contents(&destination) == contents(&guest));
+        // The device sees what is written to pages that it has pinned.
+        fill(&guest, &mut Random(3 + u64::from(tag)));
+    }
+    assert!(target.expose(&source).is_err());
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_thousands_of_fences_find_a_receive_each() {
+    if !can_run("lab_thousands_of_fences_find_a_receive_each") {
+        return;
+    }
+    let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+    let (mut out, mut sent) = (Vec::new(), 0);
+    while sent < 4000 {
+        // As many as may be on their way, so that the queue is drawn on as fast as it can be.
+        match initiator.fence(FenceTag(sent + 1)) {
+            Ok(()) => sent += 1,
+            Err(Error::State(_)) => assert!(initiator.poll(&mut out, soon()).unwrap() > 0),
+            Err(e) => panic!("{e}"),
+        }
+    }
+    target.wait_fence(FenceTag(4000), soon()).unwrap();
+    poll_until(&mut initiator, &mut out, |out| out.len() == 4000).unwrap();
+    assert!((1..=4000).eq(out.iter().map(|completion| match completion {
+        Completion::Fence(tag) => tag.0,
+        Completion::Write(_) => 0,
+    })));
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_key_that_is_taken_back_under_a_write_is_named() {
+    if !can_run("lab_a_key_that_is_taken_back_under_a_write_is_named") {
+        return;
+    }
+    let (mut initiator, mut target) = ends(1, &RdmaOptions::default());
+    let source = MemoryRegion::anonymous(8 * MIB).unwrap();
+    let destination = MemoryRegion::anonymous(8 * MIB).unwrap();
+    initiator.register(&source).unwrap();
+    let remote = target.expose(&destination).unwrap();
+    let batch = stripes(&source, remote);
+    post_all(&mut initiator, &batch, &mut Vec::new()).unwrap();
+    let error = std::thread::scope(|scope| {
+        let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
+        target.deregister();
+        pusher.join().unwrap()
+    });
+    match &error {
+        Error::Work { lane: 0, operation: "a write", addr, len: 2_097_152, status, .. } => {
+            assert!((remote.base..remote.base + remote.len).contains(addr), "{error}");
+            assert!(status.contains("remote access error"), "{error}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(initiator.post(&batch).is_err());
+    drop(initiator);
+    let error = wait_until_broken(&mut target);
+    assert!(!matches!(error, Error::Timeout { .. }), "{error}");
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_write_outside_what_is_exposed_breaks_the_link_and_touches_nothing() {
+    if !can_run("lab_a_write_outside_what_is_exposed_breaks_the_link_and_touches_nothing") {
+        return;
+    }
+    for (key, beyond) in [(0, 2u64 << 20), (1, 0), (0, 1 << 30)] {
+        let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+        let source = MemoryRegion::anonymous(2 * MIB).unwrap();
+        initiator.register(&source).unwrap();
+        let remote = target.expose(&MemoryRegion::anonymous(2 * MIB).unwrap()).unwrap();
+        let mut wrong = request(0, &source, 0, 4096, remote, 0);
+        wrong.remote = RemoteAddr { key: RemoteKey(key), addr: remote.base + beyond };
+        let error = push_until_it_breaks(&mut initiator, &[wrong]);
+        assert!(matches!(error, Error::Closed { .. } | Error::Work { .. } | Error::Lane { .. }), "{error:?}");
+        let error = wait_until_broken(&mut target);
+        assert!(matches!(error, Error::Protocol { lane: 0, .. }), "{error:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_strangers_are_refused_with_a_reason_and_the_lanes_come_all_the_same() {
+    if !can_run("lab_strangers_are_refused_with_a_reason_and_the_lanes_come_all_the_same") {
+        return;
+    }
+    let options = RdmaOptions::default();
+    let listener = RdmaListener::bind(here(), TOKEN, 2, &options).unwrap();
+    let to = SocketAddr::new(here(), listener.port());
+    let refused = |token, lanes, options: &RdmaOptions| match RdmaInitiator::connect(
+        to,
+        None,
+        token,
+        lanes,
+        options,
+        soon(),
+    ) {
+        Err(Error::NoPath { what }) => what,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(Token([8; 16]), 2, &options).contains("the token is not this session's"));
+    assert!(refused(TOKEN, 3, &options).contains("there is no lane 2"));
+    let device = RdmaOptions { device: Some("mlx5_7".into()), ..options.clone() };
+    let what = refused(TOKEN, 2, &device);
+    assert!(what.contains("not by mlx5_7") && what.contains("no address of this host"), "{what}");
+    let gid = RdmaOptions { gid_index: Some(200), ..options.clone() };
+    assert!(refused(TOKEN, 2, &gid).contains("GID index"));
+    let nobody = SocketAddr::new(here(), 1);
+    match RdmaInitiator::connect(nobody, None, TOKEN, 1, &options, soon()) {
+        Err(Error::NoPath { what }) => assert!(what.contains("nobody listens"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    let stranger = RdmaListener::bind("192.0.2.1".parse().unwrap(), TOKEN, 1, &options);
+    assert!(matches!(stranger, Err(Error::NoPath { .. })));
+
+    let chosen = RdmaOptions { port: Some(1), traffic_class: Some(104), ..options };
+    let initiator = RdmaInitiator::connect(to, Some(here()), TOKEN, 2, &chosen, soon()).unwrap();
+    let target = listener.into_target(soon()).unwrap();
+    for path in [initiator.path(), target.path()] {
+        println!("{path}");
+        assert_eq!((path.port, path.from.ip(), path.to.ip()), (1, here(), here()));
+        assert!(path.active_mtu >= 256 && !path.gid.is_empty() && path.link.contains("RoCE"), "{path}");
+    }
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_listener_that_waits_in_vain_says_so_and_goes() {
+    if !can_run("lab_a_listener_that_waits_in_vain_says_so_and_goes") {
+        return;
+    }
+    let listener = RdmaListener::bind(here(), TOKEN, 2, &RdmaOptions::default()).unwrap();
+    let asked = Instant::now();
+    let error = listener.into_target(asked + Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
+    assert!(asked.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_link_that_goes_down_is_named_at_both_ends_and_another_stands_later() {
+    if !can_run("lab_a_link_that_goes_down_is_named_at_both_ends_and_another_stands_later") {
+        return;
+    }
+    let (_, interface) = device();
+    let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+    let batch = pushing(&mut initiator, &mut target);
+    let begun = Instant::now();
+    let errors = std::thread::scope(|scope| {
+        let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
+        run("ip", &["link", "set", &interface, "down"]);
+        (pusher.join().unwrap(), wait_until_broken(&mut target))
+    });
+    run("ip", &["link", "set", &interface, "up"]);
+    for error in [errors.0, errors.1] {
+        match &error {
+            Error::Device { event, .. } => assert!(event.contains("PORT_ERR"), "{error}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    drop((initiator, target));
+    works_again();
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_device_that_vanishes_is_named_at_both_ends_and_another_stands_later() {
+    if !can_run("lab_a_device_that_vanishes_is_named_at_both_ends_and_another_stands_later") {
+        return;
+    }
+    let (device, interface) = device();
+    let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+    let batch = pushing(&mut initiator, &mut target);
+    let errors = std::thread::scope(|scope| {
+        let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
+        run("rdma", &["link", "delete", &device]);
+        (pusher.join().unwrap(), wait_until_broken(&mut target))
+    });
+    let begun = Instant::now();
+    drop((initiator, target));
+    assert!(begun.elapsed() < Duration::from_secs(10), "drop hangs");
+    run("rdma", &["link", "add", &device, "type", "rxe", "netdev", &interface]);
+    for error in [errors.0, errors.1] {
+        assert!(matches!(error, Error::Device { .. }), "{error:?}");
+        println!("{error}");
+    }
+    works_again();
+}
+
+/// A batch whose memory is ready at both ends.
+fn pushing(initiator: &mut RdmaInitiator, target: &mut RdmaTarget) -> Vec<WorkRequest> {
+    let source = MemoryRegion::anonymous(8 * MIB).unwrap();
+    initiator.register(&source).unwrap();
+    let remote = target.expose(&MemoryRegion::anonymous(8 * MIB).unwrap()).unwrap();
+    let batch = stripes(&source, remote);
+    post_all(initiator, &batch, &mut Vec::new()).unwrap();
+    batch
+}
+
+/// A new link carries data; its address may take a moment to come back.
+fn works_again() {
+    let deadline = soon();
+    let listener = loop {
+        match RdmaListener::bind(here(), TOKEN, 1, &RdmaOptions::default()) {
+            Ok(listener) => break listener,
+            Err(e) => assert!(Instant::now() < deadline, "{e}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let to = SocketAddr::new(here(), listener.port());
+    let mut initiator = loop {
+        match RdmaInitiator::connect(to, None, TOKEN, 1, &RdmaOptions::default(), deadline) {
+            Ok(initiator) => break initiator,
+            Err(e) => assert!(Instant::now() < deadline, "{e}"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let mut target = listener.into_target(deadline).unwrap();
+    pushing(&mut initiator, &mut target);
+    initiator.fence(FenceTag(1)).unwrap();
+    target.wait_fence(FenceTag(1), soon()).unwrap();
+}
+
+/// Runs one of the functions below in a process of its own, which says its port first.
+fn child(name: &str, prepare: impl FnOnce(&mut std::process::Command)) -> std::process::Child {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", &format!("rdma::tests::{name}")]);
+    command.env("PAGEFERRY_CHILD", "1").stdin(std::process::Stdio::piped());
+    command.stdout(std::process::Stdio::piped());
+    prepare(&mut command);
+    command.spawn().unwrap()
+}
+
+/// The rest of the first line of a child's output that begins with `word`.
+fn line_of(child: &mut std::process::Child, word: &str) -> String {
+    use std::io::BufRead;
+    let mut lines = std::io::BufReader::new(child.stdout.as_mut().unwrap()).lines();
+    lines.find_map(|line| line.unwrap().split_once(word).map(|(_, rest)| rest.trim().to_owned())).expect(word)
+}
+
+#[test]
+#[ignore = "the other process of a test"]
+fn child_that_is_written_to() {
+    if std::env::var_os("PAGEFERRY_CHILD").is_none() {
+        return;
+    }
+    let listener = RdmaListener::bind(here(), TOKEN, 2, &RdmaOptions::default()).unwrap();
+    println!("\nport {}", listener.port());
+    let mut target = listener.into_target(soon()).unwrap();
+    target.expose(&MemoryRegion::anonymous(8 * MIB).unwrap()).unwrap();
+    println!("\nbroken {:?}", target.wait_fence(FenceTag(1), soon()));
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_target_that_is_killed_is_noticed_at_once() {
+    if !can_run("lab_a_target_that_is_killed_is_noticed_at_once") {
+        return;
+    }
+    let mut child = child("child_that_is_written_to", |_| {});
+    let port = line_of(&mut child, "port ").parse().unwrap();
+    let to = SocketAddr::new(here(), port);
+    let options = RdmaOptions::default();
+    let mut initiator = RdmaInitiator::connect(to, None, TOKEN, 2, &options, soon()).unwrap();
+    let source = MemoryRegion::anonymous(8 * MIB).unwrap();
+    initiator.register(&source).unwrap();
+    let remote = RemoteRegion { base: 1 << 32, len: 8 << 20, key: RemoteKey(0) };
+    let batch = stripes(&source, remote);
+    post_all(&mut initiator, &batch, &mut Vec::new()).unwrap();
+    let begun = std::thread::scope(|scope| {
+        let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
+        child.kill().unwrap();
+        let begun = Instant::now();
+        let error = pusher.join().unwrap();
+        assert!(matches!(error, Error::Closed { .. } | Error::Work { .. }), "{error:?}");
+        begun
+    });
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    child.wait().unwrap();
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend() {
+    if !can_run("lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend") {
+        return;
+    }
+    use std::os::unix::process::CommandExt;
+    let mut child = child("child_that_may_lock_little", |command| {
+        // Not root, which no limit binds.
+        command.uid(65534).gid(65534);
+    });
+    let said = line_of(&mut child, "broken ");
+    child.wait().unwrap();
+    for part in ["registering 67108864 bytes", "may lock 8192 KiB", "ulimit -l unlimited", "LimitMEMLOCK"] {
+        assert!(said.contains(part), "{said}");
+    }
+}
+
+#[test]
+#[ignore = "the other process of a test"]
+fn child_that_may_lock_little() {
+    if std::env::var_os("PAGEFERRY_CHILD").is_none() {
+        return;
+    }
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    setrlimit(Resource::Memlock, Rlimit { current: Some(8 << 20), maximum: Some(8 << 20) }).unwrap();
+    let (mut initiator, _target) = ends(1, &RdmaOptions::default());
+    let source = MemoryRegion::anonymous(256 * MIB).unwrap();
+    initiator.register(&source).unwrap();
+    initiator.expect(&source, &[0..256 * MIB]).unwrap();
+    let error = initiator.poll(&mut Vec::new(), soon()).unwrap_err();
+    println!("\nbroken {error}");
 }
