@@ -93,5 +93,11 @@ fn read(path: &str) -> String {
 }
 
 fn rping(arguments: &[&str]) -> Child {
-    Command::new("rping").args(arguments).stdout(Stdio::null()).spawn().expect("rping runs")
+    // Its few lines fit into the pipe.
+    Command::new("rping")
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("rping runs")
 }
