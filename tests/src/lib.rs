@@ -42,13 +42,19 @@ pub fn not_run(name: &str, why: &str) {
     }
 }
 
+/// Whether this is the lab machine.
+#[must_use]
+pub fn in_the_lab() -> bool {
+    std::env::var_os("PAGEFERRY_LAB").is_some()
+}
+
 /// For a test that must run in the lab machine, and whose `#[ignore]` somebody has overruled.
 ///
 /// # Panics
 /// Outside the lab machine, where the test would change the host's network and devices.
 pub fn refuse_outside_the_lab() {
     assert!(
-        std::env::var_os("PAGEFERRY_LAB").is_some(),
+        in_the_lab(),
         "this test runs in the lab machine only: scripts/test WORD, or scripts/lab -- TEST_BINARY --ignored"
     );
 }

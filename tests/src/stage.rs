@@ -149,7 +149,14 @@ impl Stage {
     /// `pageferry receive` on a free port of loopback, once it waits.
     #[must_use]
     pub fn receive(&self, name: &str, qemu: &str, hold: &str) -> Supervisor {
-        let arguments = ["receive", name, "--listen", "127.0.0.1:0"];
+        self.receive_at("127.0.0.1:0", name, qemu, hold, &[])
+    }
+
+    /// `pageferry receive` at this address, once it waits.
+    #[must_use]
+    pub fn receive_at(&self, listen: &str, name: &str, qemu: &str, hold: &str, more: &[&str]) -> Supervisor {
+        let mut arguments = vec!["receive", name, "--listen", listen];
+        arguments.extend(more);
         let supervisor = self.supervise(name, &arguments, Some(qemu), hold);
         supervisor.words.wait("waits for a guest on", SOON);
         supervisor

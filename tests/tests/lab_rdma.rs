@@ -1,0 +1,353 @@
+//! The engine over real verbs, in the lab machine: two soft-RoCE ports on one cable. The Linux guest and the
+//! synthetic one are moved; paths break in every way that can be made; each time the guest runs on at the
+//! source and the next attempt succeeds.
+//!
+//! Ignored everywhere else: scripts/test builds outside and runs them inside.
+
+use pageferry::destination::{Reception, Served};
+use pageferry::doorway::Doorway;
+use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
+use pageferry::link::{LinkChoice, Transport};
+use pageferry::policy::WhenStuck;
+use pageferry::progress::{Monitor, Stage as Progress};
+use pageferry::report::{MigrationReport, Outcome};
+use pageferry::source::{MigrateOptions, migrate};
+use pageferry::supervisor::api::State;
+use pageferry_tests::console::{BOOT_MAX, Console, Linux};
+use pageferry_tests::stage::{BARE, Stage};
+use pageferry_tests::{SOON, eventually, in_the_lab, refuse_outside_the_lab};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// The two ends of the cable.
+const HERE: &str = "10.77.0.1";
+const THERE: &str = "10.77.0.2";
+/// One attempt in the lab machine, deadlines of the engine and a second try included.
+const ATTEMPT_MAX: Duration = Duration::from_secs(180);
+
+/// 24 MiB, two thirds of it touched.
+const SMALL: SyntheticOptions = SyntheticOptions {
+    pages: 6144,
+    touched_pages: 4096,
+    threads: 2,
+    pages_per_second: Some(500),
+    seed: 20_261_122,
+    discards: false,
+};
+
+fn run(program: &str, arguments: &[&str]) {
+    let ended = Command::new(program).args(arguments).output().expect("it starts");
+    assert!(ended.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&ended.stderr));
+}
+
+fn script(name: &str, arguments: &[&str]) {
+    run(&format!("{}/../scripts/{name}", env!("CARGO_MANIFEST_DIR")), arguments);
+}
+
+/// What strikes once the rounds have begun, and how it is mended again.
+struct Trouble {
+    strike: fn(),
+    mend: fn(),
+}
+
+const NOTHING: Trouble = Trouble { strike: || {}, mend: || {} };
+
+/// Takes a cable out and lets nobody else see it out after this.
+const LINK_DOWN: Trouble = Trouble {
+    strike: || run("ip", &["link", "set", "v1", "down"]),
+    mend: || {
+        run("ip", &["link", "set", "v1", "up"]);
+        port_is_active("v0");
+        port_is_active("v1");
+    },
+};
+
+const DEVICE_GONE: Trouble = Trouble {
+    strike: || run("rdma", &["link", "delete", "rxe_v0"]),
+    mend: || {
+        script("rxe", &["up", "v0"]);
+        port_is_active("v0");
+    },
+};
+
+fn port_is_active(interface: &str) {
+    let state = format!("/sys/class/infiniband/rxe_{interface}/ports/1/state");
+    eventually(&format!("rxe_{interface} is active"), SOON, || {
+        std::fs::read_to_string(&state).ok().filter(|state| state.contains("ACTIVE")).map(drop)
+    });
+}
+
+/// One attempt to move `guest` to the other end of the cable. A path that breaks is tried again by the engine
+/// itself where it chooses: the receiver serves until the guest is there or the source gives up.
+fn attempt(
+    guest: &mut SyntheticSource,
+    to: &str,
+    transport: Transport,
+    lanes: u8,
+    trouble: &Trouble,
+    change: impl FnOnce(&mut MigrateOptions),
+) -> (MigrationReport, Option<SyntheticDestination>) {
+    let doorway = Doorway::open(format!("{to}:0").parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(doorway.address.to_string());
+    (options.lanes, options.downtime_us_max, options.insecure) = (lanes, 5_000_000, true);
+    options.when_stuck = WhenStuck::Switchover;
+    options.rounds_max = 3;
+    options.link.transport = transport;
+    change(&mut options);
+    let monitor = Monitor::default();
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let mut reception = Reception::new(doorway, LinkChoice::default());
+            let received = loop {
+                let Some(incoming) = reception.doorway().next(Instant::now() + Duration::from_millis(100))
+                else {
+                    if over.load(std::sync::atomic::Ordering::SeqCst) {
+                        break None;
+                    }
+                    continue;
+                };
+                let mut destination = SyntheticDestination::new(SMALL.pages).unwrap();
+                if let Served::Received(_) = reception.serve(incoming, &mut destination, &mut || Ok(())) {
+                    break Some(destination);
+                }
+            };
+            reception.answer_afterwards();
+            received
+        });
+        let watched = monitor.clone();
+        let (strike, gone) = (trouble.strike, &over);
+        let troubling = scope.spawn(move || {
+            eventually("the rounds begin", ATTEMPT_MAX, || {
+                let begun = !matches!(watched.progress().stage, Progress::Idle | Progress::Setup);
+                (begun || gone.load(std::sync::atomic::Ordering::SeqCst)).then_some(())
+            });
+            strike();
+        });
+        let report = migrate(guest, &options, &monitor);
+        over.store(true, std::sync::atomic::Ordering::SeqCst);
+        troubling.join().unwrap();
+        (trouble.mend)();
+        let received = receiving.join().unwrap();
+        assert_eq!(received.is_some(), report.outcome == Outcome::Completed, "{:?}", report.reason);
+        (report, received)
+    })
+}
+
+/// Slow enough that trouble strikes in mid-round.
+fn slowly(options: &mut MigrateOptions) {
+    options.bytes_per_second_max = Some(2 << 20);
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn twenty_moves_by_rdma_back_and_forth_lose_nothing_in_eight_messages() {
+    refuse_outside_the_lab();
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    for index in 0..20usize {
+        let to = if index % 2 == 0 { THERE } else { HERE };
+        let lanes = [1, 2, 4, 8][index % 4];
+        let transport = if index < 10 { Transport::Rdma } else { Transport::Auto };
+        let (report, destination) = attempt(&mut guest, to, transport, lanes, &NOTHING, |options| {
+            options.verify = index % 5 == 0;
+        });
+        assert_eq!(report.outcome, Outcome::Completed, "move {index}: {:?}", report.reason);
+        assert_eq!((report.transport.as_str(), report.lanes), ("rdma", u32::from(lanes)), "{}", report.link);
+        assert_eq!((report.control_messages, &report.fell_back), (8, &None));
+        assert!(report.link.contains("RoCE v2 by rxe_v"), "{}", report.link);
+        guest = destination.unwrap().into_source().unwrap();
+        guest.check().unwrap_or_else(|e| panic!("move {index}: {e}"));
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn a_path_that_breaks_leaves_the_guest_here_and_the_next_attempt_moves_it() {
+    refuse_outside_the_lab();
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    for (what, trouble, words) in [
+        ("the cable is out", &LINK_DOWN, &["port", "retry", "disconnected", "timed out"][..]),
+        ("the device is gone", &DEVICE_GONE, &["device", "removed", "flushed"][..]),
+    ] {
+        let (report, _) = attempt(&mut guest, THERE, Transport::Rdma, 2, trouble, slowly);
+        assert_eq!(report.outcome, Outcome::Aborted, "{what}");
+        let reason = report.reason.unwrap_or_default();
+        eprintln!("{what}: {reason}");
+        assert!(words.iter().any(|word| reason.to_lowercase().contains(word)), "{what}: {reason}");
+        guest.check().unwrap_or_else(|e| panic!("{what}: {e}"));
+        let (report, destination) = attempt(&mut guest, THERE, Transport::Rdma, 2, &NOTHING, |_| {});
+        assert_eq!(report.outcome, Outcome::Completed, "after {what}: {:?}", report.reason);
+        guest = destination.unwrap().into_source().unwrap();
+        guest.check().unwrap_or_else(|e| panic!("after {what}: {e}"));
+    }
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn with_the_choice_left_to_us_a_broken_rdma_path_is_left_for_tcp_in_the_same_command() {
+    refuse_outside_the_lab();
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let (report, destination) = attempt(&mut guest, THERE, Transport::Auto, 2, &DEVICE_GONE, slowly);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    assert_eq!(report.transport, "tcp");
+    let why = report.fell_back.expect("the report says why");
+    eprintln!("fell back: {why}; {}", report.link);
+    assert!(report.link.starts_with("TCP, RDMA broke"), "{}", report.link);
+    guest = destination.unwrap().into_source().unwrap();
+    guest.check().unwrap();
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason() {
+    refuse_outside_the_lab();
+    (DEVICE_GONE.strike)();
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let refused = attempt(&mut guest, THERE, Transport::Rdma, 2, &NOTHING, |_| {}).0;
+    let moved = attempt(&mut guest, THERE, Transport::Auto, 2, &NOTHING, |_| {});
+    (DEVICE_GONE.mend)();
+    let reason = refused.reason.unwrap_or_default();
+    assert!(refused.refused && reason.contains("--transport auto"), "{reason}");
+    assert_eq!((moved.0.outcome, moved.0.transport.as_str()), (Outcome::Completed, "tcp"));
+    assert!(moved.0.link.contains("not RDMA: "), "{}", moved.0.link);
+    guest = moved.1.unwrap().into_source().unwrap();
+    guest.check().unwrap();
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn a_guest_whose_memory_may_be_taken_away_goes_by_tcp() {
+    refuse_outside_the_lab();
+    let mut guest = SyntheticSource::start(SyntheticOptions { discards: true, ..SMALL }).unwrap();
+    let refused = attempt(&mut guest, THERE, Transport::Rdma, 2, &NOTHING, |_| {}).0;
+    assert!(refused.refused && refused.reason.as_deref().unwrap_or_default().contains("balloon"));
+    let (report, destination) = attempt(&mut guest, THERE, Transport::Auto, 2, &NOTHING, |_| {});
+    assert_eq!(
+        (report.outcome, report.transport.as_str()),
+        (Outcome::Completed, "tcp"),
+        "{:?}",
+        report.reason
+    );
+    destination.unwrap().into_source().unwrap().check().unwrap();
+}
+
+/// Runs one test of this file again as a user who may lock 8 MiB of memory.
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn too_small_a_memory_lock_is_named_and_the_guest_goes_by_tcp() {
+    refuse_outside_the_lab();
+    let inner = "inner_of_the_memory_lock_test";
+    let program = std::env::current_exe().unwrap();
+    let mut command = Command::new("prlimit");
+    command.arg("--memlock=8388608:8388608").arg(program);
+    command.args(["--ignored", "--exact", inner, "--nocapture"]).env("PAGEFERRY_LAB_USER", "1");
+    command.uid(65534).gid(65534);
+    let ended = command.output().unwrap();
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    assert!(ended.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
+#[ignore = "run by too_small_a_memory_lock_is_named_and_the_guest_goes_by_tcp"]
+fn inner_of_the_memory_lock_test() {
+    if !in_the_lab() || std::env::var_os("PAGEFERRY_LAB_USER").is_none() {
+        return;
+    }
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let (report, _) = attempt(&mut guest, THERE, Transport::Rdma, 1, &NOTHING, |_| {});
+    let reason = report.reason.unwrap_or_default();
+    eprintln!("{reason}");
+    assert_eq!(report.outcome, Outcome::Aborted);
+    assert!(reason.contains("memlock") || reason.contains("ulimit -l"), "{reason}");
+    let (report, destination) = attempt(&mut guest, THERE, Transport::Auto, 1, &NOTHING, |_| {});
+    assert_eq!(
+        (report.outcome, report.transport.as_str()),
+        (Outcome::Completed, "tcp"),
+        "{:?}",
+        report.reason
+    );
+    assert!(report.fell_back.is_some());
+    destination.unwrap().into_source().unwrap().check().unwrap();
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn a_killed_receiver_leaves_the_guest_here_and_another_takes_it() {
+    refuse_outside_the_lab();
+    let stage = Stage::new();
+    let source = stage.run("src", BARE, "");
+    let at = format!("{THERE}:0");
+    for point in ["filling", "loaded"] {
+        let mut receiver = stage.receive_at(&at, "dst", BARE, point, &["--insecure"]);
+        let rdma = ["--insecure", "--transport", "rdma"];
+        let moving = stage.migrate("src", receiver.address(), &rdma);
+        receiver.wait_held(point);
+        receiver.kill();
+        let ended = moving.end(ATTEMPT_MAX);
+        assert_eq!(ended.status, Some(1), "killed at {point}: {}", ended.stderr);
+        source.wait_guest_runs();
+        source.wait_state(State::Hosting);
+    }
+    let receiver = stage.receive_at(&at, "dst2", BARE, "", &["--insecure"]);
+    let ended =
+        stage.migrate("src", receiver.address(), &["--insecure", "--transport", "rdma"]).end(ATTEMPT_MAX);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    receiver.wait_guest_runs();
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn linux_under_kvm_moves_by_rdma_and_every_page_is_right() {
+    refuse_outside_the_lab();
+    let guest = Linux { memory_mib: 256, written_mib: 8, touched_mib: 16, rate: 1 };
+    let stage = Stage::new();
+    let mut source = stage.run("src", &guest.qemu(&stage, "src"), "");
+    let console = Console::open(&stage, "src");
+    console.wait_ready();
+    let written = console.progress_since(0);
+    let receiver =
+        stage.receive_at(&format!("{THERE}:0"), "dst", &guest.qemu(&stage, "dst"), "", &["--insecure"]);
+    let mut next = Console::open(&stage, "dst");
+    let more = [
+        "--insecure",
+        "--transport",
+        "rdma",
+        "--verify",
+        "--downtime-max",
+        "5s",
+        "--when-stuck",
+        "switchover",
+    ];
+    let ended = stage.migrate("src", receiver.address(), &more).end(BOOT_MAX);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert!(ended.stdout.contains("\"verified\": true") && ended.stdout.contains("\"transport\": \"rdma\""));
+    assert_eq!(source.end(), Some(0));
+    next.progress_since(written);
+    next.verdict();
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn tcp_never_touches_verbs() {
+    refuse_outside_the_lab();
+    let stage = Stage::new();
+    let mapped = |pid: u32| {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("a live supervisor");
+        maps.contains("libibverbs") || maps.contains("librdmacm")
+    };
+    for (transport, expected) in [("tcp", false), ("rdma", true)] {
+        let name = format!("src-{transport}");
+        let source = stage.run(&name, BARE, "switchover");
+        let at = format!("{THERE}:0");
+        let receiver = stage.receive_at(&at, &format!("dst-{transport}"), BARE, "", &["--insecure"]);
+        let more = ["--insecure", "--transport", transport];
+        let moving = stage.migrate(&name, receiver.address(), &more);
+        source.wait_held("switchover");
+        assert_eq!((mapped(source.pid()), mapped(receiver.pid())), (expected, expected), "{transport}");
+        stage.release();
+        assert_eq!(moving.end(ATTEMPT_MAX).status, Some(0));
+        stage.hold_again();
+    }
+}
