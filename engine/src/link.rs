@@ -23,8 +23,9 @@ use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// For all lanes to be connected by RDMA. Address and route resolution take milliseconds on a live path.
-const CONNECT_MAX: Duration = Duration::from_secs(5);
+/// For all lanes to be connected by RDMA: milliseconds on a live path, but the connection manager repeats a
+/// lost request only after 4.2 s (`cma_response_timeout`), and a link that has just come up loses some.
+const CONNECT_MAX: Duration = Duration::from_secs(15);
 
 /// What may carry the data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

@@ -78,7 +78,10 @@ pub struct Session {
 
 /// Opens a session: Hello, Welcome, lanes. `patience` is for the destination to say Welcome.
 pub fn open(to: SocketAddr, hello: Hello, wish: &Wish, patience: Duration) -> Result<Session> {
+    let dialled = Instant::now();
     let mut control = Control::new(dial(to, Preamble { role: Role::Control, token: Token::default() })?)?;
+    // TCP's handshake is one round trip; the answer to Hello is one too, and what the destination does for it.
+    let round_trip_us = dialled.elapsed().as_micros() as u64;
     let lanes_asked = hello.lanes;
     let asked = Instant::now();
     control.send(&Message::Hello(hello), asked + SETUP_MAX)?;
@@ -87,7 +90,6 @@ pub fn open(to: SocketAddr, hello: Hello, wish: &Wish, patience: Duration) -> Re
         Message::Abort(abort) => return Err(aborted(abort)),
         other => return Err(Error::Protocol(format!("{} in answer to Hello", other.name()))),
     };
-    let round_trip_us = asked.elapsed().as_micros() as u64;
     let (token, lanes) = (welcome.check(lanes_asked)?, welcome.lanes);
     let by_tcp = || (0..lanes).map(|lane| dial(to, Preamble { role: Role::Lane(lane), token })).collect();
     let opened = link::open(wish, &welcome.rdma, to, control.local_ip()?, token, lanes, by_tcp)

@@ -62,7 +62,7 @@ impl Linux {
             "qemu-system-x86_64 -accel {} -machine q35 -m {} -nodefaults -display none -chardev {chardev} \
              -serial chardev:console -kernel {} -initrd {} -append {append} {options}",
             // In the lab machine, which is emulated itself, only KVM boots a Linux within minutes.
-            if crate::in_the_lab() { "kvm -cpu host" } else { "tcg" },
+            if crate::in_the_lab() { "kvm -cpu kvm64" } else { "tcg" },
             self.memory_mib,
             kernel.display(),
             initrd.display()
