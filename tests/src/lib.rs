@@ -40,6 +40,17 @@ pub fn not_run(name: &str, why: &str) {
     }
 }
 
+/// For a test that must run in the lab machine, and whose `#[ignore]` somebody has overruled.
+///
+/// # Panics
+/// Outside the lab machine, where the test would change the host's network and devices.
+pub fn refuse_outside_the_lab() {
+    assert!(
+        std::env::var_os("PAGEFERRY_LAB").is_some(),
+        "this test runs in the lab machine only: scripts/test WORD, or scripts/lab -- TEST_BINARY --ignored"
+    );
+}
+
 /// Asks until there is an answer; panics at the deadline.
 pub fn eventually<T>(what: &str, wait: Duration, mut ask: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + wait;

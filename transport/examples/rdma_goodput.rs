@@ -50,8 +50,8 @@ fn main() -> Result<()> {
     let destination = MemoryRegion::anonymous(region)?;
     initiator.register(&source)?;
     let remote = target.expose(&destination)?;
-    initiator.expect(&source, &[0..region])?;
-    target.expect(&destination, &[0..region])?;
+    initiator.expect(&source, std::slice::from_ref(&(0..region)))?;
+    target.expect(&destination, std::slice::from_ref(&(0..region)))?;
 
     let step = if run < 1 << 20 { 2 * run } else { run };
     let writes: Vec<_> = (0..region / step)

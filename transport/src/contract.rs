@@ -272,7 +272,7 @@ pub(crate) fn wrong_requests_are_refused_and_right_ones_before_them_are_not(make
     };
     let empty = request(4, &source, 0, 0, remote, 0);
     // Its memory is ready from here on, so that nothing but what is wrong can stop a post.
-    post_all(&mut *pair.initiator, &[good.clone()], &mut Vec::new()).unwrap();
+    post_all(&mut *pair.initiator, std::slice::from_ref(&good), &mut Vec::new()).unwrap();
     for wrong in [crossing, endless, empty] {
         assert!(matches!(pair.initiator.post(std::slice::from_ref(&wrong)), Err(Error::Bounds { .. })));
         assert_eq!(pair.initiator.post(&[good.clone(), wrong]).unwrap(), 1);
