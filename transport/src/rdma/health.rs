@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a flushed queue pair waits for somebody to say why: the event is on its way by then.
-const REASON_PATIENCE: Duration = Duration::from_millis(300);
+/// How long a flushed queue pair, or one whose peer has hung up, waits for somebody to say why: that is
+/// on its way by then.
+pub(crate) const REASON_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Something that another thread can ring and that can be waited for with file descriptors.
 #[derive(Debug)]
@@ -62,9 +63,11 @@ fn says(failure: &LaneFailure) -> u8 {
     match failure {
         LaneFailure::Flushed { .. } => 0,
         LaneFailure::Closed { .. } => 1,
-        _ => 2,
+        _ => SAYS_ALL,
     }
 }
+
+const SAYS_ALL: u8 = 2;
 
 #[derive(Debug)]
 pub(crate) struct Health {
@@ -117,6 +120,12 @@ impl Health {
     #[inline]
     pub(crate) fn broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
+    }
+
+    /// Whether all that is known is that the peer has hung up, or that work was flushed: what went wrong
+    /// before may be on its way.
+    pub(crate) fn wonders(&self) -> bool {
+        self.failure().as_ref().is_some_and(|failure| says(failure) < SAYS_ALL)
     }
 
     /// The failure, if there is one. Waits a little for the reason if all that is known is that work
