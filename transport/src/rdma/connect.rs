@@ -152,7 +152,7 @@ pub(crate) fn path_of(queue: &VerbsQueue, options: &RdmaOptions) -> Result<Path>
     let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
     Ok(Path {
         gid: ports.gid(index).unwrap_or_default(),
-        link: ports.link(index),
+        link: ports.link(index).into(),
         device,
         port,
         active_mtu: mtu_bytes(attributes.path_mtu),
