@@ -1,46 +1,59 @@
 //! CPU time of processes over a stretch of time, without the guest's own.
 //!
-//! Summed over threads from /proc/PID/task/TID/schedstat (nanoseconds), sampled while it lasts, because a
-//! source ends at the end of its migration and takes its counters along. Threads that run the guest
-//! (QEMU names them `CPU n/...` with `-name debug-threads=on`) are left out: what the workload burns is not
-//! the migration's.
+//! The CPU clock of each process (all its threads, also those that have ended), less the threads that run
+//! the guest (QEMU names them `CPU n/...` with `-name debug-threads=on`): what the workload burns is not the
+//! migration's. Sampled while it lasts, because a source ends at the end of its migration and takes its
+//! clock along.
 
+use nix::time::{ClockId, clock_getcpuclockid};
+use nix::unistd::Pid;
 use std::collections::HashMap;
 use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often counters are read. What a process burns in its last moments is lost, for every way alike.
+/// How often clocks are read, at the cost of a microsecond each. What a process burns in its last moments is
+/// lost, for every way alike.
 const SAMPLE_EVERY: Duration = Duration::from_millis(4);
 
-type Threads = HashMap<(u32, u32), u64>;
+/// Nanoseconds of each process without its guest.
+type Spent = HashMap<u32, u64>;
 
 /// Counts from its making to [`Meter::stop`].
 #[derive(Debug)]
 pub struct Meter {
-    first: Threads,
-    last: Arc<Mutex<Threads>>,
+    first: Spent,
+    last: Arc<Mutex<Spent>>,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
+}
+
+/// One process.
+struct Process {
+    pid: u32,
+    clock: ClockId,
+    /// `schedstat` of each thread that runs the guest: nanoseconds first.
+    guest: Vec<PathBuf>,
 }
 
 impl Meter {
     /// Starts to count these processes.
     #[must_use]
     pub fn start(pids: Vec<u32>) -> Self {
-        let mut first = Threads::new();
-        read(&pids, &mut first);
+        let processes: Vec<_> = pids.into_iter().filter_map(Process::open).collect();
+        let mut first = Spent::new();
+        read(&processes, &mut first);
         let last = Arc::new(Mutex::new(first.clone()));
         let stop = Arc::new(AtomicBool::new(false));
         let (shared, stopped) = (Arc::clone(&last), Arc::clone(&stop));
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                read(&pids, &mut shared.lock().unwrap_or_else(PoisonError::into_inner));
                 std::thread::sleep(SAMPLE_EVERY);
+                read(&processes, &mut shared.lock().unwrap_or_else(PoisonError::into_inner));
             }
-            read(&pids, &mut shared.lock().unwrap_or_else(PoisonError::into_inner));
         });
         Self { first, last, stop, thread }
     }
@@ -52,23 +65,33 @@ impl Meter {
         let _ = self.thread.join();
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let spent: u64 =
-            last.iter().map(|(thread, ns)| ns - self.first.get(thread).copied().unwrap_or(0).min(*ns)).sum();
+            last.iter().map(|(pid, ns)| ns.saturating_sub(self.first.get(pid).copied().unwrap_or(0))).sum();
         spent as f64 / 1e9
     }
 }
 
-fn read(pids: &[u32], into: &mut Threads) {
-    for pid in pids {
-        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for task in tasks.flatten() {
-            let Some(tid) = task.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-            if fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.starts_with("CPU ")) {
-                continue;
-            }
-            let spent = fs::read_to_string(task.path().join("schedstat")).ok();
-            if let Some(ns) = spent.and_then(|text| text.split(' ').next()?.parse().ok()) {
-                into.insert((*pid, tid), ns);
-            }
+impl Process {
+    fn open(pid: u32) -> Option<Self> {
+        let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid).ok()?)).ok()?;
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
+        let runs_guest =
+            |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("CPU "));
+        let guest = tasks.map(|task| task.path()).filter(runs_guest).map(|task| task.join("schedstat"));
+        Some(Self { pid, clock, guest: guest.collect() })
+    }
+
+    fn spent_ns(&self) -> Option<u64> {
+        let now = self.clock.now().ok()?;
+        let all = u64::try_from(now.tv_sec()).ok()? * 1_000_000_000 + u64::try_from(now.tv_nsec()).ok()?;
+        let of = |path: &PathBuf| fs::read_to_string(path).ok()?.split(' ').next()?.parse::<u64>().ok();
+        Some(all.saturating_sub(self.guest.iter().filter_map(of).sum()))
+    }
+}
+
+fn read(processes: &[Process], into: &mut Spent) {
+    for process in processes {
+        if let Some(ns) = process.spent_ns() {
+            into.insert(process.pid, ns);
         }
     }
 }

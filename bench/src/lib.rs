@@ -1,5 +1,6 @@
-//! The downtime laboratory: the same guest moved in several ways, in turns, within one run.
+//! The downtime laboratory: the same guest moved in several ways, and the same bytes, in turns within one run.
 
+pub mod bulk;
 pub mod cpu;
 pub mod floor;
 pub mod machine;

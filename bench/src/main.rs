@@ -2,10 +2,12 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use pageferry_bench::bulk::{self, BulkOptions};
 use pageferry_bench::machine::GuestOptions;
 use pageferry_bench::peers;
 use pageferry_bench::ways::Way;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 /// The downtime laboratory.
 #[derive(Debug, Parser)]
@@ -19,6 +21,30 @@ struct Cli {
 enum Command {
     /// The same guest moved by pageferry and by QEMU's own migration, in turns.
     Peers(PeersArgs),
+    /// Bulk goodput over loopback: the TCP link, a raw pump and iperf3, in turns.
+    Bulk(BulkArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct BulkArgs {
+    /// Connections of the link and of the pump.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    lanes: u8,
+    /// Repetitions of each way.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Bytes of each repetition.
+    #[arg(long, default_value_t = 2 << 30, value_parser = clap::value_parser!(u64).range(1..))]
+    total: u64,
+    /// Bytes of each write of the link: 4096 for scattered pages, with a gap after each.
+    #[arg(long, default_value_t = 1 << 20)]
+    run: usize,
+    /// Bytes of memory at each end of the link and of the pump.
+    #[arg(long, default_value_t = 256 << 20)]
+    region: usize,
+    /// Write every sample as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -69,8 +95,41 @@ enum Scenario {
     Busy,
 }
 
-fn main() -> Result<()> {
-    let Command::Peers(args) = Cli::parse().command;
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Peers(args) => run_peers(args),
+        Command::Bulk(args) => run_bulk(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pageferry-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_bulk(args: &BulkArgs) -> Result<()> {
+    let options = BulkOptions {
+        lanes: args.lanes.into(),
+        repeat: args.repeat,
+        total_bytes: args.total,
+        run_bytes: args.run,
+        region_bytes: args.region,
+    };
+    options.check()?;
+    let bulk = bulk::run(options)?;
+    print!("{}", bulk.show());
+    write_samples(args.out.as_deref(), &bulk)
+}
+
+fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<()> {
+    let Some(out) = out else { return Ok(()) };
+    std::fs::write(out, serde_json::to_vec_pretty(samples)?)
+        .with_context(|| format!("writing {}", out.display()))
+}
+
+fn run_peers(args: PeersArgs) -> Result<()> {
     let (touched, working, rate, preallocated) = match args.scenario {
         Scenario::Dense => (784, 64, 40, true),
         Scenario::Half => (448, 64, 40, false),
@@ -98,9 +157,5 @@ fn main() -> Result<()> {
     let ways = if args.ways.is_empty() { Way::value_variants().to_vec() } else { args.ways };
     let peers = peers::run(guest, preallocated, &ways, args.repetitions)?;
     print!("{}", peers.show());
-    if let Some(out) = args.out {
-        std::fs::write(&out, serde_json::to_vec_pretty(&peers)?)
-            .with_context(|| format!("writing {}", out.display()))?;
-    }
-    Ok(())
+    write_samples(args.out.as_deref(), &peers)
 }

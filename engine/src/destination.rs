@@ -442,10 +442,13 @@ fn check_room(memory: &GuestMemory, touched_bytes: u64) -> Result<()> {
     if memory.slots().iter().any(|slot| slot.backing_page_bytes != PAGE_BYTES) {
         return Ok(());
     }
-    let held: u64 = memory.touched()?.iter().map(PageRun::bytes).sum();
-    let needed = touched_bytes.saturating_sub(held);
     let Some(available) = mem_available() else { return Ok(()) };
-    if needed > available {
+    if touched_bytes <= available {
+        return Ok(());
+    }
+    // What it holds already takes nothing more; looked at only here, as it takes 13 ms a GiB.
+    let held: u64 = memory.touched()?.iter().map(PageRun::bytes).sum();
+    if touched_bytes.saturating_sub(held) > available {
         return Err(Error::Refused(format!(
             "no room for the guest: it has touched {} MiB of its memory and this host has {} MiB available",
             touched_bytes >> 20,

@@ -32,6 +32,15 @@ impl Linux {
     /// If the guest's images are missing.
     #[must_use]
     pub fn qemu(&self, stage: &Stage, name: &str) -> String {
+        self.qemu_with(stage, name, "", "")
+    }
+
+    /// The same with more parameters for the guest, and more options for QEMU.
+    ///
+    /// # Panics
+    /// If the guest's images are missing.
+    #[must_use]
+    pub fn qemu_with(&self, stage: &Stage, name: &str, parameters: &str, options: &str) -> String {
         let images = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.cache/guest");
         let (kernel, initrd) = (images.join("vmlinuz"), images.join("initramfs.gz"));
         assert!(
@@ -43,12 +52,15 @@ impl Linux {
             format!("socket,id=console,path={},server=on,wait=off", console_path(stage, name).display());
         // The stage splits at spaces, and the kernel's command line has some: tabs do as well.
         let append = format!(
-            "console=ttyS0\tquiet\tpanic=-1\ttsc=reliable\tpf.mib={}\tpf.touch={}\tpf.rate={}",
-            self.written_mib, self.touched_mib, self.rate
+            "console=ttyS0\tquiet\tpanic=-1\ttsc=reliable\tpf.mib={}\tpf.touch={}\tpf.rate={}\t{}",
+            self.written_mib,
+            self.touched_mib,
+            self.rate,
+            parameters.replace(' ', "\t")
         );
         format!(
             "qemu-system-x86_64 -accel tcg -machine q35 -m {} -nodefaults -display none -chardev {chardev} \
-             -serial chardev:console -kernel {} -initrd {} -append {append}",
+             -serial chardev:console -kernel {} -initrd {} -append {append} {options}",
             self.memory_mib,
             kernel.display(),
             initrd.display()
@@ -107,6 +119,17 @@ impl Console {
         assert!(written > before, "the guest does not write: {line}");
         assert_eq!(number(&line, "errors="), 0, "{line}");
         written
+    }
+
+    /// Pages that the guest has read from its disk and written to it, as its next status line has them.
+    ///
+    /// # Panics
+    /// If it has no disk, or has found an error.
+    #[must_use]
+    pub fn disk_pages(&self) -> (u64, u64) {
+        let (line, _) = self.wait(self.words.mark(), "disk_read=", SOON);
+        assert_eq!(number(&line, "errors="), 0, "{line}");
+        (number(&line, "disk_read="), number(&line, "disk_written="))
     }
 
     /// Has the guest check all of its memory now.

@@ -6,6 +6,7 @@
 //!   Moving       `pageferry migrate` under way
 //!   Proxy        a TCP proxy between source and destination that can cut and stall connections
 //!   look         what /proc and a second QMP monitor say about a QEMU
+//!   throttle     a bound on the speed of a disk
 //!   console      the Linux guest of docs/guest.md, through its serial port
 //! ```
 //!
@@ -16,6 +17,7 @@ pub mod console;
 pub mod look;
 pub mod proxy;
 pub mod stage;
+pub mod throttle;
 pub mod words;
 
 use std::io::Write;

@@ -39,8 +39,12 @@ fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
     let guest = MemoryRegion::anonymous((PAGES * PAGE_BYTES) as usize).unwrap();
     let copy = MemoryRegion::anonymous((PAGES * PAGE_BYTES) as usize).unwrap();
     guest.populate(0, guest.len()).unwrap();
-    let range =
-        TrackedRange { process_address: guest.as_ptr() as u64, bytes: guest.len() as u64, first_page: 0 };
+    let range = TrackedRange {
+        process_address: guest.as_ptr() as u64,
+        bytes: guest.len() as u64,
+        first_page: 0,
+        backing_page_bytes: PAGE_BYTES,
+    };
     let mut source = PagemapSource::new(own_userfaultfd().unwrap(), std::process::id(), vec![range]).unwrap();
     // Held for reading by each transfer; whoever holds it for writing has settled them all.
     let transfers = RwLock::new(());

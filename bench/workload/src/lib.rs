@@ -6,6 +6,7 @@
 //!    |
 //!    +-- worker 0..K: its own Plot: check a page, write the next generation, note it in the ledger
 //!    |                              (and a slow sweep over all pages of the plot)
+//!    +-- disk 0..D:   reads and writes a disk past the page cache, checks what came ([`disk`]); none by default
 //!    +-- pulse: guest clock gaps, stopped time by the RTC, one heartbeat byte a millisecond on COM2
 //! ```
 //!
@@ -25,6 +26,7 @@
 //! the three measures, and docs/guest.md for how to read them.
 
 pub mod content;
+pub mod disk;
 pub mod heartbeat;
 pub mod pacer;
 pub mod pages;

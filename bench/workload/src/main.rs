@@ -6,11 +6,13 @@
 //! Every line begins with `WORKLOAD`. Only this thread prints: a console that nobody reads must not
 //! hold up the workers.
 
+use pageferry_workload::disk::{self, Disk};
 use pageferry_workload::pages::PAGE_BYTES;
 use pageferry_workload::params::Params;
 use pageferry_workload::pulse::{Gaps, Pulse};
 use pageferry_workload::worker::{self, News, Share, Stats, SweepNow};
 use std::io::{BufRead, Write};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -19,6 +21,9 @@ use std::time::{Duration, Instant};
 
 /// Corrupt pages are printed up to this number, then only counted: a lost gigabyte would take an hour.
 const CORRUPT_LINES_MAX: u64 = 64;
+
+/// The disk of `pf.disk`.
+const DISK: &str = "/dev/vda";
 
 enum Event {
     News(News),
@@ -87,6 +92,12 @@ impl Workload {
                 }
                 _ => return Err("a worker did not fill its memory within ten minutes".into()),
             }
+        }
+        for (index, worker) in disk_workers(params)?.into_iter().enumerate() {
+            let (order, inbox) = channel();
+            let (stats, news) = (Arc::clone(&stats), sender.clone());
+            spawn(&format!("disk {index}"), move || worker.run(&stats, &inbox, &news))?;
+            orders.push(order);
         }
         spawn("console", move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -176,10 +187,11 @@ impl Workload {
                 let errors = self.stats.errors.load(Relaxed);
                 let word = if errors == 0 { "intact" } else { "corrupt" };
                 say(format_args!(
-                    "VERDICT {word} pages={} errors={errors} writes={} {}",
+                    "VERDICT {word} pages={} errors={errors} writes={} {}{}",
                     swept + pages,
                     self.stats.writes.load(Relaxed),
-                    self.gap_figures()
+                    self.gap_figures(),
+                    self.disk_figures()
                 ));
             }
             News::Filled(_) => {}
@@ -191,12 +203,19 @@ impl Workload {
         let rate = (writes - self.writes_before) * PAGE_BYTES as u64 / 1_000_000;
         self.writes_before = writes;
         say(format_args!(
-            "t={:.1} writes={writes} checked={} errors={} write_mb={rate} {}",
+            "t={:.1} writes={writes} checked={} errors={} write_mb={rate} {}{}",
             self.started.elapsed().as_secs_f64(),
             self.stats.checked.load(Relaxed),
             self.stats.errors.load(Relaxed),
-            self.gap_figures()
+            self.gap_figures(),
+            self.disk_figures()
         ));
+    }
+
+    /// Nothing without a disk.
+    fn disk_figures(&self) -> String {
+        let (read, written) = (self.stats.disk_read.load(Relaxed), self.stats.disk_written.load(Relaxed));
+        if read + written == 0 { String::new() } else { format!(" disk_read={read} disk_written={written}") }
     }
 
     fn gap_figures(&self) -> String {
@@ -209,6 +228,15 @@ impl Workload {
             ms(&self.gaps.stopped_total)
         )
     }
+}
+
+fn disk_workers(params: &Params) -> Result<Vec<disk::Worker>, String> {
+    if params.disk == 0 {
+        return Ok(Vec::new());
+    }
+    let failed = |e: std::io::Error| format!("{DISK} for pf.disk={}: {e}", params.disk);
+    let disk = Arc::new(Disk::open(Path::new(DISK), params.disk).map_err(failed)?);
+    (0..params.disk).map(|index| disk::Worker::new(Arc::clone(&disk), index).map_err(failed)).collect()
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {

@@ -28,6 +28,8 @@ pub struct Params {
     pub pattern: Pattern,
     /// `pf.threads`: threads that write.
     pub threads: u32,
+    /// `pf.disk`: threads that read and write the first disk; 0 leaves it alone.
+    pub disk: u32,
     /// `pf.tick_us`: period of the pulse in microseconds.
     pub tick_us: u32,
 }
@@ -41,6 +43,7 @@ impl Default for Params {
             sweep_mb: 8,
             pattern: Pattern::Random,
             threads: 1,
+            disk: 0,
             tick_us: 500,
         }
     }
@@ -48,14 +51,14 @@ impl Default for Params {
 
 impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, tick_us } = self;
+        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us } = self;
         write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
             Pattern::Random => f.write_str("random")?,
             Pattern::Hot(percent) => write!(f, "hot:{percent}")?,
         }
-        write!(f, " pf.threads={threads} pf.tick_us={tick_us}")
+        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us}")
     }
 }
 
@@ -78,6 +81,7 @@ impl Params {
                 "pf.rate" => params.rate_mb = number(0, 1_000_000)?,
                 "pf.sweep" => params.sweep_mb = number(0, 1_000_000)?,
                 "pf.threads" => params.threads = number(1, 64)?,
+                "pf.disk" => params.disk = number(0, 64)?,
                 "pf.tick_us" => params.tick_us = number(100, 100_000)?,
                 "pf.pattern" => {
                     params.pattern = pattern(value).ok_or_else(|| {

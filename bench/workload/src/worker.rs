@@ -24,6 +24,10 @@ pub struct Stats {
     pub checked: AtomicU64,
     /// Pages and ledgers found bad.
     pub errors: AtomicU64,
+    /// Pages read from the disk.
+    pub disk_read: AtomicU64,
+    /// Pages written to the disk.
+    pub disk_written: AtomicU64,
 }
 
 /// What a worker tells.

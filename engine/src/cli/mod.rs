@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::process::Qemu;
+use crate::guest::qemu::source::QemuSource;
 use crate::policy::WhenStuck;
 use crate::session::{self, Doorway};
 use crate::source::{MigrateOptions, default_lanes};
@@ -262,7 +263,7 @@ fn run(args: &RunArgs) -> Result<u8> {
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     claim.keep_guest();
     let pid = qemu.pid();
-    let hosting = Hosting::new(claim, shared, inbox, qemu, Some(child))?;
+    let hosting = Hosting::new(claim, shared, inbox, QemuSource::new(qemu), Some(child))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
         args.name, pid, args.name
@@ -309,7 +310,7 @@ fn attach(args: AttachArgs) -> Result<u8> {
             say(&format!("attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}", args.name))
         }
     }
-    Hosting::new(claim, shared, inbox, qemu, None)?.run()
+    Hosting::new(claim, shared, inbox, QemuSource::new(qemu), None)?.run()
 }
 
 fn receive_guest(args: &ReceiveArgs) -> Result<u8> {

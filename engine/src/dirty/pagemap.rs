@@ -27,6 +27,7 @@ use pageferry_transport::MemoryRegion;
 use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A piece of the process' memory to be followed, and the pages that it is on the engine's line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub struct TrackedRange {
     pub bytes: u64,
     /// Its first page on the line of all slots.
     pub first_page: u64,
+    /// Size of the pages that back it, in bytes: the kernel's 4096, or that of its huge pages.
+    pub backing_page_bytes: u64,
 }
 
 impl TrackedRange {
@@ -49,9 +52,13 @@ impl TrackedRange {
 /// which every second page is dirty takes one call for half a GiB.
 const REGIONS_PER_SCAN: usize = 64 * 1024;
 
-/// Memory that one scan call walks, in bytes, so that the process' mmap lock is let go in between.
-/// A multiple of every huge page size of x86-64.
-const SCAN_WINDOW_BYTES: u64 = 1 << 30;
+/// Memory that one scan call walks, in bytes, unless its pages are larger: some 0.1 ms of walking, so that
+/// the process' mmap lock is let go in between and threads share even a small guest evenly.
+const SCAN_WINDOW_BYTES: u64 = 128 << 20;
+
+/// Threads that scan at once, at most. Walking page tables is bound by memory latency, and the last two
+/// harvests lie in the blackout.
+const SCANNERS_MAX: usize = 8;
 
 /// Follows the writes of one process. See the [module](self).
 #[derive(Debug)]
@@ -60,7 +67,16 @@ pub struct PagemapSource {
     _uffd: OwnedFd,
     pagemap: File,
     ranges: Vec<TrackedRange>,
+    /// The ranges, cut into what one call walks.
+    windows: Vec<TrackedRange>,
+    scanners: Vec<Scanner>,
+}
+
+/// What one scanning thread writes into.
+#[derive(Debug)]
+struct Scanner {
     regions: Vec<abi::PageRegion>,
+    runs: Vec<PageRun>,
 }
 
 impl PagemapSource {
@@ -71,6 +87,17 @@ impl PagemapSource {
     /// Names the mend where the kernel is too old or the permission is missing. Whatever was
     /// registered until then is released again.
     pub fn new(uffd: OwnedFd, pid: u32, ranges: Vec<TrackedRange>) -> Result<Self> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self::with(uffd, pid, ranges, SCAN_WINDOW_BYTES, cores.min(SCANNERS_MAX))
+    }
+
+    fn with(
+        uffd: OwnedFd,
+        pid: u32,
+        ranges: Vec<TrackedRange>,
+        window_bytes: u64,
+        scanners_max: usize,
+    ) -> Result<Self> {
         if let Some(bad) = ranges.iter().find(|r| {
             r.bytes == 0
                 || r.bytes % PAGE_BYTES != 0
@@ -95,37 +122,11 @@ impl PagemapSource {
                 e,
             )
         })?;
-        let source = Self {
-            _uffd: uffd,
-            pagemap,
-            ranges,
-            regions: vec![abi::PageRegion::default(); REGIONS_PER_SCAN],
-        };
+        let windows: Vec<_> = ranges.iter().flat_map(|range| range.windows(window_bytes)).collect();
+        let scanners = (0..scanners_max.clamp(1, windows.len().max(1))).map(|_| Scanner::new()).collect();
+        let source = Self { _uffd: uffd, pagemap, ranges, windows, scanners };
         source.check_tracked()?;
         Ok(source)
-    }
-
-    /// Scans `[at, end)` of a range and protects again what it reports. Returns how many entries of
-    /// `regions` are filled, and where the next scan must start.
-    fn scan(&mut self, at: u64, end: u64) -> Result<(usize, u64)> {
-        let mut arg = abi::PmScanArg {
-            flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
-            start: at,
-            end,
-            vec: self.regions.as_mut_ptr() as u64,
-            vec_len: self.regions.len() as u64,
-            category_mask: abi::PAGE_IS_WRITTEN,
-            return_mask: abi::PAGE_IS_WRITTEN,
-            ..abi::PmScanArg::default()
-        };
-        let filled = scan_call(self.pagemap.as_fd(), &mut arg)?;
-        if filled > self.regions.len() || arg.walk_end <= at || arg.walk_end > end {
-            return Err(Error::Guest(format!(
-                "PAGEMAP_SCAN of {at:#x}..{end:#x} answered {filled} regions up to {:#x}, which makes no sense",
-                arg.walk_end
-            )));
-        }
-        Ok((filled, arg.walk_end))
     }
 
     /// Fails unless the first and the last page of every range are still mapped and registered. A
@@ -158,28 +159,92 @@ impl PagemapSource {
 
 impl DirtySource for PagemapSource {
     fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest> {
-        let mut harvest = Harvest::default();
-        for index in 0..self.ranges.len() {
-            let range = self.ranges[index];
-            let mut at = range.process_address;
-            while at < range.end() {
-                let window_end = range.end().min(at + SCAN_WINDOW_BYTES);
-                let (filled, next) = self.scan(at, window_end)?;
-                for region in &self.regions[..filled] {
-                    let start = region.start.max(range.process_address);
-                    let end = region.end.min(range.end());
-                    if start < end {
-                        let first = range.first_page + (start - range.process_address) / PAGE_BYTES;
-                        let run = PageRun::between(first, first + pages_in(end - start));
-                        into.insert(run);
-                        harvest.pages += run.count;
-                    }
-                }
-                at = next;
+        let (pagemap, windows, next) = (self.pagemap.as_fd(), &self.windows[..], AtomicUsize::new(0));
+        let scan = |scanner: &mut Scanner| -> Result<()> {
+            while let Some(window) = windows.get(next.fetch_add(1, Ordering::Relaxed)) {
+                scanner.walk(pagemap, window)?;
             }
+            Ok(())
+        };
+        let (own, others) = self.scanners.split_first_mut().expect("at least one");
+        let scanned = std::thread::scope(|scope| {
+            let helping: Vec<_> = others.iter_mut().map(|other| scope.spawn(|| scan(other))).collect();
+            let own = scan(own);
+            let died = |_| Err(Error::Guest("a thread that scans page tables panicked".into()));
+            helping.into_iter().map(|thread| thread.join().unwrap_or_else(died)).fold(own, Result::and)
+        });
+        let mut harvest = Harvest::default();
+        for run in self.scanners.iter_mut().flat_map(|scanner| scanner.runs.drain(..)) {
+            into.insert(run);
+            harvest.pages += run.count;
         }
+        scanned?;
         self.check_tracked()?;
         Ok(harvest)
+    }
+}
+
+impl TrackedRange {
+    /// Itself in pieces of at most this many bytes; never less than a page of its backing, of which the
+    /// kernel scans no part.
+    fn windows(&self, bytes_max: u64) -> impl Iterator<Item = Self> + use<> {
+        let (range, step) = (*self, bytes_max.max(self.backing_page_bytes));
+        (0..range.bytes.div_ceil(step)).map(move |index| {
+            let at = index * step;
+            Self {
+                process_address: range.process_address + at,
+                bytes: step.min(range.bytes - at),
+                first_page: range.first_page + at / PAGE_BYTES,
+                ..range
+            }
+        })
+    }
+}
+
+impl Scanner {
+    fn new() -> Self {
+        Self { regions: vec![abi::PageRegion::default(); REGIONS_PER_SCAN], runs: Vec::new() }
+    }
+
+    /// Notes what was written in a window, and protects it again.
+    fn walk(&mut self, pagemap: BorrowedFd<'_>, window: &TrackedRange) -> Result<()> {
+        let mut at = window.process_address;
+        while at < window.end() {
+            let (filled, next) = self.scan(pagemap, at, window.end())?;
+            for region in &self.regions[..filled] {
+                let start = region.start.max(window.process_address);
+                let end = region.end.min(window.end());
+                if start < end {
+                    let first = window.first_page + (start - window.process_address) / PAGE_BYTES;
+                    self.runs.push(PageRun::between(first, first + pages_in(end - start)));
+                }
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Scans `[at, end)` and protects again what it reports. Returns how many entries of `regions` are
+    /// filled, and where the next scan must start.
+    fn scan(&mut self, pagemap: BorrowedFd<'_>, at: u64, end: u64) -> Result<(usize, u64)> {
+        let mut arg = abi::PmScanArg {
+            flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
+            start: at,
+            end,
+            vec: self.regions.as_mut_ptr() as u64,
+            vec_len: self.regions.len() as u64,
+            category_mask: abi::PAGE_IS_WRITTEN,
+            return_mask: abi::PAGE_IS_WRITTEN,
+            ..abi::PmScanArg::default()
+        };
+        let filled = scan_call(pagemap, &mut arg)?;
+        if filled > self.regions.len() || arg.walk_end <= at || arg.walk_end > end {
+            return Err(Error::Guest(format!(
+                "PAGEMAP_SCAN of {at:#x}..{end:#x} answered {filled} regions up to {:#x}, which makes no sense",
+                arg.walk_end
+            )));
+        }
+        Ok((filled, arg.walk_end))
     }
 }
 
@@ -190,7 +255,12 @@ impl DirtySource for PagemapSource {
 pub fn probe() -> Result<()> {
     let uffd = own_userfaultfd()?;
     let page = MemoryRegion::anonymous(PAGE_BYTES as usize)?;
-    let range = TrackedRange { process_address: page.as_ptr() as u64, bytes: PAGE_BYTES, first_page: 0 };
+    let range = TrackedRange {
+        process_address: page.as_ptr() as u64,
+        bytes: PAGE_BYTES,
+        first_page: 0,
+        backing_page_bytes: PAGE_BYTES,
+    };
     let mut source = PagemapSource::new(uffd, std::process::id(), vec![range])?;
     page.write(0, &[1])?;
     let mut dirty = DirtyBitmap::new(1);
@@ -435,18 +505,23 @@ mod tests {
         file: File,
         region: Arc<MemoryRegion>,
         pages: u64,
+        backing_page_bytes: u64,
+        /// What one scan walks, and how many threads do.
+        window_bytes: u64,
+        scanners: usize,
     }
 
     impl Memory {
         fn new(pages: u64) -> Self {
-            Self::of(File::from(memfd_create("tracked", MemfdFlags::CLOEXEC).unwrap()), pages).unwrap()
+            let file = File::from(memfd_create("tracked", MemfdFlags::CLOEXEC).unwrap());
+            Self::of(file, pages, PAGE_BYTES).unwrap()
         }
 
-        fn of(file: File, pages: u64) -> pageferry_transport::Result<Self> {
+        fn of(file: File, pages: u64, backing_page_bytes: u64) -> pageferry_transport::Result<Self> {
             let bytes = pages * PAGE_BYTES;
             ftruncate(&file, bytes).unwrap();
             let region = MemoryRegion::map_shared(file.as_fd(), 0, bytes as usize, Access::Write)?;
-            Ok(Self { file, region, pages })
+            Ok(Self { file, region, pages, backing_page_bytes, window_bytes: SCAN_WINDOW_BYTES, scanners: 2 })
         }
 
         fn track(&self) -> PagemapSource {
@@ -462,10 +537,17 @@ mod tests {
                     process_address: address + half * PAGE_BYTES,
                     bytes: (self.pages - half) * PAGE_BYTES,
                     first_page: half,
+                    backing_page_bytes: self.backing_page_bytes,
                 },
-                TrackedRange { process_address: address, bytes: half * PAGE_BYTES, first_page: 0 },
+                TrackedRange {
+                    process_address: address,
+                    bytes: half * PAGE_BYTES,
+                    first_page: 0,
+                    backing_page_bytes: self.backing_page_bytes,
+                },
             ];
-            PagemapSource::new(own_userfaultfd()?, std::process::id(), ranges)
+            let uffd = own_userfaultfd()?;
+            PagemapSource::with(uffd, std::process::id(), ranges, self.window_bytes, self.scanners)
         }
 
         fn write(&self, page: u64) {
@@ -632,6 +714,31 @@ mod tests {
     }
 
     #[test]
+    fn no_write_is_missed_where_several_threads_share_a_harvest() {
+        let mut memory = Memory::new(512);
+        // Windows that are no divisor of the ranges.
+        (memory.window_bytes, memory.scanners) = (7 * PAGE_BYTES, 4);
+        no_write_is_missed(&memory, 200);
+    }
+
+    #[test]
+    fn windows_cover_a_range_exactly_and_never_cut_a_page_of_its_backing() {
+        for (bytes, backing_page_bytes, bytes_max) in
+            [(10 << 12, PAGE_BYTES, 3 << 12), (6 << 21, 2 << 20, 4096), (1 << 30, 1 << 30, 128 << 20)]
+        {
+            let range = TrackedRange { process_address: 7 << 30, bytes, first_page: 5, backing_page_bytes };
+            let mut at = range.process_address;
+            for window in range.windows(bytes_max) {
+                assert_eq!(window.process_address, at);
+                assert_eq!((window.first_page - 5) * PAGE_BYTES, at - range.process_address);
+                assert_eq!(window.bytes % backing_page_bytes, 0);
+                at = window.end();
+            }
+            assert_eq!(at, range.end());
+        }
+    }
+
+    #[test]
     fn no_write_to_huge_pages_is_missed() {
         const HUGE_PAGES: u64 = 4;
         let Some(_reserved) = HugePages::reserve(HUGE_PAGES) else {
@@ -640,7 +747,7 @@ mod tests {
         };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         let file = File::from(memfd_create("huge", flags).unwrap());
-        let memory = Memory::of(file, HUGE_PAGES * 512).unwrap();
+        let memory = Memory::of(file, HUGE_PAGES * 512, 2 << 20).unwrap();
         {
             let mut source = memory.track();
             memory.write(700);

@@ -350,6 +350,7 @@ impl SourceGuest for SyntheticSource {
             process_address: self.memory.guest.as_ptr() as u64,
             bytes: self.memory.guest.len() as u64,
             first_page: 0,
+            backing_page_bytes: PAGE_BYTES,
         };
         Ok(Box::new(PagemapSource::new(own_userfaultfd()?, std::process::id(), vec![range])?))
     }

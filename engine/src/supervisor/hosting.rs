@@ -5,7 +5,6 @@ use super::runtime::{Claim, Record};
 use super::{Inbox, Shared, say, watch_end};
 use crate::error::Result;
 use crate::guest::SourceGuest;
-use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::progress::Monitor;
 use crate::report::{MigrationReport, Outcome};
@@ -18,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// How often QEMU's events are read away while nothing happens, so that they do not pile up in it.
 const EVENTS_EVERY: Duration = Duration::from_secs(10);
+/// In which a guest that has just come has its QEMU and this host's processors to itself.
+const ARRIVAL_GRACE: Duration = Duration::from_millis(500);
 /// For QEMU to let a guest run that the operator has decided about.
 const CONT_MAX: Duration = Duration::from_secs(10);
 /// For QEMU to end by the Ctrl-C that we got too.
@@ -40,14 +41,21 @@ pub struct Hosting {
 
 impl Hosting {
     /// Takes over a QEMU.
-    pub fn new(claim: Claim, shared: Shared, inbox: Inbox, qemu: Qemu, child: Option<Child>) -> Result<Self> {
+    pub fn new(
+        claim: Claim,
+        shared: Shared,
+        inbox: Inbox,
+        mut guest: QemuSource,
+        child: Option<Child>,
+    ) -> Result<Self> {
+        let qemu = guest.qemu();
         // A guest without a record is worse off after our death, but alive.
         if let Err(e) = Record::of(qemu.pid(), qemu.qmp_path()).and_then(|record| claim.remember(&record)) {
             say(&format!("{}: `pageferry attach` will need --pid and --qmp", e.chain()));
         }
         let ended = watch_end(qemu.pidfd())?;
         shared.update(|s| (s.state, s.pid, s.listen) = (State::Hosting, Some(qemu.pid()), None));
-        Ok(Self { claim, shared, inbox, guest: QemuSource::new(qemu), child, ended, owes_resume: false })
+        Ok(Self { claim, shared, inbox, guest, child, ended, owes_resume: false })
     }
 
     /// Until the guest is gone or a signal comes. Returns the exit status.
@@ -69,13 +77,14 @@ impl Hosting {
                     }
                     Err(_) => return Ok(self.leave()),
                 },
-                recv(after(EVENTS_EVERY)) -> _ => self.look_after(),
+                recv(after(if self.guest.is_new_here() { ARRIVAL_GRACE } else { EVENTS_EVERY })) -> _ => self.look_after(),
             }
         }
     }
 
     /// What is done while nothing happens.
     fn look_after(&mut self) {
+        self.guest.settle_in();
         if let Err(e) = self.guest.qemu().qmp.drain_events() {
             // Its end, if it is that, comes through `ended`.
             tracing::debug!(error = %e.chain(), "QEMU's events");
@@ -224,6 +233,7 @@ impl Hosting {
         if self.ended.recv_timeout(CTRL_C_MAX).is_ok() {
             return self.guest_ended();
         }
+        self.guest.settle_in();
         let name = self.claim.name();
         let how = if self.shared.status().state == State::Unknown { "stays stopped" } else { "goes on" };
         say(&format!(

@@ -139,5 +139,5 @@ fn host(
 ) -> Result<u8> {
     claim.keep_guest();
     reception.answer_afterwards();
-    Hosting::new(claim, shared, inbox, guest.into_qemu(), Some(child))?.run()
+    Hosting::new(claim, shared, inbox, guest.into_source(), Some(child))?.run()
 }

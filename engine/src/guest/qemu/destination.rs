@@ -2,6 +2,7 @@
 
 use super::guardian::{Guardian, Side};
 use super::process::Qemu;
+use super::source::QemuSource;
 use super::stream::{self, Incoming, STATE_MAX, Settings};
 use crate::error::{Error, Result};
 use crate::guest::{DestinationGuest, GuestDescription, Liveness};
@@ -41,17 +42,14 @@ impl QemuDestination {
         Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian) })
     }
 
-    /// The QEMU, whose guest runs here now.
+    /// The source that the guest, which runs here now, can be moved on from.
     #[must_use]
-    pub fn into_qemu(mut self) -> Qemu {
+    pub fn into_source(mut self) -> QemuSource {
         // From here on it is the new supervisor's guest, in doubt or not.
         if let Some(guardian) = self.guardian.take() {
             guardian.finish();
         }
-        if let Err(e) = self.settings.restore(&mut self.qemu.qmp) {
-            tracing::warn!(error = %e.chain(), "QEMU keeps pageferry's migration settings");
-        }
-        self.qemu
+        QemuSource::arrived(self.qemu, self.settings)
     }
 
     /// The QEMU itself.
@@ -77,6 +75,7 @@ impl DestinationGuest for QemuDestination {
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {
         let deadline = Instant::now() + STATE_MAX;
         let what = "handing the device state to QEMU";
+        self.qemu.qmp.type_ahead("cont", deadline)?;
         let mut stream =
             self.stream.take().ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;
         stream.set_write_timeout(Some(STATE_MAX)).map_err(|e| Error::os(what, e))?;

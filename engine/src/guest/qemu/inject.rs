@@ -654,6 +654,7 @@ mod tests {
             process_address: child.shared.as_ptr() as u64,
             bytes: child.shared.len() as u64,
             first_page: 0,
+            backing_page_bytes: PAGE_BYTES,
         };
         let mut source = PagemapSource::new(uffd, child.pid as u32, vec![range]).unwrap();
         writer.write_all(b"ab").unwrap();

@@ -45,6 +45,8 @@ pub struct QemuSource {
     retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
     postmigrate_is_ours: bool,
+    /// See [`Self::settle_in`].
+    left_over: Option<Settings>,
 }
 
 /// What `arm` set up and `resume` takes down.
@@ -67,6 +69,29 @@ impl QemuSource {
             sealed: false,
             retired: None,
             postmigrate_is_ours: false,
+            left_over: None,
+        }
+    }
+
+    /// Makes a source of a QEMU whose guest has just come; the settings are QEMU's before that.
+    #[must_use]
+    pub fn arrived(qemu: Qemu, before: Settings) -> Self {
+        Self { left_over: Some(before), ..Self::new(qemu) }
+    }
+
+    /// Whether [`Self::settle_in`] has something to do.
+    #[must_use]
+    pub fn is_new_here(&self) -> bool {
+        self.left_over.is_some()
+    }
+
+    /// Puts back what QEMU's settings were before a guest came. Not in the guest's first moments here: QEMU
+    /// takes ten milliseconds to read these commands, in the loop that the devices need too.
+    pub fn settle_in(&mut self) {
+        if let Some(before) = self.left_over.take()
+            && let Err(e) = before.restore(&mut self.qemu.qmp)
+        {
+            tracing::warn!(error = %e.chain(), "QEMU keeps pageferry's migration settings");
         }
     }
 
@@ -171,6 +196,7 @@ impl SourceGuest for QemuSource {
     }
 
     fn preflight(&mut self) -> Result<()> {
+        self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
         self.refuse_what_escapes_tracking(deadline)?;
         self.refuse_changed_memory(deadline)?;
@@ -236,6 +262,7 @@ impl SourceGuest for QemuSource {
             process_address: slot.process_address,
             bytes: slot.region().len() as u64,
             first_page: slot.first_page,
+            backing_page_bytes: slot.backing_page_bytes,
         });
         Ok(Box::new(PagemapSource::new(uffd, self.qemu.pid(), ranges.collect())?))
     }

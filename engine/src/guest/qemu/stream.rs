@@ -95,7 +95,13 @@ impl Settings {
     /// Puts everything back as it was.
     pub fn restore(&self, qmp: &mut Qmp) -> Result<()> {
         let deadline = Instant::now() + QMP_MAX;
-        qmp.execute("migrate-set-capabilities", json!({ "capabilities": self.capabilities }), deadline)?;
+        let now = qmp.execute("query-migrate-capabilities", json!({}), deadline)?;
+        let now = now.as_array().cloned().unwrap_or_default();
+        // Only what differs: QEMU reads a long command slowly, and the guest's devices wait meanwhile.
+        let changes: Vec<_> = self.capabilities.iter().filter(|&c| !now.contains(c)).collect();
+        if !changes.is_empty() {
+            qmp.execute("migrate-set-capabilities", json!({ "capabilities": changes }), deadline)?;
+        }
         qmp.execute("migrate-set-parameters", self.parameters.clone(), deadline)?;
         Ok(())
     }

@@ -1,0 +1,69 @@
+//! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the target waits for.
+
+use super::watch::{Sample, Watch};
+use super::{BulkOptions, TRANSFER_MAX, streams};
+use anyhow::{Result, ensure};
+use pageferry_transport::tcp::{TcpInitiator, TcpOptions, TcpTarget, ZeroCopy};
+use pageferry_transport::{
+    Completion, FenceTag, Initiator, MemoryRegion, RemoteAddr, Target, WorkId, WorkRequest,
+};
+use std::time::Instant;
+
+/// Writes offered to the link at a time.
+const BATCH: usize = 1024;
+/// Smaller writes leave a gap after each, so that none can be merged.
+const MERGED_BYTES: usize = 1 << 20;
+
+pub(super) fn run(options: &BulkOptions, zero_copy: ZeroCopy) -> Result<Sample> {
+    let (here, there) = streams(options.lanes)?;
+    let mut initiator = TcpInitiator::new(here, TcpOptions { zero_copy, ..TcpOptions::default() })?;
+    let mut target = TcpTarget::new(there)?;
+    let source = MemoryRegion::anonymous(options.region_bytes)?;
+    let destination = MemoryRegion::anonymous(options.region_bytes)?;
+    for region in [&source, &destination] {
+        region.populate(0, options.region_bytes)?;
+    }
+    initiator.register(&source)?;
+    let remote = target.expose(&destination)?;
+
+    let step = if options.run_bytes < MERGED_BYTES { 2 * options.run_bytes } else { options.run_bytes };
+    let writes: Vec<_> = (0..options.region_bytes / step)
+        .map(|index| {
+            let offset = index * step;
+            Ok(WorkRequest {
+                id: WorkId(index as u64),
+                local: source.slice(offset, options.run_bytes)?,
+                remote: RemoteAddr { key: remote.key, addr: remote.base + offset as u64 },
+            })
+        })
+        .collect::<Result<_>>()?;
+
+    let deadline = Instant::now() + TRANSFER_MAX;
+    let mut out = Vec::new();
+    let (mut posted, mut done, mut next) = (0u64, 0u64, 0);
+    let watch = Watch::start()?;
+    while posted * (options.run_bytes as u64) < options.total_bytes {
+        let accepted = initiator.post(&writes[next..writes.len().min(next + BATCH)])?;
+        posted += accepted as u64;
+        next = (next + accepted) % writes.len();
+        if accepted == 0 {
+            done += wait(&mut initiator, &mut out, deadline)?;
+            out.clear();
+        }
+    }
+    initiator.fence(FenceTag(1))?;
+    target.wait_fence(FenceTag(1), deadline)?;
+    let sample = watch.stop(posted * options.run_bytes as u64, None)?;
+    // The fence is one completion more.
+    while done <= posted {
+        done += wait(&mut initiator, &mut out, deadline)?;
+    }
+    ensure!(out.contains(&Completion::Fence(FenceTag(1))), "the link lost a fence");
+    Ok(sample)
+}
+
+fn wait(initiator: &mut TcpInitiator, out: &mut Vec<Completion>, deadline: Instant) -> Result<u64> {
+    let done = initiator.poll(out, deadline)?;
+    ensure!(done > 0, "the link did not move its bytes within {TRANSFER_MAX:?}");
+    Ok(done as u64)
+}
