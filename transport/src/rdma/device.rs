@@ -214,6 +214,12 @@ pub fn kernel_devices() -> Vec<String> {
     sysfs::devices(Path::new("/"))
 }
 
+/// What a port speaks and the GIDs that it has, as far as the kernel tells in files.
+pub(crate) fn port_of_kernel(device: &str, port: u8) -> (Protocol, Vec<Gid>) {
+    let root = Path::new("/");
+    (sysfs::protocol(root, device, port), sysfs::gids(&sysfs::port(root, device, port)))
+}
+
 /// Whether connections can be made: rdma_cm's device file can be opened.
 pub fn connection_manager() -> io::Result<()> {
     open_both_ways(CM_DEVICE)

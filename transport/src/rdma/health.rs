@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a flushed queue pair waits for somebody to say why: the event is on its way by then.
-const REASON_PATIENCE: Duration = Duration::from_millis(300);
+/// How long a flushed queue pair, or one whose peer has hung up, waits for somebody to say why: that is
+/// on its way by then.
+pub(crate) const REASON_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Something that another thread can ring and that can be waited for with file descriptors.
 #[derive(Debug)]
@@ -57,6 +58,17 @@ pub(crate) fn wait_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -
     }
 }
 
+/// How much a failure says of what went wrong.
+fn says(failure: &LaneFailure) -> u8 {
+    match failure {
+        LaneFailure::Flushed { .. } => 0,
+        LaneFailure::Closed { .. } => 1,
+        _ => SAYS_ALL,
+    }
+}
+
+const SAYS_ALL: u8 = 2;
+
 #[derive(Debug)]
 pub(crate) struct Health {
     failure: Mutex<Option<LaneFailure>>,
@@ -78,13 +90,14 @@ impl Health {
         })
     }
 
-    /// Notes the first failure, or the reason of one that came without.
+    /// Notes the first failure, or one that says more: what failed comes by another way than that the
+    /// peer has hung up because of it.
     pub(crate) fn fail(&self, failure: LaneFailure) {
         if self.ending() {
             return;
         }
         let mut noted = self.failure();
-        if matches!(*noted, None | Some(LaneFailure::Flushed { .. })) {
+        if noted.as_ref().is_none_or(|noted| says(noted) < says(&failure)) {
             *noted = Some(failure);
         }
         drop(noted);
@@ -107,6 +120,12 @@ impl Health {
     #[inline]
     pub(crate) fn broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
+    }
+
+    /// Whether all that is known is that the peer has hung up, or that work was flushed: what went wrong
+    /// before may be on its way.
+    pub(crate) fn wonders(&self) -> bool {
+        self.failure().as_ref().is_some_and(|failure| says(failure) < SAYS_ALL)
     }
 
     /// The failure, if there is one. Waits a little for the reason if all that is known is that work
@@ -154,6 +173,9 @@ mod tests {
         health.fail(LaneFailure::Closed { lane: 0 });
         health.fail(LaneFailure::Flushed { lane: 0 });
         assert!(matches!(health.check(), Err(Error::Closed { lane: 1 })));
+        health.fail(LaneFailure::Protocol { lane: 2, what: "told".into() });
+        health.fail(LaneFailure::Closed { lane: 0 });
+        assert!(matches!(health.check(), Err(Error::Protocol { lane: 2, .. })));
     }
 
     #[test]

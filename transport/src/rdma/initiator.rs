@@ -2,7 +2,7 @@
 //! lanes have done. Everything happens on the caller's thread but registration and bad news.
 
 use super::connect::{Connections, connect};
-use super::health::{Health, wait_readable};
+use super::health::{Health, REASON_PATIENCE, wait_readable};
 use super::keys::{Pins, Remote, RemoteKeys};
 use super::lane::{Lane, News, Piece};
 use super::message::{Message, Stripes};
@@ -54,6 +54,8 @@ pub struct RdmaInitiator {
     written: Vec<Completion>,
     fenced: Vec<FenceTag>,
     told: (Instant, u64),
+    /// Once the link has broken: until when we listen for the reason.
+    explained_by: Option<Instant>,
     chunk: usize,
     write_bytes_max: usize,
 }
@@ -165,6 +167,7 @@ impl RdmaInitiator {
             written: Vec::new(),
             fenced: Vec::new(),
             told: (Instant::now(), 0),
+            explained_by: None,
             chunk: super::chunk_stripes(options.chunk_bytes),
             write_bytes_max: STRIPE,
         })
@@ -234,6 +237,20 @@ impl RdmaInitiator {
             self.told = (Instant::now(), bytes);
         }
         Ok(())
+    }
+
+    /// The failure of the link, if there is one. A peer that has hung up may have done so because of one
+    /// of our own writes, whose completion then comes a little later and says more.
+    fn check(&mut self) -> Result<()> {
+        if !self.health.broken() {
+            return Ok(());
+        }
+        let deadline = *self.explained_by.get_or_insert_with(|| Instant::now() + REASON_PATIENCE);
+        while self.health.wonders() && !self.lanes.iter().all(Lane::is_idle) && Instant::now() < deadline {
+            self.collect();
+            std::thread::yield_now();
+        }
+        self.health.check()
     }
 
     /// Gives one request to its lane, if there is room and its memory is ready at both ends.
@@ -349,7 +366,7 @@ impl RdmaInitiator {
             Ok(()) => Ok(()),
             Err(failure) => {
                 self.health.fail(failure);
-                self.health.check()
+                self.check()
             }
         }
     }
@@ -381,7 +398,7 @@ impl Initiator for RdmaInitiator {
 
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize> {
         self.collect();
-        self.health.check()?;
+        self.check()?;
         let (mut accepted, mut wrong) = (0, None);
         self.refused = None;
         for request in batch {
@@ -409,7 +426,7 @@ impl Initiator for RdmaInitiator {
             if count > 0 {
                 return Ok(count);
             }
-            self.health.check()?;
+            self.check()?;
             if self.may_retry() {
                 self.refused = None;
                 return Ok(0);
@@ -436,7 +453,7 @@ impl Initiator for RdmaInitiator {
 
     fn fence(&mut self, tag: FenceTag) -> Result<()> {
         self.collect();
-        self.health.check()?;
+        self.check()?;
         self.acks.send(tag)?;
         self.on_lanes(|lane| lane.fence(tag))
     }

@@ -229,6 +229,11 @@ impl Lane {
         self.queue.arm().map_err(|errno| self.os("asking for completion events", errno))
     }
 
+    /// Whether everything that was posted is done.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.posted.is_empty()
+    }
+
     /// Ends it: nothing is read or written through it after this, in either direction.
     pub(crate) fn close(&mut self) {
         self.queue.close();

@@ -2,13 +2,12 @@
 
 use crate::error::Error;
 use crate::failure::LaneFailure;
-use rustix::process::{Resource, getrlimit};
 use std::io;
 
 /// The failure of registering `bytes`, where `needed` is what the link needs pinned in all.
 pub(crate) fn failure(bytes: u64, needed: u64, error: &io::Error) -> LaneFailure {
     let errno = error.raw_os_error().unwrap_or(libc::EIO);
-    LaneFailure::Memory { what: describe(bytes, needed, errno, getrlimit(Resource::Memlock).current), errno }
+    LaneFailure::Memory { what: describe(bytes, needed, errno, super::device::memory_lock_limit()), errno }
 }
 
 /// The same as an error.

@@ -1,8 +1,9 @@
 //! How a link is run, and the way that it takes: device, port, GID, link layer.
 
+use super::device::{Gid, GidKind, Protocol};
+use std::collections::BTreeSet;
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 /// How an RDMA link is run. What is not given is chosen by the addresses and by the system's defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,75 +71,68 @@ impl fmt::Display for Path {
     }
 }
 
-/// What sysfs tells of a device's port.
+/// What the kernel tells of a device's port.
 #[derive(Debug, Clone)]
 pub(crate) struct Port {
     device: String,
-    root: PathBuf,
+    protocol: Protocol,
+    gids: Vec<Gid>,
 }
 
 impl Port {
     pub(crate) fn new(device: &str, port: u8) -> Self {
-        let root = PathBuf::from("/sys/class/infiniband").join(device).join("ports").join(port.to_string());
-        Self { device: device.into(), root }
-    }
-
-    fn read(&self, file: &str) -> Option<String> {
-        std::fs::read_to_string(self.root.join(file)).ok().map(|text| text.trim().to_owned())
+        let (protocol, gids) = super::device::port_of_kernel(device, port);
+        Self { device: device.into(), protocol, gids }
     }
 
     /// Whether GIDs come from the addresses of a network interface.
     pub(crate) fn is_ethernet(&self) -> bool {
-        self.read("link_layer").is_some_and(|layer| layer == "Ethernet")
+        self.protocol == Protocol::Roce
     }
 
     pub(crate) fn gid(&self, index: u8) -> Option<String> {
-        self.read(&format!("gids/{index}"))
+        self.find(index).map(|gid| Ipv6Addr::from(gid.value).to_string())
+    }
+
+    fn find(&self, index: u8) -> Option<&Gid> {
+        self.gids.iter().find(|gid| gid.index == u32::from(index))
     }
 
     /// The address whose GID that is, with the interface's index where the address needs one.
     pub(crate) fn gid_address(&self, index: u8) -> Option<SocketAddr> {
-        let gid: Ipv6Addr = self.gid(index)?.parse().ok().filter(|gid: &Ipv6Addr| !gid.is_unspecified())?;
-        match gid.to_ipv4_mapped() {
-            Some(v4) => Some(SocketAddr::new(IpAddr::V4(v4), 0)),
-            None => {
-                let interface = self.read(&format!("gid_attrs/ndevs/{index}"))?;
-                let scope = std::fs::read_to_string(format!("/sys/class/net/{interface}/ifindex")).ok()?;
-                let scope = if gid.is_unicast_link_local() { scope.trim().parse().ok()? } else { 0 };
-                Some(SocketAddr::V6(std::net::SocketAddrV6::new(gid, 0, 0, scope)))
+        let gid = self.find(index)?;
+        match gid.address(self.protocol)? {
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => {
+                let file = format!("/sys/class/net/{}/ifindex", gid.netdev.as_deref()?);
+                let scope = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
+                Some(SocketAddr::V6(SocketAddrV6::new(v6, 0, 0, scope)))
             }
+            other => Some(SocketAddr::new(other, 0)),
         }
     }
 
     /// The kind of link that packets with this GID take.
-    pub(crate) fn link(&self, gid_index: u8) -> String {
-        let node = self.root.join("../../node_type");
-        if std::fs::read_to_string(node).is_ok_and(|kind| kind.contains("RNIC")) {
-            return "iWARP".into();
-        }
-        if !self.is_ethernet() {
-            return "InfiniBand".into();
-        }
-        match self.read(&format!("gid_attrs/types/{gid_index}")).as_deref() {
-            Some("IB/RoCE v1") => "RoCE v1".into(),
-            Some(other) => other.into(),
-            None => "RoCE".into(),
+    pub(crate) fn link(&self, gid_index: u8) -> &'static str {
+        match (self.protocol, self.find(gid_index).map(|gid| gid.kind)) {
+            (Protocol::InfiniBand, _) => "InfiniBand",
+            (Protocol::Iwarp, _) => "iWARP",
+            (Protocol::Roce, Some(GidKind::RoceV2)) => "RoCE v2",
+            (Protocol::Roce, Some(GidKind::InfiniBandOrRoceV1)) => "RoCE v1",
+            (Protocol::Roce, _) => "RoCE",
+            _ => "an unknown link",
         }
     }
 
     /// Which addresses lead to this port, for an error that says what would have done.
     pub(crate) fn addresses(&self) -> String {
-        let found: Vec<String> = (0..=u8::MAX)
-            .map_while(|index| self.gid(index).map(|_| self.gid_address(index)))
-            .flatten()
-            .map(|address| address.ip().to_string())
-            .collect();
-        let mut unique = found.clone();
-        unique.sort();
-        unique.dedup();
+        let addresses = self.gids.iter().filter_map(|gid| gid.address(self.protocol));
+        let unique: BTreeSet<String> = addresses.map(|address| address.to_string()).collect();
         match unique.is_empty() {
             true => format!("no address of this host leads to {}", self.device),
-            false => format!("{} has the addresses {}", self.device, unique.join(", ")),
+            false => {
+                let all: Vec<_> = unique.into_iter().collect();
+                format!("{} has the addresses {}", self.device, all.join(", "))
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What the kernel says of RDMA in files: rates, GID tables, modules. Every function takes the directory that stands
 //! for `/`, and an absent or strange file is no answer, never an error.
 
-use super::{Gid, GidKind};
+use super::{Gid, GidKind, Protocol};
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv6Addr;
@@ -23,6 +23,18 @@ pub(super) fn devices(root: &Path) -> Vec<String> {
 /// The directory of a port.
 pub(super) fn port(root: &Path, device: &str, number: u8) -> PathBuf {
     root.join(DEVICES).join(device).join("ports").join(number.to_string())
+}
+
+/// What a port speaks.
+pub(super) fn protocol(root: &Path, device: &str, number: u8) -> Protocol {
+    let node = line(&root.join(DEVICES).join(device).join("node_type"));
+    match line(&port(root, device, number).join("link_layer")).as_deref() {
+        // `4: RNIC`
+        _ if node.is_some_and(|node| node.ends_with("RNIC")) => Protocol::Iwarp,
+        Some("InfiniBand") => Protocol::InfiniBand,
+        Some("Ethernet") => Protocol::Roce,
+        _ => Protocol::Other,
+    }
 }
 
 /// The one line of a file.
