@@ -272,7 +272,7 @@ pub(crate) fn wrong_requests_are_refused_and_right_ones_before_them_are_not(make
     };
     let empty = request(4, &source, 0, 0, remote, 0);
     // Its memory is ready from here on, so that nothing but what is wrong can stop a post.
-    post_all(&mut *pair.initiator, &[good.clone()], &mut Vec::new()).unwrap();
+    post_all(&mut *pair.initiator, std::slice::from_ref(&good), &mut Vec::new()).unwrap();
     for wrong in [crossing, endless, empty] {
         assert!(matches!(pair.initiator.post(std::slice::from_ref(&wrong)), Err(Error::Bounds { .. })));
         assert_eq!(pair.initiator.post(&[good.clone(), wrong]).unwrap(), 1);
@@ -289,6 +289,10 @@ pub(crate) fn unread_completions_hold_their_credits(make: &dyn Fn(usize) -> Pair
     let (source, _destination, remote) = regions(&mut pair, 2 << 20, &mut Random(4));
     let batch: Vec<_> =
         (0..512).map(|page| request(page as u64, &source, page * 4096, 4096, remote, 0)).collect();
+    // Its memory is ready from here on, so that nothing but credit can stop a post.
+    let mut out = Vec::new();
+    post_all(&mut *pair.initiator, &batch[..1], &mut out).unwrap();
+    poll_until(&mut *pair.initiator, &mut out, |out| out.len() == 1).unwrap();
     let mut accepted = 0;
     // Fences prove that the link has done all there is to do; still nothing comes back unless polled.
     for tag in 1..=100 {
@@ -298,7 +302,7 @@ pub(crate) fn unread_completions_hold_their_credits(make: &dyn Fn(usize) -> Pair
     }
     assert!(accepted < 100 * batch.len(), "{accepted} requests accepted without a poll");
     assert_eq!(pair.initiator.post(&batch).unwrap(), 0);
-    let mut out = Vec::new();
+    out.clear();
     poll_until(&mut *pair.initiator, &mut out, |out| out.len() == accepted + 100).unwrap();
     assert!(pair.initiator.post(&batch).unwrap() > 0);
 }

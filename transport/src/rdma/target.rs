@@ -214,6 +214,8 @@ impl Service {
         }
         // What came before the end, such as a last fence. Why it ended is known.
         let _ = self.collect();
+        // The peer learns of it, and nothing is written by a link that has broken.
+        self.lanes.iter_mut().for_each(Lane::close);
         // Under the lock, so that nobody misses it between looking and waiting.
         drop(lock(&self.shared.arrivals));
         self.shared.changed.notify_all();

@@ -5,11 +5,17 @@
 //!   scripts/lab -- target/debug/deps/pageferry_transport-... --ignored --test-threads 1 lab_
 //! ```
 
+// Parts of a region are ranges, and sometimes there is one.
+#![allow(clippy::single_range_in_vec_init)]
+
 use super::*;
 use crate::contract::{Pair, Random, contents, fill, poll_until, post_all, regions, request, soon};
 use crate::preamble::Token;
 use crate::*;
+use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const TOKEN: Token = Token([7; 16]);
@@ -82,7 +88,7 @@ const MIB: usize = 1 << 20;
 
 /// Runs a command of the lab machine.
 fn run(command: &str, arguments: &[&str]) {
-    let status = std::process::Command::new(command).args(arguments).status().unwrap();
+    let status = Command::new(command).args(arguments).status().unwrap();
     assert!(status.success(), "{command} {arguments:?}: {status}");
 }
 
@@ -276,7 +282,10 @@ fn lab_strangers_are_refused_with_a_reason_and_the_lanes_come_all_the_same() {
         other => panic!("{other:?}"),
     };
     assert!(refused(Token([8; 16]), 2, &options).contains("the token is not this session's"));
-    assert!(refused(TOKEN, 3, &options).contains("there is no lane 2"));
+    let first = RdmaInitiator::connect(to, None, TOKEN, 1, &options, soon()).unwrap();
+    assert!(refused(TOKEN, 1, &options).contains("lane 0 is there already"));
+    // It goes before the others come, and its place is free again.
+    drop(first);
     let device = RdmaOptions { device: Some("mlx5_7".into()), ..options.clone() };
     let what = refused(TOKEN, 2, &device);
     assert!(what.contains("not by mlx5_7") && what.contains("no address of this host"), "{what}");
@@ -343,26 +352,59 @@ fn lab_a_link_that_goes_down_is_named_at_both_ends_and_another_stands_later() {
 #[test]
 #[ignore = "needs an RDMA device"]
 fn lab_a_device_that_vanishes_is_named_at_both_ends_and_another_stands_later() {
-    if !can_run("lab_a_device_that_vanishes_is_named_at_both_ends_and_another_stands_later") {
+    let name = "lab_a_device_that_vanishes_is_named_at_both_ends_and_another_stands_later";
+    if !can_run(name) {
         return;
     }
-    let (device, interface) = device();
-    let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
-    let batch = pushing(&mut initiator, &mut target);
-    let errors = std::thread::scope(|scope| {
-        let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
-        run("rdma", &["link", "delete", &device]);
-        (pusher.join().unwrap(), wait_until_broken(&mut target))
-    });
-    let begun = Instant::now();
-    drop((initiator, target));
-    assert!(begun.elapsed() < Duration::from_secs(10), "drop hangs");
-    run("rdma", &["link", "add", &device, "type", "rxe", "netdev", &interface]);
-    for error in [errors.0, errors.1] {
-        assert!(matches!(error, Error::Device { .. }), "{error:?}");
-        println!("{error}");
+    if is_other_process() {
+        let (mut initiator, mut target) = ends(2, &RdmaOptions::default());
+        let batch = pushing(&mut initiator, &mut target);
+        if std::env::var_os("STAYS").is_some() {
+            println!("\nbroken not");
+            return;
+        }
+        let errors = std::thread::scope(|scope| {
+            let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
+            // It waits for the end of every process that has opened the device: this one.
+            let mut command = Command::new("sh");
+            command.args(["-c", "rdma link delete rxe_gone &"]).status().unwrap();
+            (pusher.join().unwrap(), wait_until_broken(&mut target))
+        });
+        let begun = Instant::now();
+        drop((initiator, target));
+        assert!(begun.elapsed() < Duration::from_secs(5), "drop hangs");
+        println!("\nbroken {} and {}", errors.0, errors.1);
+        return;
     }
-    works_again();
+    // A device of its own, which no other test of this process has opened.
+    run("ip", &["link", "add", "gone0", "type", "veth", "peer", "name", "gone1"]);
+    run("ip", &["address", "add", "10.99.0.1/24", "dev", "gone0"]);
+    run("ip", &["link", "set", "gone0", "up"]);
+    run("ip", &["link", "set", "gone1", "up"]);
+    let device = "rxe_gone";
+    run("rdma", &["link", "add", device, "type", "rxe", "netdev", "gone0"]);
+    let there = |command: &mut Command| {
+        command.env("PAGEFERRY_RDMA_ADDRESS", "10.99.0.1");
+    };
+    let mut child = other_process(name, there);
+    let said_at_the_end = said(&mut child, "broken ");
+    assert!(child.wait().unwrap().success());
+    let deadline = soon();
+    while std::path::Path::new("/sys/class/infiniband").join(device).exists() {
+        assert!(Instant::now() < deadline, "{device} does not go");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let named = format!("{device}: the device was removed (DEVICE_REMOVAL)");
+    assert_eq!(said_at_the_end.matches(&named).count(), 2, "{said_at_the_end}");
+
+    run("rdma", &["link", "add", device, "type", "rxe", "netdev", "gone0"]);
+    let mut child = other_process(name, |command| {
+        there(command);
+        command.env("STAYS", "1");
+    });
+    assert_eq!(said(&mut child, "broken "), "not");
+    assert!(child.wait().unwrap().success());
+    run("ip", &["link", "delete", "gone0"]);
 }
 
 /// A batch whose memory is ready at both ends.
@@ -399,94 +441,87 @@ fn works_again() {
     target.wait_fence(FenceTag(1), soon()).unwrap();
 }
 
-/// Runs one of the functions below in a process of its own, which says its port first.
-fn child(name: &str, prepare: impl FnOnce(&mut std::process::Command)) -> std::process::Child {
-    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", "--nocapture", &format!("rdma::tests::{name}")]);
-    command.env("PAGEFERRY_CHILD", "1").stdin(std::process::Stdio::piped());
-    command.stdout(std::process::Stdio::piped());
+/// Runs the test of this name in a process of its own, where it plays the other part.
+fn other_process(test: &str, prepare: impl FnOnce(&mut Command)) -> Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", "--nocapture", &format!("rdma::tests::{test}")]);
+    command.env(OTHER_PROCESS, "1").stdin(Stdio::null()).stdout(Stdio::piped());
     prepare(&mut command);
     command.spawn().unwrap()
 }
 
-/// The rest of the first line of a child's output that begins with `word`.
-fn line_of(child: &mut std::process::Child, word: &str) -> String {
-    use std::io::BufRead;
-    let mut lines = std::io::BufReader::new(child.stdout.as_mut().unwrap()).lines();
-    lines.find_map(|line| line.unwrap().split_once(word).map(|(_, rest)| rest.trim().to_owned())).expect(word)
+const OTHER_PROCESS: &str = "PAGEFERRY_TEST_OTHER_PROCESS";
+
+fn is_other_process() -> bool {
+    std::env::var_os(OTHER_PROCESS).is_some()
 }
 
-#[test]
-#[ignore = "the other process of a test"]
-fn child_that_is_written_to() {
-    if std::env::var_os("PAGEFERRY_CHILD").is_none() {
-        return;
-    }
-    let listener = RdmaListener::bind(here(), TOKEN, 2, &RdmaOptions::default()).unwrap();
-    println!("\nport {}", listener.port());
-    let mut target = listener.into_target(soon()).unwrap();
-    target.expose(&MemoryRegion::anonymous(8 * MIB).unwrap()).unwrap();
-    println!("\nbroken {:?}", target.wait_fence(FenceTag(1), soon()));
+/// What the other process says behind this word.
+fn said(child: &mut Child, word: &str) -> String {
+    let mut lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+    lines.find_map(|line| line.unwrap().split_once(word).map(|(_, rest)| rest.trim().to_owned())).expect(word)
 }
 
 #[test]
 #[ignore = "needs an RDMA device"]
 fn lab_a_target_that_is_killed_is_noticed_at_once() {
-    if !can_run("lab_a_target_that_is_killed_is_noticed_at_once") {
+    let name = "lab_a_target_that_is_killed_is_noticed_at_once";
+    if !can_run(name) {
         return;
     }
-    let mut child = child("child_that_is_written_to", |_| {});
-    let port = line_of(&mut child, "port ").parse().unwrap();
-    let to = SocketAddr::new(here(), port);
     let options = RdmaOptions::default();
+    if is_other_process() {
+        let listener = RdmaListener::bind(here(), TOKEN, 2, &options).unwrap();
+        println!("\nport {}", listener.port());
+        let mut target = listener.into_target(soon()).unwrap();
+        target.expose(&MemoryRegion::anonymous(8 * MIB).unwrap()).unwrap();
+        println!("\nbroken {:?}", target.wait_fence(FenceTag(1), soon()));
+        return;
+    }
+    let mut child = other_process(name, |_| {});
+    let to = SocketAddr::new(here(), said(&mut child, "port ").parse().unwrap());
     let mut initiator = RdmaInitiator::connect(to, None, TOKEN, 2, &options, soon()).unwrap();
     let source = MemoryRegion::anonymous(8 * MIB).unwrap();
     initiator.register(&source).unwrap();
     let remote = RemoteRegion { base: 1 << 32, len: 8 << 20, key: RemoteKey(0) };
     let batch = stripes(&source, remote);
     post_all(&mut initiator, &batch, &mut Vec::new()).unwrap();
-    let begun = std::thread::scope(|scope| {
+    let killed = std::thread::scope(|scope| {
         let pusher = scope.spawn(|| push_until_it_breaks(&mut initiator, &batch));
         child.kill().unwrap();
-        let begun = Instant::now();
+        let killed = Instant::now();
         let error = pusher.join().unwrap();
         assert!(matches!(error, Error::Closed { .. } | Error::Work { .. }), "{error:?}");
-        begun
+        killed
     });
-    assert!(begun.elapsed() < Duration::from_secs(10));
+    assert!(killed.elapsed() < Duration::from_secs(10));
     child.wait().unwrap();
 }
 
 #[test]
 #[ignore = "needs an RDMA device"]
 fn lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend() {
-    if !can_run("lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend") {
+    let name = "lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend";
+    if !can_run(name) {
         return;
     }
-    use std::os::unix::process::CommandExt;
-    let mut child = child("child_that_may_lock_little", |command| {
+    if is_other_process() {
+        use rustix::process::{Resource, Rlimit, setrlimit};
+        setrlimit(Resource::Memlock, Rlimit { current: Some(8 << 20), maximum: Some(8 << 20) }).unwrap();
+        let (mut initiator, _target) = ends(1, &RdmaOptions::default());
+        let source = MemoryRegion::anonymous(256 * MIB).unwrap();
+        initiator.register(&source).unwrap();
+        initiator.expect(&source, &[0..256 * MIB]).unwrap();
+        println!("\nbroken {}", initiator.poll(&mut Vec::new(), soon()).unwrap_err());
+        return;
+    }
+    let mut child = other_process(name, |command| {
         // Not root, which no limit binds.
         command.uid(65534).gid(65534);
     });
-    let said = line_of(&mut child, "broken ");
+    let said = said(&mut child, "broken ");
     child.wait().unwrap();
     for part in ["registering 67108864 bytes", "may lock 8192 KiB", "ulimit -l unlimited", "LimitMEMLOCK"] {
         assert!(said.contains(part), "{said}");
     }
-}
-
-#[test]
-#[ignore = "the other process of a test"]
-fn child_that_may_lock_little() {
-    if std::env::var_os("PAGEFERRY_CHILD").is_none() {
-        return;
-    }
-    use rustix::process::{Resource, Rlimit, setrlimit};
-    setrlimit(Resource::Memlock, Rlimit { current: Some(8 << 20), maximum: Some(8 << 20) }).unwrap();
-    let (mut initiator, _target) = ends(1, &RdmaOptions::default());
-    let source = MemoryRegion::anonymous(256 * MIB).unwrap();
-    initiator.register(&source).unwrap();
-    initiator.expect(&source, &[0..256 * MIB]).unwrap();
-    let error = initiator.poll(&mut Vec::new(), soon()).unwrap_err();
-    println!("\nbroken {error}");
 }
