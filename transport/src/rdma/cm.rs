@@ -97,15 +97,20 @@ impl Channel {
         let event = unsafe { &*raw };
         let is_request = event.event == rdma_sys::RDMA_CM_EVENT_CONNECT_REQUEST;
         let new = is_request.then(|| Id { raw: event.id, channel: Arc::clone(self) });
-        // SAFETY: for every event but those of datagrams, which we do not use, `conn` is what is valid.
-        let conn = unsafe { event.param.conn };
-        let mut private = vec![0; usize::from(conn.private_data_len)];
-        if conn.private_data.is_null() {
-            private.clear();
-        } else {
-            // SAFETY: the library says that so many bytes are there until the acknowledgement.
-            unsafe {
-                std::ptr::copy_nonoverlapping(conn.private_data.cast(), private.as_mut_ptr(), private.len());
+        let mut private = Vec::new();
+        if is_request || event.event == rdma_sys::RDMA_CM_EVENT_REJECTED {
+            // SAFETY: these events are about a connection, so `conn` is what is valid.
+            let conn = unsafe { event.param.conn };
+            if !conn.private_data.is_null() {
+                private.resize(usize::from(conn.private_data_len), 0);
+                // SAFETY: the library says that so many bytes are there until the acknowledgement.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(
+                        conn.private_data.cast(),
+                        private.as_mut_ptr(),
+                        private.len(),
+                    );
+                }
             }
         }
         let copied = Event { kind: event.event, status: event.status, id: event.id.addr(), new, private };

@@ -198,6 +198,7 @@ pub(crate) fn connect(
     let completions = Completions::new(&first)?;
     let depths = limits.clip(super::initiator_depths(limits.writes));
     let mut queues = Vec::with_capacity(usize::from(lanes));
+    let mut path = None;
     for lane in 0..lanes {
         let id = if lane == 0 { Arc::clone(&first) } else { Arc::new(attempt.resolve(from)?) };
         if id.context() != first.context() {
@@ -209,9 +210,13 @@ pub(crate) fn connect(
         id.connect(&preamble.encode()).map_err(|e| attempt.no_path(format!("connecting failed: {e}")))?;
         attempt.expect(&id, rdma_sys::RDMA_CM_EVENT_ESTABLISHED)?;
         queue.shorten_not_ready();
+        if path.is_none() {
+            // Before the last lane: the listener takes no other once it has them all.
+            path = Some(path_of(&queue, options)?);
+        }
         queues.push(queue);
     }
-    let path = path_of(&queues[0], options)?;
+    let path = path.ok_or(Error::State("a link without lanes"))?;
     Ok(Connections { queues, domain, completions, channel, path, limits })
 }
 

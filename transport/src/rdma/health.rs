@@ -57,6 +57,15 @@ pub(crate) fn wait_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -
     }
 }
 
+/// How much a failure says of what went wrong.
+fn says(failure: &LaneFailure) -> u8 {
+    match failure {
+        LaneFailure::Flushed { .. } => 0,
+        LaneFailure::Closed { .. } => 1,
+        _ => 2,
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Health {
     failure: Mutex<Option<LaneFailure>>,
@@ -78,13 +87,14 @@ impl Health {
         })
     }
 
-    /// Notes the first failure, or the reason of one that came without.
+    /// Notes the first failure, or one that says more: what failed comes by another way than that the
+    /// peer has hung up because of it.
     pub(crate) fn fail(&self, failure: LaneFailure) {
         if self.ending() {
             return;
         }
         let mut noted = self.failure();
-        if matches!(*noted, None | Some(LaneFailure::Flushed { .. })) {
+        if noted.as_ref().is_none_or(|noted| says(noted) < says(&failure)) {
             *noted = Some(failure);
         }
         drop(noted);
@@ -154,6 +164,9 @@ mod tests {
         health.fail(LaneFailure::Closed { lane: 0 });
         health.fail(LaneFailure::Flushed { lane: 0 });
         assert!(matches!(health.check(), Err(Error::Closed { lane: 1 })));
+        health.fail(LaneFailure::Protocol { lane: 2, what: "told".into() });
+        health.fail(LaneFailure::Closed { lane: 0 });
+        assert!(matches!(health.check(), Err(Error::Protocol { lane: 2, .. })));
     }
 
     #[test]
