@@ -89,7 +89,7 @@ impl MigrateOptions {
     }
 }
 
-/// A lane is a thread at each end: half of the cores, but two at least and four at most. Two lanes were
+/// By TCP a lane is a thread at each end: half of the cores, but two at least and four at most. Two lanes were
 /// somewhat faster than one on two cores, in few and noisy runs; no other machine was measured.
 #[must_use]
 pub fn default_lanes() -> u8 {

@@ -1,5 +1,6 @@
 //! The first bytes of every TCP connection, by which the receiver tells the control connection from
-//! a lane, and both from garbage. Fixed size, so that one read decides.
+//! a lane, and both from garbage. Fixed size, so that one read decides. The same bytes are the private
+//! data of every queue pair's connection request.
 //!
 //! ```text
 //!   offset 0   magic  "PGFERRY\0"      8 bytes
@@ -10,7 +11,7 @@
 //! ```
 
 /// Version of everything that travels between two pageferries: preamble, control messages, frames.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Length of an encoded preamble in bytes.
 pub const PREAMBLE_BYTES: usize = 28;

@@ -13,7 +13,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Attempts before a request that is not acknowledged breaks the queue pair; the most there is.
 const RETRIES: u8 = 7;
@@ -141,10 +141,21 @@ impl Drop for Channel {
 }
 
 /// An identifier: what a socket is to TCP. Holds the device open.
+///
+/// Its end is told to the peer by the kernel. On a port that is down that cannot be, and must not be tried:
+/// soft-RoCE's own queue pair for such messages (QP1) goes into the error state for good when one cannot be
+/// sent (Linux 6.12), and no connection comes about by that device any more. So the end of an identifier
+/// waits, in a thread of its own, until the port is up again.
 pub(crate) struct Id {
     raw: *mut rdma_cm_id,
     channel: Arc<Channel>,
 }
+
+/// How long the end of an identifier waits for its port. A process that holds on to a dead port for longer
+/// keeps its device from being taken away.
+const PORT_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it looks.
+const PORT_LOOK_EVERY: Duration = Duration::from_millis(100);
 
 // SAFETY: as for the channel. What is read of the structure itself is set before the identifier is
 // shared.
@@ -315,8 +326,17 @@ impl Id {
         }
     }
 
-    /// Moves the queue pair to the error state and tells the peer.
+    /// Whether its device has a port that carries nothing now.
+    fn port_is_down(&self) -> bool {
+        let device = self.device();
+        !device.is_empty() && port_is_down(&device, self.port())
+    }
+
+    /// Moves the queue pair to the error state and tells the peer, if that can be.
     pub(crate) fn disconnect(&self) {
+        if self.port_is_down() {
+            return;
+        }
         // SAFETY: the identifier lives as long as `self`.
         if let Err(e) = check(unsafe { self.libraries().cm.rdma_disconnect(self.raw) }) {
             // The peer was faster, or the device is gone.
@@ -342,12 +362,48 @@ impl Id {
 
 impl Drop for Id {
     fn drop(&mut self) {
-        // SAFETY: its queue pair is gone (whoever made it destroys it), and every event was acknowledged
-        // when it was read.
-        if let Err(e) = check(unsafe { self.libraries().cm.rdma_destroy_id(self.raw) }) {
+        let end = End { raw: self.raw, channel: Arc::clone(&self.channel) };
+        if !self.port_is_down() {
+            return drop(end);
+        }
+        let (device, port) = (self.device(), self.port());
+        let waiting = std::thread::Builder::new().name("ferry-rdma-end".into()).spawn(move || {
+            let deadline = Instant::now() + PORT_PATIENCE;
+            while port_is_down(&device, port) && Instant::now() < deadline {
+                std::thread::sleep(PORT_LOOK_EVERY);
+            }
+            drop(end);
+        });
+        // Without a thread the closure was dropped, and with it the identifier.
+        if let Err(e) = waiting {
+            tracing::debug!("an identifier of a connection ended on a dead port: {e}");
+        }
+    }
+}
+
+/// Destroys an identifier when it is dropped.
+struct End {
+    raw: *mut rdma_cm_id,
+    channel: Arc<Channel>,
+}
+
+// SAFETY: as for the identifier.
+unsafe impl Send for End {}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        // SAFETY: its queue pair is gone (whoever made it destroys it), every event was acknowledged when it
+        // was read, and of an identifier one end is made.
+        if let Err(e) = check(unsafe { self.channel.libraries.cm.rdma_destroy_id(self.raw) }) {
             tracing::debug!("destroying an identifier of a connection: {e}");
         }
     }
+}
+
+/// Whether the kernel says so. A device that is gone is not down.
+fn port_is_down(device: &str, port: u8) -> bool {
+    std::fs::read_to_string(format!("/sys/class/infiniband/{device}/ports/{port}/state"))
+        .is_ok_and(|state| !state.contains("ACTIVE"))
 }
 
 impl std::fmt::Debug for Id {
