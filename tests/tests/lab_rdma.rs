@@ -15,7 +15,7 @@ use pageferry::source::{MigrateOptions, migrate};
 use pageferry::supervisor::api::State;
 use pageferry_tests::console::{BOOT_MAX, Console, Linux};
 use pageferry_tests::stage::{BARE, Ended, Stage, Supervisor};
-use pageferry_tests::{SOON, eventually, in_the_lab, refuse_outside_the_lab};
+use pageferry_tests::{eventually, in_the_lab, refuse_outside_the_lab};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};

@@ -154,6 +154,8 @@ pub(crate) struct Id {
 /// How long the end of an identifier waits for its port. A process that holds on to a dead port for longer
 /// keeps its device from being taken away.
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
+/// And then for the routes, which come back after the port.
+const ROUTES_PATIENCE: Duration = Duration::from_secs(1);
 /// How often it looks.
 const PORT_LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -372,6 +374,7 @@ impl Drop for Id {
             while port_is_down(&device, port) && Instant::now() < deadline {
                 std::thread::sleep(PORT_LOOK_EVERY);
             }
+            std::thread::sleep(ROUTES_PATIENCE);
             drop(end);
         });
         // Without a thread the closure was dropped, and with it the identifier.
