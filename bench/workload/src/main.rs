@@ -73,7 +73,8 @@ impl Workload {
         let (sender, events) = channel();
         let (stats, gaps) = (Arc::<Stats>::default(), Arc::<Gaps>::default());
         let (pulse_gaps, tick) = (Arc::clone(&gaps), Duration::from_micros(params.tick_us.into()));
-        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest).run())?;
+        let ports = params.ports == 1;
+        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest && ports).run())?;
         let mut orders = Vec::new();
         for (index, share) in shares(params).into_iter().enumerate() {
             let (order, inbox) = channel();

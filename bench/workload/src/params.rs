@@ -32,6 +32,9 @@ pub struct Params {
     pub disk: u32,
     /// `pf.tick_us`: period of the pulse in microseconds.
     pub tick_us: u32,
+    /// `pf.ports`: 0 keeps the pulse away from I/O ports, which nested virtualization in emulation lets nobody
+    /// but the kernel use. Gaps are then known without the time in which the guest was stopped.
+    pub ports: u32,
 }
 
 impl Default for Params {
@@ -45,20 +48,21 @@ impl Default for Params {
             threads: 1,
             disk: 0,
             tick_us: 500,
+            ports: 1,
         }
     }
 }
 
 impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us } = self;
+        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports } = self;
         write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
             Pattern::Random => f.write_str("random")?,
             Pattern::Hot(percent) => write!(f, "hot:{percent}")?,
         }
-        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us}")
+        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports}")
     }
 }
 
@@ -83,6 +87,7 @@ impl Params {
                 "pf.threads" => params.threads = number(1, 64)?,
                 "pf.disk" => params.disk = number(0, 64)?,
                 "pf.tick_us" => params.tick_us = number(100, 100_000)?,
+                "pf.ports" => params.ports = number(0, 1)?,
                 "pf.pattern" => {
                     params.pattern = pattern(value).ok_or_else(|| {
                         format!("{word}: not one of sequential, random, hot:PERCENT (1 to 99)")
