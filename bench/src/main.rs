@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pageferry_bench::bulk::{self, BulkOptions};
+use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::machine::GuestOptions;
 use pageferry_bench::peers;
 use pageferry_bench::ways::Way;
@@ -23,6 +24,27 @@ enum Command {
     Peers(PeersArgs),
     /// Bulk goodput over loopback: the TCP link, a raw pump and iperf3, in turns.
     Bulk(BulkArgs),
+    /// What a page costs on its way from the dirty set to the RDMA device, which is none here.
+    Cost(CostArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct CostArgs {
+    /// Repetitions of each row, in turns.
+    #[arg(long, default_value_t = 31, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..))]
+    memory: u32,
+    /// Count instructions under valgrind as well.
+    #[arg(long)]
+    instructions: bool,
+    /// One repetition of one row, for a tool that counts what it does.
+    #[arg(long, hide = true, value_name = "ROW")]
+    once: Option<Row>,
+    /// Write every sample as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -99,6 +121,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Peers(args) => run_peers(args),
         Command::Bulk(args) => run_bulk(&args),
+        Command::Cost(args) => run_cost(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -121,6 +144,18 @@ fn run_bulk(args: &BulkArgs) -> Result<()> {
     let bulk = bulk::run(options)?;
     print!("{}", bulk.show());
     write_samples(args.out.as_deref(), &bulk)
+}
+
+fn run_cost(args: &CostArgs) -> Result<()> {
+    if let Some(row) = args.once {
+        println!("{} pages", cost::once(row, args.memory)?);
+        return Ok(());
+    }
+    let options =
+        CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };
+    let cost = cost::run(options)?;
+    print!("{}", cost.show());
+    write_samples(args.out.as_deref(), &cost)
 }
 
 fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<()> {

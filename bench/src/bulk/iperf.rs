@@ -1,6 +1,6 @@
 //! iperf3, the real one: a server and a client for each transfer, the client's report read as JSON.
 
-use super::watch::{Sample, Watch};
+use crate::watch::{Sample, Watch};
 use super::{BulkOptions, TRANSFER_MAX};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;

@@ -1,6 +1,6 @@
 //! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the target waits for.
 
-use super::watch::{Sample, Watch};
+use crate::watch::{Sample, Watch};
 use super::{BulkOptions, TRANSFER_MAX, streams};
 use anyhow::{Result, ensure};
 use pageferry_transport::tcp::{TcpInitiator, TcpOptions, TcpTarget, ZeroCopy};
