@@ -13,20 +13,25 @@ use pageferry::memory::{GuestMemory, SlotSource};
 use pageferry::page::{PAGE_BYTES, PageRun};
 use pageferry::precopy::Pump;
 use pageferry_transport::rdma::{RdmaInitiator, RdmaOptions};
-use pageferry_transport::{Access, Initiator, MemoryRegion, RemoteKey, RemoteRegion, STRIPE_BYTES};
+use pageferry_transport::{
+    Access, Initiator, MemoryRegion, RemoteAddr, RemoteKey, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest,
+};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde::Serialize;
 use std::fmt;
 use std::fs::File;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What a page may cost: 400 Gb/s carry one every 83 ns.
 pub const PAGE_NS_MAX: f64 = 83.0;
 
 /// Guest memory while instructions are counted, which takes long.
 const COUNTED_MIB: u32 = 64;
+
+/// For a link whose device needs no time at all.
+const READY_MAX: Duration = Duration::from_secs(20);
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -158,22 +163,41 @@ impl Guest {
 
     /// Pushes the row's pages once; returns their number and the nanoseconds that it took.
     fn round(&self, row: Row) -> Result<(u64, f64)> {
-        let mut link =
-            RdmaInitiator::without_device(row.lanes, &[self.remote], &RdmaOptions::default())?;
+        let mut link = RdmaInitiator::without_device(row.lanes, &[self.remote], &RdmaOptions::default())?;
         let region = self.memory.slots()[0].region();
         link.register(region)?;
         link.expect(region, std::slice::from_ref(&(0..region.len())))?;
+        self.wait_until_ready(&mut link)?;
         let state = (MemoryRegion::anonymous(PAGE_BYTES as usize)?, self.remote);
-        // What is not ready yet is waited for here: another pump, which has not sent these pages.
-        let mut warm = Pump::new(&mut link, &self.memory, vec![self.remote], state.clone(), None);
-        transfer(&mut warm, &mut row.dirty(self.memory.pages()))?;
-        if row.first {
-            drop(warm);
-            let mut pump = Pump::new(&mut link, &self.memory, vec![self.remote], state, None);
-            timed(&mut pump, &mut row.dirty(self.memory.pages()))
-        } else {
-            timed(&mut warm, &mut row.dirty(self.memory.pages()))
+        let mut pump = Pump::new(&mut link, &self.memory, vec![self.remote], state, None);
+        if !row.first {
+            transfer(&mut pump, &mut row.dirty(self.memory.pages()))?;
         }
+        timed(&mut pump, &mut row.dirty(self.memory.pages()))
+    }
+
+    /// Until every stripe can be posted from: as in a migration, where that is done ahead of the data.
+    fn wait_until_ready(&self, link: &mut RdmaInitiator) -> Result<()> {
+        let region = self.memory.slots()[0].region();
+        let deadline = Instant::now() + READY_MAX;
+        let (mut stripes, mut done, mut out) = (0, 0, Vec::new());
+        for offset in (0..region.len()).step_by(STRIPE_BYTES as usize) {
+            let write = WorkRequest {
+                id: WorkId(0),
+                local: region.slice(offset, PAGE_BYTES as usize)?,
+                remote: RemoteAddr { key: self.remote.key, addr: self.remote.base + offset as u64 },
+            };
+            while link.post(std::slice::from_ref(&write))? == 0 {
+                done += link.poll(&mut out, deadline)?;
+                ensure!(Instant::now() < deadline, "the link was not ready within {READY_MAX:?}");
+            }
+            stripes += 1;
+        }
+        while done < stripes {
+            done += link.poll(&mut out, deadline)?;
+            ensure!(Instant::now() < deadline, "the link did not complete a write within {READY_MAX:?}");
+        }
+        Ok(())
     }
 }
 
@@ -212,7 +236,8 @@ fn instructions(row: Row) -> Result<f64> {
         .map_err(|e| anyhow!("valgrind cannot be started ({e}): install it, or leave out --instructions"))?;
     let (stdout, stderr) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
     ensure!(said.status.success(), "{row} under valgrind: {}: {stderr}", said.status);
-    collected(&stdout, &stderr).with_context(|| format!("{row} under valgrind said {stdout:?} and {stderr:?}"))
+    collected(&stdout, &stderr)
+        .with_context(|| format!("{row} under valgrind said {stdout:?} and {stderr:?}"))
 }
 
 /// From what [`once`] and valgrind say.
@@ -257,7 +282,8 @@ mod tests {
     fn valgrinds_count_is_divided_by_the_pages() {
         let said = "==7== Callgrind, a call-graph generating profiler\n==7== \n==7== Collected : 8192\n";
         assert_eq!(collected("64 pages\n", said), Some(128.0));
-        for (stdout, stderr) in [("", said), ("0 pages\n", said), ("64 pages\n", ""), ("64 pages", "Collected : 0")]
+        for (stdout, stderr) in
+            [("", said), ("0 pages\n", said), ("64 pages\n", ""), ("64 pages", "Collected : 0")]
         {
             assert_eq!(collected(stdout, stderr), None);
         }

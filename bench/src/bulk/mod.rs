@@ -18,7 +18,6 @@ use serde::Serialize;
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-
 /// One transfer, at some MB/s.
 const TRANSFER_MAX: Duration = Duration::from_secs(120);
 
