@@ -77,19 +77,23 @@ impl MemoryRegion {
     }
 
     /// Fails unless `[offset, offset + len)` lies inside.
+    #[inline]
     pub fn check(&self, offset: usize, len: usize) -> Result<()> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len() => Ok(()),
-            _ => Err(Error::Bounds {
-                what: format!(
-                    "{len} bytes at offset {offset:#x} do not fit a region of {:#x} bytes",
-                    self.len()
-                ),
-            }),
+            _ => Err(self.outside(offset, len)),
         }
     }
 
+    #[cold]
+    fn outside(&self, offset: usize, len: usize) -> Error {
+        let what =
+            format!("{len} bytes at offset {offset:#x} do not fit a region of {:#x} bytes", self.len());
+        Error::Bounds { what }
+    }
+
     /// A checked piece of this region, which keeps it mapped.
+    #[inline]
     pub fn slice(self: &Arc<Self>, offset: usize, len: usize) -> Result<LocalSlice> {
         self.check(offset, len)?;
         Ok(LocalSlice { region: Arc::clone(self), offset, len })
