@@ -9,17 +9,15 @@
 use crate::stats::Samples;
 use anyhow::{Context, Result, anyhow, ensure};
 use pageferry::bitmap::DirtyBitmap;
-use pageferry::memory::{GuestMemory, SlotSource};
-use pageferry::page::{PAGE_BYTES, PageRun};
+use pageferry::memory::GuestMemory;
+use pageferry::page::PAGE_BYTES;
 use pageferry::precopy::Pump;
 use pageferry_transport::rdma::{RdmaInitiator, RdmaOptions};
 use pageferry_transport::{
-    Access, Initiator, MemoryRegion, RemoteAddr, RemoteKey, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest,
+    Initiator, MemoryRegion, RemoteAddr, RemoteKey, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest,
 };
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde::Serialize;
 use std::fmt;
-use std::fs::File;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -59,13 +57,7 @@ impl Row {
     }
 
     fn dirty(self, pages: u64) -> DirtyBitmap {
-        let mut dirty = DirtyBitmap::new(pages);
-        if self.scattered {
-            (0..pages).step_by(2).for_each(|page| dirty.insert(PageRun::between(page, page + 1)));
-        } else {
-            dirty.insert(PageRun::between(0, pages));
-        }
-        dirty
+        if self.scattered { crate::memory::every_second(pages, 1) } else { crate::memory::every(pages) }
     }
 }
 
@@ -140,23 +132,8 @@ struct Guest {
 
 impl Guest {
     fn new(memory_mib: u32) -> Result<Self> {
-        let bytes = u64::from(memory_mib) << 20;
-        let file = File::from(memfd_create("guest", MemfdFlags::CLOEXEC).context("creating memory")?);
-        ftruncate(&file, bytes).context("sizing memory")?;
-        let slot = SlotSource {
-            name: "guest".into(),
-            file,
-            file_offset: 0,
-            bytes,
-            backing_page_bytes: PAGE_BYTES,
-            process_address: 0,
-        };
-        let memory = GuestMemory::map(vec![slot], Access::Write)?;
-        let region = memory.slots()[0].region();
-        region.populate(0, region.len())?;
-        for page in 0..memory.pages() {
-            region.write((page * PAGE_BYTES) as usize, &page.wrapping_add(1).to_le_bytes())?;
-        }
+        let memory = crate::memory::written(memory_mib)?;
+        let bytes = memory.bytes();
         let remote = RemoteRegion { base: 8 * STRIPE_BYTES, len: bytes, key: RemoteKey(0) };
         Ok(Self { memory, remote })
     }
