@@ -43,6 +43,9 @@ struct RdmaArgs {
     /// Queue pairs.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: u8,
+    /// Bytes of a write, whole pages.
+    #[arg(long, value_delimiter = ',', default_values_t = rdma::SIZES)]
+    sizes: Vec<u64>,
     /// Repetitions of each way with each size.
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
@@ -184,6 +187,7 @@ fn run_rdma(args: RdmaArgs) -> Result<()> {
         from: args.from,
         to: args.to,
         lanes: args.lanes,
+        sizes: args.sizes,
         repeat: args.repeat,
         total_mib: args.total,
         memory_mib: args.memory,

@@ -12,7 +12,7 @@ mod perftest;
 
 use crate::stats::Samples;
 use crate::watch::Sample;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use pageferry::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
 use serde::Serialize;
@@ -22,10 +22,13 @@ use std::time::Duration;
 /// One transfer, at some MB/s.
 const TRANSFER_MAX: Duration = Duration::from_secs(120);
 
-/// Bytes of a write, and how much of `ib_write_bw`'s goodput the link must reach.
-const SIZES: [(u64, f64); 3] = [(4 << 10, 0.90), (64 << 10, 0.95), (1 << 20, 0.95)];
+/// Sizes of a write that are worth a look: a scattered page, some, many.
+pub const SIZES: [u64; 3] = [4 << 10, 64 << 10, 1 << 20];
 
-const _: () = assert!(SIZES[0].0 == PAGE_BYTES && SIZES[2].0 <= STRIPE_BYTES);
+/// How much of `ib_write_bw`'s goodput the link should reach.
+fn aim(size: u64) -> f64 {
+    if size < 64 << 10 { 0.90 } else { 0.95 }
+}
 
 /// What is measured.
 #[derive(Debug, Clone, Serialize)]
@@ -36,6 +39,8 @@ pub struct RdmaBenchOptions {
     pub to: IpAddr,
     /// Queue pairs.
     pub lanes: u8,
+    /// Bytes of a write.
+    pub sizes: Vec<u64>,
     /// Repetitions of each way with each size.
     pub repeat: u32,
     /// Bytes of one repetition.
@@ -86,10 +91,8 @@ pub fn run(options: RdmaBenchOptions) -> Result<RdmaBench> {
     let perftest_version = perftest::version()?;
     let path = link::path(&options)?;
     let ways = || std::iter::once(Way::Link).chain(options.perftest.iter().cloned().map(Way::Perftest));
-    let mut rows: Vec<Row> = (SIZES.iter())
-        .flat_map(|&(size, _)| {
-            ways().map(move |way| Row { name: way.name(), size, samples: Vec::new(), way })
-        })
+    let mut rows: Vec<Row> = (options.sizes.iter())
+        .flat_map(|&size| ways().map(move |way| Row { name: way.name(), size, samples: Vec::new(), way }))
         .collect();
     for turn in 0..options.repeat as usize {
         eprintln!("turn {} of {}", turn + 1, options.repeat);
@@ -117,8 +120,12 @@ impl Way {
 
 impl RdmaBenchOptions {
     fn check(&self) -> Result<()> {
-        let largest = SIZES[SIZES.len() - 1].0;
-        let least = (2 * largest * u64::from(self.lanes)) >> 20;
+        for &size in &self.sizes {
+            let possible = size > 0 && size.is_multiple_of(PAGE_BYTES) && size <= STRIPE_BYTES / 2;
+            ensure!(possible, "--sizes: {size} is not a number of whole pages up to {}", STRIPE_BYTES / 2);
+        }
+        let largest = self.sizes.iter().max().context("--sizes: there is none")?;
+        let least = (2 * largest * u64::from(self.lanes)).div_ceil(1 << 20);
         for (name, mib) in [("--total", self.total_mib), ("--memory", self.memory_mib)] {
             ensure!(u64::from(mib) >= least, "{name}: {mib} is less than {least} MiB");
         }
@@ -162,7 +169,8 @@ impl RdmaBench {
                 row.rate() / self.rate(row.size, |way| *way == Way::Link),
             );
         }
-        for (size, aim) in SIZES {
+        for &size in &o.sizes {
+            let aim = aim(size);
             let link = self.rate(size, |way| *way == Way::Link);
             let best = self.rate(size, |way| *way != Way::Link);
             text += &format!(
@@ -206,6 +214,7 @@ mod tests {
             from: "10.77.0.1".parse().unwrap(),
             to: "10.77.0.2".parse().unwrap(),
             lanes: 3,
+            sizes: SIZES.to_vec(),
             repeat: 3,
             total_mib: 8,
             memory_mib: 8,
@@ -242,6 +251,9 @@ mod tests {
         assert!(options.check().is_ok());
         assert_eq!((options.writes(1 << 20), options.writes(64 << 10)), (6, 126));
         assert!(RdmaBenchOptions { total_mib: 5, ..options.clone() }.check().is_err());
-        assert!(RdmaBenchOptions { memory_mib: 5, ..options }.check().is_err());
+        assert!(RdmaBenchOptions { memory_mib: 5, ..options.clone() }.check().is_err());
+        for sizes in [vec![], vec![0], vec![4096, 4097], vec![STRIPE_BYTES]] {
+            assert!(RdmaBenchOptions { sizes, ..options.clone() }.check().is_err());
+        }
     }
 }
