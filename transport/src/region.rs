@@ -195,6 +195,14 @@ impl LocalSlice {
         self.len == 0
     }
 
+    /// Makes it another piece of the same region: cheaper than a new one, which counts a reference.
+    #[inline]
+    pub fn set(&mut self, offset: usize, len: usize) -> Result<()> {
+        self.region.check(offset, len)?;
+        (self.offset, self.len) = (offset, len);
+        Ok(())
+    }
+
     /// Address of the first byte; valid while this slice or its region lives.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
@@ -227,6 +235,13 @@ mod tests {
         assert!(region.slice(0, 8192).is_ok());
         assert!(region.slice(1, 8192).is_err());
         assert!(region.slice(usize::MAX, 2).is_err());
+        let mut slice = region.slice(0, 4096).unwrap();
+        slice.set(4096, 4096).unwrap();
+        assert!(slice.set(4097, 4096).is_err() && slice.set(usize::MAX, 2).is_err());
+        assert_eq!(
+            (slice.offset(), slice.len(), slice.as_ptr()),
+            (4096, 4096, region.as_ptr().wrapping_add(4096))
+        );
     }
 
     #[test]
