@@ -56,7 +56,7 @@ struct RdmaArgs {
     #[arg(long, default_value_t = 64)]
     memory: u32,
     /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best counts.
-    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-l 16"])]
+    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-Q 16", "-l 16 -Q 16"])]
     perftest: Vec<String>,
     /// Write every sample as JSON into this file.
     #[arg(long, value_name = "FILE")]
