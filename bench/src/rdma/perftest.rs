@@ -4,7 +4,7 @@
 use super::{RdmaBenchOptions, TRANSFER_MAX};
 use crate::process::Process;
 use crate::watch::{Sample, Watch};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -87,11 +87,11 @@ impl Report {
         };
         let mut table = text.lines().skip_while(|line| !line.contains("BW average[MB/sec]"));
         let row = table.nth(1).context("it has no table of MB/sec")?;
-        let mut words = row.split_whitespace();
-        let mut word = |what: &str| words.next().with_context(|| format!("its table has no {what}"));
-        let (size, writes) = (word("bytes")?.parse()?, word("iterations")?.parse()?);
-        word("peak")?;
-        let mib_per_s: f64 = word("average")?.parse()?;
+        let words: Vec<_> = row.split_whitespace().collect();
+        let [size, writes, _peak, average, _rate] = words[..] else {
+            bail!("its table has not the five columns of MB/sec")
+        };
+        let (size, writes, mib_per_s) = (size.parse()?, writes.parse()?, average.parse::<f64>()?);
         ensure!(mib_per_s > 0.0 && mib_per_s.is_finite(), "its average is {mib_per_s}");
         let bytes_per_s = mib_per_s * f64::from(1 << 20);
         Ok(Self { queue_pairs: field("Number of qps")?, mtu: field("Mtu")?, size, writes, bytes_per_s })
