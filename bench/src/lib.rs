@@ -1,9 +1,14 @@
 //! The downtime laboratory: the same guest moved in several ways, and the same bytes, in turns within one run.
 
 pub mod bulk;
+pub mod cost;
 pub mod cpu;
 pub mod floor;
 pub mod machine;
+pub mod memory;
 pub mod peers;
+pub mod process;
+pub mod rdma;
 pub mod stats;
+pub mod watch;
 pub mod ways;

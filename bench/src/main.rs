@@ -3,9 +3,12 @@
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pageferry_bench::bulk::{self, BulkOptions};
+use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::machine::GuestOptions;
 use pageferry_bench::peers;
+use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::ways::Way;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -23,6 +26,60 @@ enum Command {
     Peers(PeersArgs),
     /// Bulk goodput over loopback: the TCP link, a raw pump and iperf3, in turns.
     Bulk(BulkArgs),
+    /// Page-write goodput over RDMA, beside perftest's ib_write_bw, in turns.
+    Rdma(RdmaArgs),
+    /// What a page costs on its way from the dirty set to the RDMA device, which is none here.
+    Cost(CostArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct RdmaArgs {
+    /// Address of this host that the writes come from. The default is the lab machine's, as is --to.
+    #[arg(long, value_name = "IP", default_value = "10.77.0.1")]
+    from: IpAddr,
+    /// Address of this host that is written to.
+    #[arg(long, value_name = "IP", default_value = "10.77.0.2")]
+    to: IpAddr,
+    /// Queue pairs.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    lanes: u8,
+    /// Bytes of a write, whole pages.
+    #[arg(long, value_delimiter = ',', default_values_t = rdma::SIZES)]
+    sizes: Vec<u64>,
+    /// Repetitions of each way with each size.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// MiB of each repetition.
+    #[arg(long, default_value_t = 64)]
+    total: u32,
+    /// MiB of memory at each end of the link.
+    #[arg(long, default_value_t = 64)]
+    memory: u32,
+    /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best counts.
+    #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-Q 16", "-l 16 -Q 16"])]
+    perftest: Vec<String>,
+    /// Write every sample as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+struct CostArgs {
+    /// Repetitions of each row, in turns.
+    #[arg(long, default_value_t = 31, value_parser = clap::value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..))]
+    memory: u32,
+    /// Count instructions under valgrind as well.
+    #[arg(long)]
+    instructions: bool,
+    /// One repetition of one row, for a tool that counts what it does.
+    #[arg(long, hide = true, value_name = "ROW")]
+    once: Option<Row>,
+    /// Write every sample as JSON into this file.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -99,6 +156,8 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Peers(args) => run_peers(args),
         Command::Bulk(args) => run_bulk(&args),
+        Command::Rdma(args) => run_rdma(args),
+        Command::Cost(args) => run_cost(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -121,6 +180,34 @@ fn run_bulk(args: &BulkArgs) -> Result<()> {
     let bulk = bulk::run(options)?;
     print!("{}", bulk.show());
     write_samples(args.out.as_deref(), &bulk)
+}
+
+fn run_rdma(args: RdmaArgs) -> Result<()> {
+    let options = RdmaBenchOptions {
+        from: args.from,
+        to: args.to,
+        lanes: args.lanes,
+        sizes: args.sizes,
+        repeat: args.repeat,
+        total_mib: args.total,
+        memory_mib: args.memory,
+        perftest: args.perftest,
+    };
+    let bench = rdma::run(options)?;
+    print!("{}", bench.show());
+    write_samples(args.out.as_deref(), &bench)
+}
+
+fn run_cost(args: &CostArgs) -> Result<()> {
+    if let Some(row) = args.once {
+        println!("{} pages", cost::once(row, args.memory)?);
+        return Ok(());
+    }
+    let options =
+        CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };
+    let cost = cost::run(options)?;
+    print!("{}", cost.show());
+    write_samples(args.out.as_deref(), &cost)
 }
 
 fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<()> {

@@ -4,7 +4,7 @@
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
-use pageferry_transport::{Access, LocalSlice, MemoryRegion};
+use pageferry_transport::{Access, MemoryRegion};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
@@ -132,12 +132,6 @@ impl GuestMemory {
         assert!(pfn < self.pages, "page {pfn} of {}", self.pages);
         let index = self.slots.partition_point(|s| s.first_page <= pfn) - 1;
         (index, (pfn - self.slots[index].first_page) * PAGE_BYTES)
-    }
-
-    /// The bytes of a run. The run must lie within one slot.
-    pub fn slice(&self, run: PageRun) -> Result<LocalSlice> {
-        let (index, offset) = self.locate(run.first.0);
-        Ok(self.slots[index].region.slice(offset as usize, run.bytes() as usize)?)
     }
 
     /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`); the rest is a hole

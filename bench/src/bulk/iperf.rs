@@ -1,14 +1,13 @@
 //! iperf3, the real one: a server and a client for each transfer, the client's report read as JSON.
 
-use super::watch::{Sample, Watch};
 use super::{BulkOptions, TRANSFER_MAX};
+use crate::process::Process;
+use crate::watch::{Sample, Watch};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;
 use std::fmt;
-use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::channel;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 /// For the server to listen, and to end after its client.
@@ -65,14 +64,15 @@ pub(super) fn run(options: &BulkOptions, flags: Flags) -> Result<Sample> {
     // Free a moment ago; if somebody took it meanwhile, the server says so.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let watch = Watch::start()?;
-    let mut server = Process::start(&["-s", "-1", "-B", "127.0.0.1", "-p", &port, "--forceflush"])?;
+    let mut server = Process::start("iperf3", &["-s", "-1", "-B", "127.0.0.1", "-p", &port, "--forceflush"])?;
     server.line("listening on", SERVER_MAX)?;
     let (bytes, asked) = (options.total_bytes.to_string(), flags.to_string());
     let mut arguments = vec!["-c", "127.0.0.1", "-p", &port, "-J", "-n", &bytes];
     arguments.extend(asked.split(' '));
-    let report = Process::start(&arguments)?.end(TRANSFER_MAX)?;
-    server.end(SERVER_MAX)?;
-    let (bytes, elapsed) = received(&report)?;
+    let client = Process::start("iperf3", &arguments)?.end(TRANSFER_MAX)?;
+    // One that fails says why in its report.
+    let (bytes, elapsed) = received(&client.stdout).map_err(|e| client.check().err().unwrap_or(e))?;
+    server.end(SERVER_MAX)?.check()?;
     watch.stop(bytes, Some(elapsed))
 }
 
@@ -88,75 +88,6 @@ fn received(report: &str) -> Result<(u64, Duration)> {
     match (sum["bytes"].as_u64(), elapsed) {
         (Some(bytes @ 1..), Some(elapsed)) => Ok((bytes, elapsed)),
         _ => bail!("iperf3's report has no bytes received: {sum}"),
-    }
-}
-
-/// One iperf3. Dropping it kills it.
-struct Process {
-    child: Child,
-    lines: std::sync::mpsc::Receiver<String>,
-    said: String,
-}
-
-impl Process {
-    fn start(arguments: &[&str]) -> Result<Self> {
-        let mut child = Command::new("iperf3")
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("starting iperf3")?;
-        let stdout = child.stdout.take().context("its output was piped")?;
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            let mut stdout = BufReader::new(stdout);
-            let mut line = String::new();
-            // Nobody listens any more once it is over.
-            while stdout.by_ref().read_line(&mut line).is_ok_and(|n| n > 0)
-                && sender.send(std::mem::take(&mut line)).is_ok()
-            {}
-        });
-        Ok(Self { child, lines, said: String::new() })
-    }
-
-    /// Waits for a line with this text.
-    fn line(&mut self, text: &str, wait: Duration) -> Result<()> {
-        let deadline = std::time::Instant::now() + wait;
-        while !self.said.contains(text) {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => self.said += &line,
-                Err(e) => bail!("iperf3 did not say {text:?} ({e}), it said {:?}", self.said),
-            }
-        }
-        Ok(())
-    }
-
-    /// All that it has said when it has ended; it ends when it closes its output.
-    fn end(mut self, wait: Duration) -> Result<String> {
-        let deadline = std::time::Instant::now() + wait;
-        loop {
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => self.said += &line,
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => break,
-                Err(e) => bail!("iperf3 did not end within {wait:?} ({e}), it said {:?}", self.said),
-            }
-        }
-        let status = self.child.wait()?;
-        ensure!(
-            status.success() || self.said.contains("\"error\""),
-            "iperf3 failed ({status}): {:?}",
-            self.said
-        );
-        Ok(std::mem::take(&mut self.said))
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the target waits for.
 
-use super::watch::{Sample, Watch};
 use super::{BulkOptions, TRANSFER_MAX, streams};
+use crate::watch::{Sample, Watch};
 use anyhow::{Result, ensure};
 use pageferry_transport::tcp::{TcpInitiator, TcpOptions, TcpTarget, ZeroCopy};
 use pageferry_transport::{

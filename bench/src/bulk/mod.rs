@@ -8,16 +8,15 @@
 mod iperf;
 mod link;
 mod pump;
-mod watch;
 
 use crate::stats::Samples;
+use crate::watch::Sample;
 use anyhow::Result;
 use pageferry_transport::STRIPE_BYTES;
 use pageferry_transport::tcp::ZeroCopy;
 use serde::Serialize;
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
-pub use watch::Sample;
 
 /// One transfer, at some MB/s.
 const TRANSFER_MAX: Duration = Duration::from_secs(120);

@@ -1,8 +1,8 @@
 //! The raw pump: as many connections as lanes, a thread at each end, 1 MiB a call, over as much memory as
 //! the link has.
 
-use super::watch::{Sample, Watch};
 use super::{BulkOptions, TRANSFER_MAX, streams};
+use crate::watch::{Sample, Watch};
 use anyhow::{Context, Result, anyhow};
 use std::io::{Read, Write};
 use std::ops::Range;

@@ -277,7 +277,8 @@ impl Lane {
         }
         for Posted { id, len, kind, .. } in self.posted.drain(..settled) {
             let bytes = u64::from(len);
-            let packets = (bytes.max(1)).div_ceil(1 << self.packet_shift);
+            // Rounded up without a division, which would cost a page as much as all the rest of this.
+            let packets = (bytes.max(1) + (1 << self.packet_shift) - 1) >> self.packet_shift;
             self.wire_bytes += bytes + packets * PACKET_HEADER_BYTES;
             match kind {
                 Kind::Part | Kind::Write => {

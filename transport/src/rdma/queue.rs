@@ -73,10 +73,11 @@ pub(crate) struct Done {
     pub(crate) value: Option<u32>,
 }
 
-/// Work requests that are about to be posted together.
+/// Work requests that are about to be posted together, built in place.
 pub(crate) struct Chain {
-    requests: Vec<ibv_send_wr>,
-    pieces: Vec<ibv_sge>,
+    requests: Box<[ibv_send_wr]>,
+    pieces: Box<[ibv_sge]>,
+    len: usize,
 }
 
 // SAFETY: the pointers in it are set by `linked` for the call that follows and point to its own
@@ -85,30 +86,32 @@ unsafe impl Send for Chain {}
 
 impl Chain {
     pub(crate) fn new() -> Self {
-        Self { requests: Vec::with_capacity(CHAIN_MAX), pieces: Vec::with_capacity(CHAIN_MAX) }
+        let piece = ibv_sge { addr: 0, length: 0, lkey: 0 };
+        Self { requests: [BLANK; CHAIN_MAX].into(), pieces: [piece; CHAIN_MAX].into(), len: 0 }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.requests.len()
+        self.len
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.requests.is_empty()
+        self.len == 0
     }
 
     pub(crate) fn clear(&mut self) {
-        self.requests.clear();
-        self.pieces.clear();
+        self.len = 0;
     }
 
+    /// Adds one; the lane flushes before there are more than [`CHAIN_MAX`].
     #[inline]
     pub(crate) fn push(&mut self, id: u64, operation: Operation, signalled: bool) {
-        debug_assert!(self.len() < CHAIN_MAX, "the lane flushes in time");
-        let mut request =
-            ibv_send_wr { wr_id: id, send_flags: if signalled { IBV_SEND_SIGNALED } else { 0 }, ..BLANK };
-        let mut piece = ibv_sge { addr: 0, length: 0, lkey: 0 };
+        let (request, piece) = (&mut self.requests[self.len], &mut self.pieces[self.len]);
+        self.len += 1;
+        // Fields that an opcode does not use keep what an earlier request had there.
+        request.wr_id = id;
+        request.send_flags = if signalled { IBV_SEND_SIGNALED } else { 0 };
         let mut take = |local: Local| {
-            piece = ibv_sge { addr: local.addr, length: local.len, lkey: local.key };
+            *piece = ibv_sge { addr: local.addr, length: local.len, lkey: local.key };
             1
         };
         match operation {
@@ -120,27 +123,28 @@ impl Chain {
             }
             Operation::Fence { value } => {
                 request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+                request.num_sge = 0;
                 request.__bindgen_anon_1.imm_data = value.to_be();
+                request.wr.rdma.remote_addr = 0;
+                request.wr.rdma.rkey = 0;
             }
             Operation::Send { local } => {
                 request.opcode = IBV_WR_SEND;
                 request.num_sge = take(local);
             }
         }
-        self.requests.push(request);
-        self.pieces.push(piece);
     }
 
     /// Has the last of the chain make a completion.
     pub(crate) fn signal_last(&mut self) {
-        if let Some(last) = self.requests.last_mut() {
+        if let Some(last) = self.requests[..self.len].last_mut() {
             last.send_flags |= IBV_SEND_SIGNALED;
         }
     }
 
     /// Its work requests in the order of their execution. Their pointers mean nothing.
     pub(crate) fn requests(&self) -> &[ibv_send_wr] {
-        &self.requests
+        &self.requests[..self.len]
     }
 
     /// The first of the chain, for the call that posts it. Null if there is none.
@@ -152,7 +156,7 @@ impl Chain {
         let (first, pieces) = (self.requests.as_mut_ptr(), self.pieces.as_mut_ptr());
         for index in 0..count {
             let next = if index + 1 < count { first.wrapping_add(index + 1) } else { std::ptr::null_mut() };
-            // SAFETY: both vectors have `count` elements, and nothing else touches them meanwhile.
+            // SAFETY: both have `count` elements or more, and nothing else touches them meanwhile.
             unsafe {
                 let request = first.add(index);
                 (*request).next = next;

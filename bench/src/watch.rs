@@ -20,7 +20,7 @@ pub struct Sample {
 
 /// Counts from its making to [`Watch::stop`].
 #[derive(Debug)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     start: Instant,
     before: Counters,
 }
@@ -33,12 +33,12 @@ struct Counters {
 }
 
 impl Watch {
-    pub(super) fn start() -> Result<Self> {
+    pub(crate) fn start() -> Result<Self> {
         Ok(Self { before: Counters::read()?, start: Instant::now() })
     }
 
     /// `elapsed`: how long the bytes were on their way, if that is not the time since the start.
-    pub(super) fn stop(self, bytes: u64, elapsed: Option<Duration>) -> Result<Sample> {
+    pub(crate) fn stop(self, bytes: u64, elapsed: Option<Duration>) -> Result<Sample> {
         let watched = self.start.elapsed();
         let (before, after) = (self.before, Counters::read()?);
         let ours_s = after.ours_s - before.ours_s;
