@@ -9,7 +9,7 @@ use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::prefault::Prefault;
 use crate::protocol::{
-    Abort, Accept, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
+    Abort, Accept, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
     Running, Welcome,
 };
 use crate::session::{SETUP_MAX, new_token};
@@ -110,7 +110,7 @@ impl Reception {
         };
         if let Err(refusal) = hello.check().and_then(|()| check_guest(&hello, guest)) {
             eprintln!("pageferry: refused the guest of {peer}: {}", refusal.chain());
-            control.abort(&refusal.chain(), true, Instant::now() + SETUP_MAX);
+            control.abort(&refusal.chain(), Cause::Refused, Instant::now() + SETUP_MAX);
             return Served::Nothing;
         }
         let mut phase = DestinationPhase::Filling;
@@ -123,7 +123,7 @@ impl Reception {
             Ok(opened) => opened,
             Err(error) => {
                 eprintln!("pageferry: no session with {peer}: {}", error.chain());
-                control.abort(&error.chain(), true, Instant::now() + SETUP_MAX);
+                control.abort(&error.chain(), Cause::Refused, Instant::now() + SETUP_MAX);
                 return Served::Nothing;
             }
         };
@@ -148,8 +148,7 @@ impl Reception {
             Ok(()) => {
                 self.discarded.push_front(token);
                 self.discarded.truncate(DISCARDED_MAX);
-                let refused = matches!(error, Error::Refused(_));
-                control.abort(&error.chain(), refused, Instant::now() + SETUP_MAX);
+                control.abort(&error.chain(), error.cause(), Instant::now() + SETUP_MAX);
             }
             Err(e) => {
                 eprintln!("pageferry: the unfinished copy of the guest could not be ended: {}", e.chain())
@@ -167,18 +166,20 @@ impl Reception {
                 tracing::warn!(error = %e.chain(), "the source asked again and could not be answered");
             }
         } else if token == Token::default() {
-            let why = match first {
-                Message::Hello(_) if self.completed.is_some() => {
-                    "this receiver has taken in its guest already; start another `pageferry receive`"
-                }
-                Message::Hello(_) => {
-                    "another migration to this receiver is under way; try again when it is over"
-                }
-                _ => "a session begins with Hello",
+            let (why, cause) = match first {
+                Message::Hello(_) if self.completed.is_some() => (
+                    "this receiver has taken in its guest already; start another `pageferry receive`",
+                    Cause::Refused,
+                ),
+                Message::Hello(_) => (
+                    "another migration to this receiver is under way; try again when it is over",
+                    Cause::Busy,
+                ),
+                _ => ("a session begins with Hello", Cause::Refused),
             };
-            control.abort(why, true, deadline);
+            control.abort(why, cause, deadline);
         } else if self.discarded.contains(&token) {
-            control.abort("the destination discarded its copy of this guest", false, deadline);
+            control.abort("the destination discarded its copy of this guest", Cause::Failed, deadline);
         } else {
             // No answer: its session may have been another receiver's, whose guest runs.
             tracing::warn!(%peer, "a connection of a session that is not known here");
@@ -550,7 +551,9 @@ fn take_in(
 
 fn unexpected(message: Message, expected: &str) -> Error {
     match message {
-        Message::Abort(Abort { reason, .. }) => Error::PeerAborted { side: "source", reason },
+        Message::Abort(Abort { reason, cause }) => {
+            Error::PeerAborted { side: "source", reason, lanes: cause == Cause::Lanes }
+        }
         other => Error::Protocol(format!("{} where {expected} was expected", other.name())),
     }
 }

@@ -1,7 +1,7 @@
 //! Where a destination listens: hears the first words of every connection, and passes on what makes sense.
 
 use crate::error::{Error, Result};
-use crate::protocol::{Control, Message};
+use crate::protocol::{Cause, Control, Message};
 use crate::session::{SETUP_MAX, detect_dead_peers};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, Role, Token};
@@ -151,7 +151,7 @@ fn hear_preamble(mut stream: TcpStream) -> Result<(Preamble, TcpStream)> {
             && let Ok(clone) = stream.try_clone()
             && let Ok(mut control) = Control::new(clone)
         {
-            control.abort(&e.to_string(), true, deadline);
+            control.abort(&e.to_string(), Cause::Refused, deadline);
         }
         Error::Protocol(e.to_string())
     })?;

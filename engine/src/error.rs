@@ -40,6 +40,9 @@ pub enum Error {
     /// The peer sent something that the protocol does not allow.
     #[error("the peer broke the protocol: {0}")]
     Protocol(String),
+    /// The destination cannot be had now, as it serves another source.
+    #[error("the destination refuses: {0}")]
+    Busy(String),
     /// The peer aborted and said why.
     #[error("the {side} aborted: {reason}")]
     PeerAborted {
@@ -47,6 +50,8 @@ pub enum Error {
         side: &'static str,
         /// Its words.
         reason: String,
+        /// Whether its lanes broke.
+        lanes: bool,
     },
     /// The operator cancelled.
     #[error("cancelled by the operator")]
@@ -72,6 +77,18 @@ impl Error {
     /// A failed system call, with what was being done.
     pub fn os(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Os { what: what.into(), source: source.into() }
+    }
+
+    /// What the peer must know of it.
+    #[must_use]
+    pub fn cause(&self) -> crate::protocol::Cause {
+        use crate::protocol::Cause;
+        match self {
+            Self::Refused(_) => Cause::Refused,
+            Self::Busy(_) => Cause::Busy,
+            Self::Transport(_) => Cause::Lanes,
+            _ => Cause::Failed,
+        }
     }
 
     /// The whole chain of causes on one line, for reports and for the peer.

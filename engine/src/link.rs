@@ -72,6 +72,11 @@ impl LinkChoice {
     }
 }
 
+/// A registration holds on to the pages that it found. Where a balloon punches a hole and the guest touches
+/// that memory again, the guest has new pages and the device would go on reading the old.
+pub(crate) const BALLOONED: &str =
+    "the guest has a balloon, free page reporting or virtio-mem, which take memory away under a registration";
+
 /// What a source asks for once it has looked at the user's choice, the address and the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wish {
@@ -86,18 +91,15 @@ impl Wish {
     /// # Errors
     /// [`Error::Refused`] if the user wants RDMA or nothing and the guest cannot have it.
     pub fn new(choice: &LinkChoice, to: SocketAddr, discards: bool) -> Result<Self> {
-        // A registration holds on to the pages that it found. Where a balloon punches a hole and the guest
-        // touches that memory again, the guest has new pages and the device would go on reading the old.
-        let ballooned = "the guest has a balloon, free page reporting or virtio-mem, which take memory away under a registration";
         let not_rdma = match choice.transport {
             Transport::Tcp => Some("as asked for".into()),
             Transport::Rdma if discards => {
                 return Err(Error::refused(format!(
-                    "RDMA cannot carry this guest: {ballooned}; unplug that device or use --transport tcp"
+                    "RDMA cannot carry this guest: {BALLOONED}; unplug that device or use --transport tcp"
                 )));
             }
             Transport::Rdma => None,
-            Transport::Auto if discards => Some(format!("not RDMA: {ballooned}")),
+            Transport::Auto if discards => Some(format!("not RDMA: {BALLOONED}")),
             Transport::Auto if to.ip().is_loopback() => {
                 Some(format!("not RDMA: {} is this very host", to.ip()))
             }
@@ -162,7 +164,7 @@ pub fn open(
                     let taken = format!("RDMA: {}", link.path());
                     return Ok(Opened { link: Box::new(link), taken });
                 }
-                Err(e) => format!("not RDMA: {}", Error::from(e).chain()),
+                Err(e) => format!("not RDMA: {}", why_not(e)),
             }
         }
     };
@@ -200,7 +202,7 @@ impl Listening {
                 let port = listener.port();
                 (Self(Some(listener)), RdmaAnswer::Port(port))
             }
-            Err(e) => (Self(None), RdmaAnswer::No(Error::from(e).chain())),
+            Err(e) => (Self(None), RdmaAnswer::No(why_not(e))),
         }
     }
 
@@ -221,6 +223,14 @@ impl Listening {
             )),
             (Lanes::Tcp, _) => Ok(Box::new(TcpTarget::new(tcp()?)?)),
         }
+    }
+}
+
+/// Why there is no way by RDMA, for people.
+fn why_not(error: pageferry_transport::Error) -> String {
+    match error {
+        pageferry_transport::Error::NoPath { what } => what,
+        other => Error::from(other).chain(),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::link::{self, Opened, Wish};
-use crate::protocol::{Abort, Control, Hello, Message};
+use crate::protocol::{Abort, Cause, Control, Hello, Message};
 use pageferry_transport::preamble::{Preamble, Role, Token};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -93,7 +93,7 @@ pub fn open(to: SocketAddr, hello: Hello, wish: &Wish, patience: Duration) -> Re
     let (token, lanes) = (welcome.check(lanes_asked)?, welcome.lanes);
     let by_tcp = || (0..lanes).map(|lane| dial(to, Preamble { role: Role::Lane(lane), token })).collect();
     let opened = link::open(wish, &welcome.rdma, to, control.local_ip()?, token, lanes, by_tcp)
-        .inspect_err(|e| control.abort(&e.chain(), true, Instant::now() + SETUP_MAX))?;
+        .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, Instant::now() + SETUP_MAX))?;
     Ok(Session { control, opened, token, round_trip_us })
 }
 
@@ -105,10 +105,14 @@ pub fn reopen(to: SocketAddr, token: Token) -> Result<Control> {
 /// The error for a destination's Abort.
 #[must_use]
 pub fn aborted(abort: Abort) -> Error {
-    if abort.refused {
-        Error::Refused(format!("the destination refuses: {}", abort.reason))
-    } else {
-        Error::PeerAborted { side: "destination", reason: abort.reason }
+    match abort.cause {
+        Cause::Refused => Error::Refused(format!("the destination refuses: {}", abort.reason)),
+        Cause::Busy => Error::Busy(abort.reason),
+        Cause::Lanes | Cause::Failed => Error::PeerAborted {
+            side: "destination",
+            reason: abort.reason,
+            lanes: abort.cause == Cause::Lanes,
+        },
     }
 }
 

@@ -4,13 +4,13 @@ use crate::bitmap::DirtyBitmap;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
-use crate::link::{LinkChoice, Transport, Wish};
+use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
 use crate::page::PAGE_BYTES;
 use crate::policy::{Decision, FixedCosts, Limits, Observation, Policy, WhenStuck, predict_blackout_us};
 use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
-use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
+use crate::protocol::{Accept, Cause, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
 use crate::report::{Blackout, MigrationReport, Outcome, Round};
 use crate::session::{self, Session, aborted};
 use crate::switchover::{Committed, Paused};
@@ -104,16 +104,16 @@ pub fn default_lanes() -> u8 {
 /// A path by RDMA that breaks before Commit is given up for TCP, if the choice is left to us.
 pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
     let started = Instant::now();
-    let (mut report, broke) = attempt(guest, options, monitor, None);
-    if broke && options.link.transport == Transport::Auto {
+    let (mut report, end) = attempt(guest, options, monitor, None);
+    if end == End::PathBroke && options.link.transport == Transport::Auto {
         let why = report.reason.take().unwrap_or_default();
         tracing::warn!("the path by RDMA broke, going on by TCP: {why}");
         let until = Instant::now() + SECOND_ATTEMPT_MAX;
         loop {
-            (report, _) = attempt(guest, options, monitor, Some(&why));
+            let end;
+            (report, end) = attempt(guest, options, monitor, Some(&why));
             // The receiver may still be busy with taking the first attempt's copy away.
-            let again = report.refused && Instant::now() < until && monitor.check().is_ok();
-            if !again {
+            if end != End::Busy || Instant::now() >= until || monitor.check().is_err() {
                 break;
             }
             std::thread::sleep(SECOND_ATTEMPT_EVERY);
@@ -127,13 +127,24 @@ pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &
     report
 }
 
-/// One attempt; by TCP if a first one broke. Says whether it was an RDMA path that broke it.
+/// How an attempt ended, as far as another one may follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The guest runs here, and it was an RDMA path that broke.
+    PathBroke,
+    /// Nothing was touched: the receiver serves another source.
+    Busy,
+    /// For good or ill.
+    Final,
+}
+
+/// One attempt; by TCP if a first one broke.
 fn attempt(
     guest: &mut dyn SourceGuest,
     options: &MigrateOptions,
     monitor: &Monitor,
     broken: Option<&str>,
-) -> (MigrationReport, bool) {
+) -> (MigrationReport, End) {
     let mut report = MigrationReport::new(guest.memory().bytes());
     let result = run(guest, options, monitor, broken, &mut report);
     report.outcome = match &result {
@@ -141,12 +152,19 @@ fn attempt(
         Err(Error::Unknown(_)) => Outcome::Unknown,
         Err(_) => Outcome::Aborted,
     };
-    let mut broke = false;
+    let mut end = End::Final;
     if let Err(error) = result {
         report.reason = Some(error.chain());
-        report.refused = matches!(error, Error::Refused(_));
-        broke = report.transport == TransportKind::Rdma.name()
-            && matches!(error, Error::Transport(_) | Error::PeerAborted { .. } | Error::Timeout { .. });
+        report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
+        let lanes_broke = matches!(
+            error,
+            Error::Transport(_) | Error::PeerAborted { lanes: true, .. } | Error::Timeout { .. }
+        );
+        if matches!(error, Error::Busy(_)) {
+            end = End::Busy;
+        } else if lanes_broke && report.transport == TransportKind::Rdma.name() {
+            end = End::PathBroke;
+        }
     }
     if report.outcome == Outcome::Aborted
         && let Err(e) = guest.resume()
@@ -158,10 +176,9 @@ fn attempt(
         if guest.liveness()().is_ok() {
             report.outcome = Outcome::Unknown;
         }
-        broke = false;
+        end = End::Final;
     }
-    let broke = broke && report.outcome == Outcome::Aborted;
-    (report, broke)
+    (report, end)
 }
 
 fn run(
@@ -201,7 +218,7 @@ fn run(
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
     {
-        session.control.abort(&error.chain(), false, Instant::now() + session::SETUP_MAX);
+        session.control.abort(&error.chain(), error.cause(), Instant::now() + session::SETUP_MAX);
     }
     result
 }
@@ -209,7 +226,7 @@ fn run(
 /// Nothing was touched while no session is open: not reaching the peer is a refusal.
 fn refuse_unreachable(error: Error) -> Error {
     match error {
-        Error::Refused(_) => error,
+        Error::Refused(_) | Error::Busy(_) => error,
         other => Error::Refused(other.chain()),
     }
 }
@@ -225,7 +242,8 @@ struct Ferry<'m> {
 
 impl Ferry<'_> {
     /// From the start of tracking to the destination's word that it runs the guest.
-    fn cross(&mut self, session: &mut Session, to: SocketAddr, discards: bool) -> Result<()> {
+    fn cross(&mut self, session: &mut Session, to: SocketAddr, mut discards: bool) -> Result<()> {
+        let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
         let Self { guest, options, monitor, .. } = self;
         let memory = Arc::clone(guest.memory());
         let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
@@ -235,10 +253,9 @@ impl Ferry<'_> {
         let mut tracking = guest.start_tracking()?;
         guest.settle_io()?;
         let touched = memory.touched()?;
-        // A balloon that is plugged in during the rounds is seen by `arm`, not here.
-        let zeros = discards.then(|| MemoryRegion::anonymous(STRIPE_BYTES as usize)).transpose()?;
+        let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
         let link = session.opened.link.as_mut();
-        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state]).chain(&zeros) {
+        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &zeros]) {
             link.register(region)?;
         }
         for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
@@ -267,9 +284,14 @@ impl Ferry<'_> {
             rounds.run(*guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
             // Whatever can be done ahead of the pause; what was written until then goes now.
             guest.arm()?;
+            // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing is.
+            discards |= guest.may_discard()?;
+            if discards && by_rdma {
+                return Err(pageferry_transport::Error::State(link::BALLOONED).into());
+            }
             pump.push(&mut dirty, &mut watch, &mut |_| {})?;
-            if let Some(zeros) = &zeros {
-                pump.push_holes(zeros, &mut watch)?;
+            if discards {
+                pump.push_holes(&zeros, &mut watch)?;
             }
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut watch)?;
@@ -284,7 +306,8 @@ impl Ferry<'_> {
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
         let tracked = tracking.as_mut();
-        let mut drained = paused.drain(&mut pump, &mut dirty, tracked, &state, zeros.as_ref(), &mut watch)?;
+        let mut drained =
+            paused.drain(&mut pump, &mut dirty, tracked, &state, discards.then_some(&zeros), &mut watch)?;
         if options.verify {
             drained.digest()?;
         }
@@ -466,7 +489,7 @@ fn settle(
                 return Ok(committed.blackout(running.resume_us));
             }
             // A refusal says that there is no session for us now, and nothing about the one there was.
-            Ok(Message::Abort(abort)) if !abort.refused => {
+            Ok(Message::Abort(abort)) if !matches!(abort.cause, Cause::Refused | Cause::Busy) => {
                 *phase = phase.on(SourceEvent::AbortReceived);
                 return Err(aborted(abort));
             }

@@ -282,7 +282,7 @@ fn options_that_make_no_sense() {
     let source = stage.run("src", BARE, "");
     source.wait_guest_runs();
     let to = "127.0.0.1:1".parse().unwrap();
-    move_refused(&stage, to, &["--transport", "rdma"], &["TCP only", "--transport auto"]);
+    move_refused(&stage, to, &["--rdma-port", "0"], &["--rdma-port"]);
     for (option, value, mend) in [
         ("--downtime-max", "10", "10ms"),
         ("--downtime-max", "soon", "10ms"),

@@ -184,7 +184,7 @@ fn without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason() 
         "{:?}",
         report.reason
     );
-    assert!(report.link.contains("not RDMA: the destination says: "), "{}", report.link);
+    assert!(report.link.contains("not RDMA: the destination says: the address 10.88.0.1"), "{}", report.link);
     destination.unwrap().into_source().unwrap().check().unwrap();
 }
 

@@ -203,7 +203,7 @@ pub fn main() -> u8 {
         Err(error) => {
             say(&error.chain());
             match error {
-                Error::Refused(_) => 2,
+                Error::Refused(_) | Error::Busy(_) => 2,
                 Error::Unknown(_) => 3,
                 _ => 1,
             }

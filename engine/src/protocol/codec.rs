@@ -1,7 +1,7 @@
 //! Framing of control messages: a length (u32, little endian) and a postcard body, both bounded, and
 //! every read and write with a deadline.
 
-use super::message::{Abort, Message};
+use super::message::{Abort, Cause, Message};
 use crate::error::{Error, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{ErrorKind, Read, Write};
@@ -62,7 +62,10 @@ impl Control {
     /// This side's address of the connection.
     pub fn local_ip(&self) -> Result<IpAddr> {
         let address = self.stream.local_addr();
-        Ok(address.map_err(|e| Error::os("asking for the address of the control connection", e))?.ip())
+        let address =
+            address.map_err(|e| Error::os("asking for the address of the control connection", e))?;
+        // Who listens on [::] is reached at an IPv4 address too, which nothing but TCP knows in that form.
+        Ok(address.ip().to_canonical())
     }
 
     /// The connection itself, to wait on.
@@ -138,8 +141,8 @@ impl Control {
     }
 
     /// Says why this side gives up, as far as the connection still carries it.
-    pub fn abort(&mut self, reason: &str, refused: bool, deadline: Instant) {
-        let message = Message::Abort(Abort { reason: reason.into(), refused });
+    pub fn abort(&mut self, reason: &str, cause: Cause, deadline: Instant) {
+        let message = Message::Abort(Abort { reason: reason.into(), cause });
         if let Err(e) = self.send(&message, deadline) {
             tracing::debug!(error = %e.chain(), "the peer could not be told of the abort");
         }
@@ -200,6 +203,10 @@ mod tests {
         prop_oneof![any::<u16>().prop_map(RdmaAnswer::Port), any::<String>().prop_map(RdmaAnswer::No)]
     }
 
+    fn cause() -> impl Strategy<Value = Cause> {
+        prop_oneof![Just(Cause::Refused), Just(Cause::Busy), Just(Cause::Lanes), Just(Cause::Failed)]
+    }
+
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
             (any::<u8>(), guest(), any::<u64>(), any::<bool>()).prop_map(
@@ -226,7 +233,7 @@ mod tests {
             })),
             Just(Message::Commit),
             any::<u64>().prop_map(|resume_us| Message::Running(Running { resume_us })),
-            any::<(String, bool)>().prop_map(|(reason, refused)| Message::Abort(Abort { reason, refused })),
+            (any::<String>(), cause()).prop_map(|(reason, cause)| Message::Abort(Abort { reason, cause })),
         ]
     }
 

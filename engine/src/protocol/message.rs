@@ -151,8 +151,21 @@ pub struct Running {
 pub struct Abort {
     /// For people; goes into the other side's report.
     pub reason: String,
-    /// Whether it is a refusal before anything was touched.
-    pub refused: bool,
+    /// What kind of reason it is.
+    pub cause: Cause,
+}
+
+/// Why a side gives up, as far as the other side must know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cause {
+    /// A refusal before anything was touched.
+    Refused,
+    /// The same, and only because another session is under way.
+    Busy,
+    /// The lanes broke: another kind of lane may serve.
+    Lanes,
+    /// Anything else.
+    Failed,
 }
 
 impl Message {

@@ -28,6 +28,6 @@ pub mod phase;
 
 pub use codec::Control;
 pub use message::{
-    Abort, Accept, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running, Welcome,
+    Abort, Accept, Cause, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running, Welcome,
 };
 pub use phase::{DestinationEvent, DestinationPhase, SourceEvent, SourcePhase};

@@ -177,7 +177,7 @@ fn memory_lock(limit_bytes: Option<u64>) -> Finding {
         Some(bytes) => note(
             TOPIC,
             format!(
-                "{} at most, but RDMA registers the whole memory of a guest, and larger guests move by TCP: ulimit -l \
+                "{} at most, but RDMA registers all memory that a guest has touched, and larger guests move by TCP: ulimit -l \
                  unlimited, LimitMEMLOCK=infinity (systemd), memlock in limits.conf, or CAP_IPC_LOCK",
                 size(bytes)
             ),
