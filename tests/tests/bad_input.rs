@@ -282,7 +282,6 @@ fn options_that_make_no_sense() {
     let source = stage.run("src", BARE, "");
     source.wait_guest_runs();
     let to = "127.0.0.1:1".parse().unwrap();
-    move_refused(&stage, to, &["--rdma-port", "0"], &["--rdma-port"]);
     for (option, value, mend) in [
         ("--downtime-max", "10", "10ms"),
         ("--downtime-max", "soon", "10ms"),
@@ -295,6 +294,8 @@ fn options_that_make_no_sense() {
         ("--rounds-max", "0", ""),
         ("--when-stuck", "pray", "switchover"),
         ("--transport", "pigeon", "tcp"),
+        ("--rdma-port", "0", "1..=255"),
+        ("--rdma-gid-index", "256", "0..=255"),
     ] {
         let ended = stage.migrate("src", to, &[option, value]).end(SOON);
         assert_eq!(ended.status, Some(2), "{option} {value}: {}", ended.stderr);
