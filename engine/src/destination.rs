@@ -17,7 +17,7 @@ use crate::source::STATE_WARM_BYTES;
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// For the source to start its tracking and look at its memory.
@@ -123,7 +123,9 @@ impl Reception {
             Ok(opened) => opened,
             Err(error) => {
                 eprintln!("pageferry: no session with {peer}: {}", error.chain());
-                control.abort(&error.chain(), Cause::Refused, Instant::now() + SETUP_MAX);
+                // Nothing was touched; but where it was lanes, others may do.
+                let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
+                control.abort(&error.chain(), cause, Instant::now() + SETUP_MAX);
                 return Served::Nothing;
             }
         };
@@ -276,17 +278,18 @@ impl Reception {
 
         // The whole guest. Taking back the lanes costs as much as a tenth of loading, so it goes on beside it;
         // both are over before Ready is said.
+        let target = Mutex::new(target);
+        let revoke = || target.lock().unwrap_or_else(PoisonError::into_inner).revoke();
         let (revoked, taken) = std::thread::scope(|scope| {
-            let revoking = scope.spawn(|| {
-                let revoked = target.revoke();
-                drop(prefault);
-                revoked
-            });
+            let revoking = std::thread::Builder::new().name("revoke".into()).spawn_scoped(scope, revoke);
             let taken = take_in(&prepare, &offer, &state, guest);
-            (revoking.join(), taken)
+            let died = |_| Err(pageferry_transport::Error::State("taking back the lanes panicked"));
+            // If there was no thread to be had, one after the other.
+            (revoking.map_or_else(|_| revoke(), |thread| thread.join().unwrap_or_else(died)), taken)
         });
+        drop(prefault);
         let (verify_us, load_us) = taken?;
-        revoked.map_err(|_| Error::Guest("taking back the lanes panicked".into()))??;
+        revoked?;
         *phase = phase.on(DestinationEvent::Loaded);
         hold::point("loaded");
         // A connection that breaks now changes nothing: Commit may come on another.
@@ -480,13 +483,14 @@ fn expose(
 ) -> Result<Accept> {
     check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
     let mut slots = Vec::with_capacity(memory.slots().len());
+    // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
+    let exposed_state = target.expose(state)?.into();
+    let warm = 0..STATE_WARM_BYTES.min(state.len());
+    target.expect(state, std::slice::from_ref(&warm))?;
     for (slot, parts) in memory.slots().iter().zip(memory.parts(touched)) {
         slots.push(target.expose(slot.region())?.into());
         target.expect(slot.region(), &parts)?;
     }
-    let exposed_state = target.expose(state)?.into();
-    let warm = 0..STATE_WARM_BYTES.min(state.len());
-    target.expect(state, std::slice::from_ref(&warm))?;
     Ok(Accept { slots, state: exposed_state })
 }
 

@@ -41,6 +41,7 @@ pub struct Pump<'a> {
     in_flight: u64,
     next_id: u64,
     last_tag: u32,
+    last_fence_received: bool,
     bytes_written: u64,
     completions: Vec<Completion>,
     last_completion: Instant,
@@ -95,6 +96,7 @@ impl<'a> Pump<'a> {
             in_flight: 0,
             next_id: 0,
             last_tag: 0,
+            last_fence_received: false,
             bytes_written: 0,
             completions: Vec::with_capacity(2 * BATCH),
             last_completion: now,
@@ -232,6 +234,7 @@ impl<'a> Pump<'a> {
     /// Sends a fence behind everything; its tag goes to the peer or to [`Self::wait_fence`].
     pub fn fence(&mut self) -> Result<FenceTag> {
         self.last_tag += 1;
+        self.last_fence_received = false;
         let tag = FenceTag(self.last_tag);
         self.link.fence(tag)?;
         Ok(tag)
@@ -321,14 +324,31 @@ impl<'a> Pump<'a> {
         }
         watch()?;
         if self.last_completion.elapsed() > STALL_MAX {
-            return Err(Error::Timeout {
-                what: format!(
-                    "waiting for the peer to take data ({} writes are under way, none was completed)",
-                    self.in_flight
-                ),
-            });
+            tracing::warn!("{} writes are under way, none was completed", self.in_flight);
+            return Err(pageferry_transport::Error::Timeout { what: "the peer to take data" }.into());
         }
         Ok(())
+    }
+
+    /// Fails if the lanes broke before the last fence was received; after that the peer ends them.
+    pub fn look(&mut self) -> Result<()> {
+        if self.last_fence_received {
+            return Ok(());
+        }
+        self.completions.clear();
+        match self.link.poll(&mut self.completions, Instant::now()) {
+            Ok(_) => {
+                let last = Completion::Fence(FenceTag(self.last_tag));
+                self.last_fence_received = self.completions.contains(&last);
+                Ok(())
+            }
+            // The peer ends them as soon as it has the fence, perhaps before all of it was told here.
+            Err(pageferry_transport::Error::Closed { .. }) => {
+                self.last_fence_received = true;
+                Ok(())
+            }
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Sleeps as long as the bound on the rate asks for.

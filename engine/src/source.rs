@@ -156,10 +156,7 @@ fn attempt(
     if let Err(error) = result {
         report.reason = Some(error.chain());
         report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
-        let lanes_broke = matches!(
-            error,
-            Error::Transport(_) | Error::PeerAborted { lanes: true, .. } | Error::Timeout { .. }
-        );
+        let lanes_broke = matches!(error, Error::Transport(_) | Error::PeerAborted { lanes: true, .. });
         if matches!(error, Error::Busy(_)) {
             end = End::Busy;
         } else if lanes_broke && report.transport == TransportKind::Rdma.name() {
@@ -258,11 +255,12 @@ impl Ferry<'_> {
         for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &zeros]) {
             link.register(region)?;
         }
+        // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
+        let warm = 0..STATE_WARM_BYTES.min(state.len());
+        link.expect(&state, std::slice::from_ref(&warm))?;
         for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
             link.expect(slot.region(), &parts)?;
         }
-        let warm = 0..STATE_WARM_BYTES.min(state.len());
-        link.expect(&state, std::slice::from_ref(&warm))?;
         let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
         let accept = offer_memory(&mut session.control, offer, &memory, &state, monitor)?;
 
@@ -315,7 +313,9 @@ impl Ferry<'_> {
         self.report.bytes_skipped = pump.bytes_skipped();
         self.report.state_bytes = drained.state_bytes();
         // The whole guest is on its way: should its QEMU die here now, it lives on there.
-        let prepared = drained.prepare(control, blackout_end, &mut || monitor.check())?;
+        // A queue pair that breaks is heard of at this end alone.
+        let mut watch = || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
+        let prepared = drained.prepare(control, blackout_end, &mut watch)?;
         monitor.check()?;
 
         // The guest is the destination's.

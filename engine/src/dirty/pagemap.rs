@@ -168,7 +168,9 @@ impl DirtySource for PagemapSource {
         };
         let (own, others) = self.scanners.split_first_mut().expect("at least one");
         let scanned = std::thread::scope(|scope| {
-            let helping: Vec<_> = others.iter_mut().map(|other| scope.spawn(|| scan(other))).collect();
+            // Whatever threads there are to be had share the work.
+            let help = |other| std::thread::Builder::new().spawn_scoped(scope, || scan(other)).ok();
+            let helping: Vec<_> = others.iter_mut().filter_map(help).collect();
             let own = scan(own);
             let died = |_| Err(Error::Guest("a thread that scans page tables panicked".into()));
             helping.into_iter().map(|thread| thread.join().unwrap_or_else(died)).fold(own, Result::and)

@@ -186,7 +186,8 @@ impl RdmaInitiator {
         let mut heard = false;
         for index in 0..self.lanes.len() {
             let collected = self.lanes[index].collect(&mut self.written, &mut self.news);
-            if let Err(failure) = collected.and_then(|()| self.digest(index, &mut heard)) {
+            // What came before a failure, too.
+            if let Err(failure) = self.digest(index, &mut heard).and(collected) {
                 self.health.fail(failure);
                 break;
             }
@@ -202,7 +203,9 @@ impl RdmaInitiator {
     fn digest(&mut self, lane: usize, heard: &mut bool) -> Result<(), LaneFailure> {
         let protocol = |what: String| LaneFailure::Protocol { lane, what };
         for _ in 0..std::mem::take(&mut self.news.fenced) {
-            assert!(self.acks.acknowledge(lane, &mut self.fenced), "a lane reports what was sent on it");
+            if !self.acks.acknowledge(lane, &mut self.fenced) {
+                return Err(protocol("a fence completed that was not sent".into()));
+            }
         }
         if !self.news.arrived.is_empty() {
             return Err(protocol("a fence from the target".into()));
@@ -333,11 +336,8 @@ impl RdmaInitiator {
         }
         let pins = Arc::clone(&self.regions[refused.region]);
         let jobs = pins.claim(&pins.bytes(&refused.stripes), self.chunk);
-        if let Some(registrar) = &self.registrar
-            && !jobs.is_empty()
-        {
-            registrar
-                .urge(jobs.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect());
+        if let Some(registrar) = &self.registrar {
+            registrar.urge(&pins, &refused.stripes, jobs);
         }
         self.refused = Some(refused);
         Ok(Admission::NotReady)

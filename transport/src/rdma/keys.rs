@@ -66,7 +66,7 @@ impl Pins {
         if bytes.is_empty() {
             return claimed;
         }
-        for stripe in bytes.start / STRIPE..bytes.end.div_ceil(STRIPE) {
+        for stripe in Self::stripes(bytes) {
             let state = &self.stripes[stripe];
             if state.compare_exchange(UNCLAIMED, CLAIMED, Ordering::Relaxed, Ordering::Relaxed).is_err() {
                 continue;
@@ -77,6 +77,11 @@ impl Pins {
             }
         }
         claimed
+    }
+
+    /// The stripes that these bytes touch.
+    pub(crate) fn stripes(bytes: &Range<usize>) -> Range<usize> {
+        bytes.start / STRIPE..bytes.end.div_ceil(STRIPE)
     }
 
     /// The bytes of these stripes.

@@ -76,16 +76,29 @@ impl Registrar {
         self.shared.changed.notify_all();
     }
 
-    /// Adds jobs before those that wait: somebody cannot go on without them.
-    pub(crate) fn urge(&self, jobs: Vec<Job>) {
-        let mut waiting = self.shared.jobs();
-        jobs.into_iter().rev().for_each(|job| waiting.waiting.push_front(job));
-        drop(waiting);
+    /// Puts what these stripes need before everything that waits, as somebody cannot go on without them: the
+    /// jobs that have just been claimed for them, and those that were claimed before and still wait.
+    pub(crate) fn urge(&self, pins: &Arc<Pins>, stripes: &Range<usize>, claimed: Vec<Range<usize>>) {
+        let mut jobs = self.shared.jobs();
+        let needed = |job: &Job| {
+            let overlaps = job.stripes.start < stripes.end && stripes.start < job.stripes.end;
+            overlaps && Arc::ptr_eq(&job.pins, pins)
+        };
+        for index in 0..jobs.waiting.len() {
+            if needed(&jobs.waiting[index])
+                && let Some(job) = jobs.waiting.remove(index)
+            {
+                jobs.waiting.push_front(job);
+            }
+        }
+        for stripes in claimed.into_iter().rev() {
+            jobs.waiting.push_front(Job { pins: Arc::clone(pins), stripes });
+        }
+        drop(jobs);
         self.shared.changed.notify_all();
     }
 
-    /// Takes every registration back, as nobody does while a link lives.
-    #[cfg(test)]
+    /// Takes every registration back.
     pub(crate) fn forget(&self) {
         let held = std::mem::take(&mut self.shared.jobs().held);
         drop(held);
@@ -211,7 +224,7 @@ mod tests {
             claimed.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect()
         };
         registrar.add(jobs(2 * STRIPE..8 * STRIPE));
-        registrar.urge(jobs(0..STRIPE));
+        registrar.urge(&pins, &(0..1), pins.claim(&(0..STRIPE), 2));
         (0..4).for_each(|_| gate.send(true).unwrap());
         let mut all: Vec<_> = (0..4).map(|_| ready.recv_timeout(LONG).unwrap()).collect();
         all.sort_by_key(|(stripes, _)| stripes.start);
@@ -223,6 +236,25 @@ mod tests {
         assert_eq!(drops.len(), 0);
         drop(registrar);
         assert_eq!(drops.len(), 4);
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_pinned_next_also_if_it_was_claimed_long_ago() {
+        let (gate, opened) = crossbeam_channel::unbounded();
+        let (dropped, _drops) = crossbeam_channel::unbounded();
+        let (told, ready) = crossbeam_channel::unbounded();
+        let health = Arc::new(Health::new().unwrap());
+        let tell: Ready = Box::new(move |job, _| told.send(job.stripes.clone()).unwrap());
+        let registrar = Registrar::new(Box::new(Gate(opened, dropped)), tell, health).unwrap();
+        let pins = Arc::new(Pins::new(&MemoryRegion::anonymous(40 * STRIPE).unwrap(), 0, None));
+        let claimed = pins.claim(&(0..40 * STRIPE), 2);
+        registrar.add(claimed.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }));
+        registrar.urge(&pins, &(31..32), Vec::new());
+        (0..3).for_each(|_| gate.send(true).unwrap());
+        // Each thread may have had one job in hand already.
+        let first: Vec<_> = (0..3).map(|_| ready.recv_timeout(LONG).unwrap()).collect();
+        assert!(first.contains(&(30..32)), "{first:?}");
+        (0..20).for_each(|_| gate.send(true).unwrap());
     }
 
     fn wait_until_broken(health: &Health) {

@@ -109,15 +109,16 @@ impl RdmaTarget {
         &self.path
     }
 
-    /// Takes every registration back while the peer may still write.
+    /// Takes every registration back, as nobody else does while the peer may still write.
     #[cfg(test)]
     pub(super) fn deregister(&self) {
         self.shared.registrar.forget();
     }
 
     /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the protection
-    /// domain is this link's alone, and a key opens nothing to a queue pair of another.
-    fn stop(&mut self) {
+    /// domain is this link's alone, and a key opens nothing to a queue pair of another. What remains,
+    /// unpinning, takes long and changes nothing: `later`, it goes on by itself.
+    fn stop(&mut self, later: bool) {
         if std::mem::replace(&mut self.revoked, true) {
             return;
         }
@@ -129,8 +130,11 @@ impl RdmaTarget {
         }
         self.exposed.revoke();
         let (monitor, shared) = (self.monitor.take(), Arc::clone(&self.shared));
-        // What remains takes long and changes nothing: unpinning.
-        super::give_up_memory(move || drop((monitor, service, shared)));
+        let unpin = move || {
+            shared.registrar.forget();
+            drop((monitor, service, shared));
+        };
+        if later { super::give_up_memory(unpin) } else { unpin() }
     }
 }
 
@@ -188,14 +192,15 @@ impl Target for RdmaTarget {
     }
 
     fn revoke(&mut self) -> Result<()> {
-        self.stop();
+        self.stop(true);
         Ok(())
     }
 }
 
 impl Drop for RdmaTarget {
+    /// Of a link that was not revoked: the guest is not here, and its memory may be wanted for the next.
     fn drop(&mut self) {
-        self.stop();
+        self.stop(false);
     }
 }
 
@@ -250,10 +255,12 @@ impl Service {
         let mut written = Vec::new();
         for lane in 0..self.lanes.len() {
             let room = self.lanes[lane].can_send();
-            self.lanes[lane].collect(&mut written, &mut self.news)?;
+            let collected = self.lanes[lane].collect(&mut written, &mut self.news);
             any |= !self.news.arrived.is_empty() || !self.news.messages.is_empty();
             any |= room != self.lanes[lane].can_send();
+            // What came before a failure, too.
             self.digest(lane)?;
+            collected?;
         }
         Ok(any)
     }
@@ -306,9 +313,9 @@ impl Shared {
         let pins =
             pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
         // What is claimed already is announced when it is ready.
-        let claimed = pins.claim(&pins.wanted(stripes)?, self.chunk);
-        self.registrar
-            .urge(claimed.into_iter().map(|stripes| Job { pins: Arc::clone(&pins), stripes }).collect());
+        let bytes = pins.wanted(stripes)?;
+        let claimed = pins.claim(&bytes, self.chunk);
+        self.registrar.urge(&pins, &Pins::stripes(&bytes), claimed);
         Ok(())
     }
 }
