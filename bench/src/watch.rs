@@ -1,5 +1,6 @@
 //! What one transfer took: time, CPU, and what the machine was doing besides.
 
+use crate::stats::Samples;
 use anyhow::{Context, Result};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -16,6 +17,16 @@ pub struct Sample {
     pub elsewhere_cores: f64,
     /// Cores that the hypervisor took away.
     pub stolen_cores: f64,
+}
+
+/// What else went on while these were taken, in one line.
+pub(crate) fn meanwhile<'a>(samples: impl Iterator<Item = &'a Sample> + Clone) -> String {
+    let all = |f: fn(&Sample) -> f64| Samples(samples.clone().map(f).collect()).show(2);
+    format!(
+        "meanwhile, in cores: the rest of this machine {}, taken by its host {}\n",
+        all(|s| s.elsewhere_cores),
+        all(|s| s.stolen_cores),
+    )
 }
 
 /// Counts from its making to [`Watch::stop`].

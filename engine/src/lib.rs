@@ -18,9 +18,10 @@
 //! ```
 //!
 //! [`source::migrate`] and [`destination::Reception::serve`] read as the protocol does: eight control
-//! messages ([`protocol`]) over one connection, opened by [`session`] and heard by [`doorway`]; [`link`] chooses
-//! what the lanes are. Who may run the guest at each moment
-//! is decided by two small state machines without I/O ([`protocol::phase`]).
+//! messages ([`protocol`]) over one connection, opened by [`session`] and heard by [`doorway`]. [`link`] chooses
+//! what the lanes are, RDMA or TCP; both ends tell them ahead what will be written, so that memory is pinned
+//! beside the data and not in the blackout. Who may run the guest at each moment is decided by two small state
+//! machines without I/O ([`protocol::phase`]).
 //!
 //! # Who runs the guest
 //!

@@ -7,7 +7,7 @@ use pageferry::dirty::{DirtySource, Harvest};
 use pageferry::doorway::Doorway;
 use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
-use pageferry::link::LinkChoice;
+use pageferry::link::{LinkChoice, Transport};
 use pageferry::memory::GuestMemory;
 use pageferry::page::PageRun;
 use pageferry::policy::{FixedCosts, WhenStuck};
@@ -17,6 +17,7 @@ use pageferry::source::{MigrateOptions, migrate};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::{SOON, eventually};
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -83,6 +84,41 @@ fn attempt(
         report
     });
     (report, destination)
+}
+
+/// In a process that finds /dev/null where the libraries of RDMA are. (Not with QEMU: it needs them itself.)
+#[test]
+fn without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name() {
+    const NAME: &str = "without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name";
+    const INNER: &str = "PAGEFERRY_TEST_WITHOUT_RDMA_CORE";
+    if std::env::var_os(INNER).is_none() {
+        let hide = "for library in $(find /lib/ /usr/lib -name 'libibverbs.so.1*' -o -name 'librdmacm.so.1*'); do \
+                    mount --bind /dev/null $library || exit; done; exec \"$0\" \"$@\"";
+        let ended = Command::new("unshare")
+            .args(["--mount", "sh", "-c", hide])
+            .arg(std::env::current_exe().expect("the test has a path"))
+            .args(["--exact", NAME])
+            .env(INNER, "1")
+            .output()
+            .expect("unshare runs");
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let mut guest = SyntheticSource::start(SMALL).unwrap();
+    let destination = || SyntheticDestination::new(SMALL.pages).unwrap();
+    let by = |transport| move |options: &mut MigrateOptions| options.link.transport = transport;
+    let (report, _) = attempt(&mut guest, destination(), 2, Trouble::Nothing, by(Transport::Rdma));
+    let reason = report.reason.unwrap_or_default();
+    assert!(report.refused && reason.contains("libibverbs.so.1 cannot be used"), "{reason}");
+    for transport in [Transport::Tcp, Transport::Auto] {
+        let (report, moved) = attempt(&mut guest, destination(), 2, Trouble::Nothing, by(transport));
+        assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+        assert_eq!(report.transport, "tcp");
+        guest = moved.into_source().unwrap();
+        guest.check().unwrap();
+    }
 }
 
 #[test]

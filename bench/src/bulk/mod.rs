@@ -10,7 +10,7 @@ mod link;
 mod pump;
 
 use crate::stats::Samples;
-use crate::watch::Sample;
+use crate::watch::{self, Sample};
 use anyhow::Result;
 use pageferry_transport::STRIPE_BYTES;
 use pageferry_transport::tcp::ZeroCopy;
@@ -161,14 +161,7 @@ impl Bulk {
             "zero-copy as the link chooses it: {:.2} of the better of always and never\n",
             auto / fixed
         );
-        let all =
-            |f: fn(&Sample) -> f64| Samples(self.rows.iter().flat_map(|row| row.of(f).0).collect()).show(2);
-        text += &format!(
-            "meanwhile, in cores: the rest of this machine {}, taken by its host {}\n",
-            all(|s| s.elsewhere_cores),
-            all(|s| s.stolen_cores),
-        );
-        text
+        text + &watch::meanwhile(self.rows.iter().flat_map(|row| &row.samples))
     }
 
     /// The best median of these ways, in MB/s.

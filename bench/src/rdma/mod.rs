@@ -11,7 +11,7 @@ mod link;
 mod perftest;
 
 use crate::stats::Samples;
-use crate::watch::Sample;
+use crate::watch::{self, Sample};
 use anyhow::{Context, Result, ensure};
 use pageferry::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
@@ -178,14 +178,7 @@ impl RdmaBench {
                 link / best
             );
         }
-        let all =
-            |f: fn(&Sample) -> f64| Samples(self.rows.iter().flat_map(|row| row.of(f).0).collect()).show(2);
-        text += &format!(
-            "meanwhile, in cores: the rest of this machine {}, taken by its host {}\n",
-            all(|s| s.elsewhere_cores),
-            all(|s| s.stolen_cores),
-        );
-        text
+        text + &watch::meanwhile(self.rows.iter().flat_map(|row| &row.samples))
     }
 
     /// The best median of these ways with this size, in MB/s.

@@ -334,9 +334,10 @@ impl Id {
         !device.is_empty() && port_is_down(&device, self.port())
     }
 
-    /// Moves the queue pair to the error state and tells the peer, if that can be.
-    pub(crate) fn disconnect(&self) {
-        if self.port_is_down() {
+    /// Moves the queue pair to the error state and tells the peer, if that can be: of a `healthy` link it is
+    /// known that the port is up.
+    pub(crate) fn disconnect(&self, healthy: bool) {
+        if !healthy && self.port_is_down() {
             return;
         }
         // SAFETY: the identifier lives as long as `self`.

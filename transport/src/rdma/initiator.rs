@@ -468,7 +468,8 @@ impl Initiator for RdmaInitiator {
 impl Drop for RdmaInitiator {
     fn drop(&mut self) {
         self.health.end();
-        self.lanes.iter_mut().for_each(Lane::close);
+        let healthy = !self.health.broken();
+        self.lanes.iter_mut().for_each(|lane| lane.close(healthy));
         let lanes = std::mem::take(&mut self.lanes);
         let registrar = self.registrar.take();
         let device = self.device.take();

@@ -234,9 +234,9 @@ impl Lane {
         self.posted.is_empty()
     }
 
-    /// Ends it: nothing is read or written through it after this, in either direction.
-    pub(crate) fn close(&mut self) {
-        self.queue.close();
+    /// See [`Queue::close`].
+    pub(crate) fn close(&mut self, healthy: bool) {
+        self.queue.close(healthy);
     }
 
     /// Bytes of completed work requests with their headers.

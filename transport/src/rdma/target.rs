@@ -126,7 +126,7 @@ impl RdmaTarget {
         self.shared.health.end();
         let mut service = self.service.take().and_then(|thread| thread.join().ok());
         if let Some(service) = &mut service {
-            service.lanes.iter_mut().for_each(Lane::close);
+            service.lanes.iter_mut().for_each(|lane| lane.close(false));
         }
         self.exposed.revoke();
         let (monitor, shared) = (self.monitor.take(), Arc::clone(&self.shared));
@@ -220,7 +220,8 @@ impl Service {
         // What came before the end, such as a last fence. Why it ended is known.
         let _ = self.collect();
         // The peer learns of it, and nothing is written by a link that has broken.
-        self.lanes.iter_mut().for_each(Lane::close);
+        let healthy = !self.shared.health.broken();
+        self.lanes.iter_mut().for_each(|lane| lane.close(healthy));
         // Under the lock, so that nobody misses it between looking and waiting.
         drop(lock(&self.shared.arrivals));
         self.shared.changed.notify_all();

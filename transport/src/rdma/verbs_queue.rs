@@ -186,12 +186,12 @@ impl Queue for VerbsQueue {
         errno(unsafe { rdma_sys::ibv_req_notify_cq(self.completions.raw(), 0) })
     }
 
-    fn close(&mut self) {
+    fn close(&mut self, healthy: bool) {
         if self.queue_pair.is_null() {
             return;
         }
         // Tells the peer, and moves the queue pair into the error state: it takes nothing any more.
-        self.id.disconnect();
+        self.id.disconnect(healthy);
         // SAFETY: made by `new` and destroyed here only; `queue_pair` says so from now on.
         unsafe { self.id.destroy_queue_pair() };
         self.queue_pair = std::ptr::null_mut();
@@ -200,7 +200,7 @@ impl Queue for VerbsQueue {
 
 impl Drop for VerbsQueue {
     fn drop(&mut self) {
-        self.close();
+        self.close(false);
     }
 }
 
