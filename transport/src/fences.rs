@@ -30,6 +30,12 @@ impl Arrivals {
         rising
     }
 
+    /// The last fence that has come on every lane, or one after it, and a lane that has none after it.
+    pub(crate) fn slowest(&self) -> Option<(usize, FenceTag)> {
+        let (lane, last) = self.last.iter().enumerate().min_by_key(|(_, last)| **last)?;
+        last.map(|last| (lane, last))
+    }
+
     /// Whether `tag`, or one after it, has come on every lane.
     pub(crate) fn reached(&self, tag: FenceTag) -> bool {
         self.last.iter().all(|last| last.is_some_and(|last| last >= tag))
@@ -63,6 +69,16 @@ impl Acks {
         Ok(())
     }
 
+    /// Notes that `tag`, and so every fence before it, has come on every lane, for a link on which the peer says
+    /// so for all lanes together; appends those that are done by it. False if no such fence was sent.
+    #[must_use]
+    pub(crate) fn reach(&mut self, tag: FenceTag, done: &mut impl Extend<FenceTag>) -> bool {
+        while self.waiting.front().is_some_and(|&waiting| waiting <= tag) {
+            done.extend(self.waiting.pop_front());
+        }
+        self.last_sent.is_some_and(|last| tag <= last)
+    }
+
     /// Notes the next acknowledgement of a lane and appends the fences that are now done. False if
     /// that lane owes none.
     #[must_use]
@@ -90,10 +106,22 @@ mod tests {
         assert!(arrivals.arrive(0, FenceTag(1)));
         assert!(arrivals.arrive(0, FenceTag(3)));
         assert!(!arrivals.reached(FenceTag(1)));
+        assert_eq!(arrivals.slowest(), None);
         assert!(arrivals.arrive(1, FenceTag(2)));
         assert!(arrivals.reached(FenceTag(2)));
+        assert_eq!(arrivals.slowest(), Some((1, FenceTag(2))));
         assert!(!arrivals.reached(FenceTag(3)));
         assert!(!arrivals.arrive(0, FenceTag(3)), "the same tag twice");
+    }
+
+    #[test]
+    fn fences_that_every_lane_has_are_done_up_to_the_last_that_was_sent() {
+        let (mut acks, mut done) = (Acks::new(3), Vec::new());
+        assert!(!acks.reach(FenceTag(1), &mut done), "nothing was sent");
+        [2, 5, 9].iter().for_each(|&tag| acks.send(FenceTag(tag)).unwrap());
+        assert!(acks.reach(FenceTag(5), &mut done) && acks.reach(FenceTag(5), &mut done));
+        assert_eq!(done, [FenceTag(2), FenceTag(5)]);
+        assert!(!acks.reach(FenceTag(10), &mut done));
     }
 
     #[test]

@@ -29,6 +29,10 @@ use std::time::{Duration, Instant};
 /// not there.
 const RESOLVE_PATIENCE: Duration = Duration::from_secs(2);
 
+/// What soft-iWARP (siw) calls its vendor. In Linux 6.12 it takes every registration by the process's own address,
+/// whatever name is asked for, and does not say so.
+const SOFT_IWARP_VENDOR: u32 = 0x62_6d74;
+
 /// The status of a refusal that the application at the other end gave, with its reason.
 const REFUSED_BY_APPLICATION: i32 = 28;
 /// The status where nobody listens.
@@ -64,6 +68,8 @@ pub(crate) struct Limits {
     pub(crate) writes: usize,
     /// Longest write.
     pub(crate) write_bytes: u32,
+    /// Whether it knows registered memory by the address that it is given, and not by the process's own.
+    pub(crate) names_memory: bool,
     /// Deepest queue.
     depth: usize,
 }
@@ -91,7 +97,8 @@ impl Limits {
             );
             return Err(Error::NoPath { what });
         }
-        Ok(Self { writes, write_bytes: port.max_msg_sz, depth })
+        let names_memory = device.vendor_id != SOFT_IWARP_VENDOR;
+        Ok(Self { writes, write_bytes: port.max_msg_sz, names_memory, depth })
     }
 
     /// Depths that the device can do.

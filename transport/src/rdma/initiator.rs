@@ -193,7 +193,7 @@ impl RdmaInitiator {
             }
         }
         if !self.health.broken()
-            && let Err(failure) = self.tell(self.fenced.len() > before.1)
+            && let Err(failure) = self.tell()
         {
             self.health.fail(failure);
         }
@@ -202,14 +202,6 @@ impl RdmaInitiator {
 
     fn digest(&mut self, lane: usize, heard: &mut bool) -> Result<(), LaneFailure> {
         let protocol = |what: String| LaneFailure::Protocol { lane, what };
-        for _ in 0..std::mem::take(&mut self.news.fenced) {
-            if !self.acks.acknowledge(lane, &mut self.fenced) {
-                return Err(protocol("a fence completed that was not sent".into()));
-            }
-        }
-        if !self.news.arrived.is_empty() {
-            return Err(protocol("a fence from the target".into()));
-        }
         for message in self.news.messages.drain(..) {
             *heard = true;
             match message {
@@ -218,14 +210,21 @@ impl RdmaInitiator {
                         self.remote.grant(grant).map_err(protocol)?;
                     }
                 }
+                Message::Reached(tag) => {
+                    if !self.acks.reach(tag, &mut self.fenced) {
+                        return Err(protocol(format!("the fence {}, which was not sent", tag.0)));
+                    }
+                }
+                Message::Shift { region, by } => self.remote.shift(region, by).map_err(protocol)?,
                 other => return Err(protocol(format!("{other:?} from the target"))),
             }
         }
         Ok(())
     }
 
-    /// Sends what the target must know: wishes, and now and then how far we are.
-    fn tell(&mut self, fenced: bool) -> Result<(), LaneFailure> {
+    /// Sends what the target must know: wishes, and now and then how far we are. Fences say that too.
+    fn tell(&mut self) -> Result<(), LaneFailure> {
+        self.lanes[0].acknowledge()?;
         while let Some(&stripes) = self.wants.front() {
             if !self.lanes[0].send(&Message::Want(stripes))? {
                 return Ok(());
@@ -234,7 +233,7 @@ impl RdmaInitiator {
         }
         let bytes = self.lanes.iter().map(Lane::written_bytes).sum();
         if bytes > self.told.1
-            && (fenced || self.told.0.elapsed() >= PROGRESS_EVERY)
+            && self.told.0.elapsed() >= PROGRESS_EVERY
             && self.lanes[0].send(&Message::Progress(bytes))?
         {
             self.told = (Instant::now(), bytes);
@@ -272,6 +271,7 @@ impl RdmaInitiator {
         else {
             return self.prepare(Refused { region, stripes, remote }, known);
         };
+        let on_device = self.remote.on_device(remote.0, request.remote.addr);
         let lane = lane_of(request.remote.addr, self.lanes.len());
         let lane = &mut self.lanes[lane];
         // Where the key of the local memory changes, if it does. A write is no longer than a stripe.
@@ -291,7 +291,7 @@ impl RdmaInitiator {
             // A piece is no longer than a stripe, so 32 bits hold its length.
             let addr = request.local.as_ptr().addr() as u64 + at as u64;
             let local = Local { addr, len: piece as u32, key };
-            let to = request.remote.addr + at as u64;
+            let to = on_device.wrapping_add(at as u64);
             at += piece;
             let piece = Piece { id: request.id, local, addr: to, key: remote_key, last: at == len };
             if let Err(failure) = lane.write(piece) {
@@ -328,7 +328,7 @@ impl RdmaInitiator {
             Remote::Unknown => {
                 self.remote.asked(stripe);
                 self.wants.push_back(Stripes { region: key, first: stripe, count: 1 });
-                if let Err(failure) = self.tell(false) {
+                if let Err(failure) = self.tell() {
                     self.health.fail(failure);
                 }
             }
@@ -456,8 +456,12 @@ impl Initiator for RdmaInitiator {
     fn fence(&mut self, tag: FenceTag) -> Result<()> {
         self.collect();
         self.check()?;
+        if !self.lanes.iter().all(Lane::can_fence) {
+            return Err(Error::State("too many fences are on their way: poll first"));
+        }
         self.acks.send(tag)?;
-        self.on_lanes(|lane| lane.fence(tag))
+        let bytes = self.lanes.iter().map(Lane::posted_bytes).sum();
+        self.on_lanes(|lane| lane.fence(tag, bytes))
     }
 
     fn bytes_on_wire(&self) -> u64 {

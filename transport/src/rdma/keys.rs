@@ -19,6 +19,9 @@ pub(crate) const STRIPES_MAX: u64 = 1 << 23;
 
 const STRIPE: usize = STRIPE_BYTES as usize;
 
+/// Regions with addresses of the device's own: it bounds what a peer can make us remember.
+const SHIFTS_MAX: usize = 1024;
+
 /// The state of one stripe of a region of this side.
 const UNCLAIMED: u64 = 0;
 const CLAIMED: u64 = 1;
@@ -136,6 +139,8 @@ pub(crate) enum Remote {
 #[derive(Debug, Default)]
 pub(crate) struct RemoteKeys {
     stripes: Vec<Entry>,
+    /// What must be added to an address of a region for the target's device. Nearly always there is none.
+    shifts: Vec<(u32, u64)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,6 +188,27 @@ impl RemoteKeys {
         }
         entries.fill(Entry { region, key: grant.key });
         Ok(())
+    }
+
+    /// Takes in by which address the target's device knows the first byte of a region, or says what is wrong with
+    /// that. The region begins where `Exposed` of the contract says.
+    pub(crate) fn shift(&mut self, region: u32, by: u64) -> Result<(), String> {
+        let known = self.stripes.iter().any(|entry| entry.region == region && region != NO_REGION);
+        if known || region == NO_REGION || self.shifts.len() == SHIFTS_MAX {
+            return Err(format!("an address of the region {region} that comes too late, or one too many"));
+        }
+        self.shifts.push((region, by));
+        Ok(())
+    }
+
+    /// The address by which the target's device knows one of the contract's.
+    #[inline]
+    pub(crate) fn on_device(&self, region: u32, addr: u64) -> u64 {
+        if self.shifts.is_empty() {
+            return addr;
+        }
+        let shift = self.shifts.iter().find(|(shifted, _)| *shifted == region);
+        addr.wrapping_add(shift.map_or(0, |(_, by)| *by))
     }
 
     fn reach(&mut self, end: u64) {
@@ -239,6 +265,18 @@ mod tests {
         keys.grant(Grant { stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 }, key: 8 })
             .unwrap();
         assert_eq!(keys.get(1, STRIPES_MAX - 1), Remote::Ready(8));
+    }
+
+    #[test]
+    fn a_device_with_addresses_of_its_own_is_written_there() {
+        let mut keys = RemoteKeys::default();
+        assert_eq!(keys.on_device(3, 77), 77);
+        keys.shift(3, 0x1000_0000_0000u64.wrapping_sub(1 << 32)).unwrap();
+        assert_eq!((keys.on_device(3, (1 << 32) + 5), keys.on_device(2, 9)), (0x1000_0000_0005, 9));
+        keys.grant(Grant { stripes: Stripes { region: 4, first: 4, count: 1 }, key: 7 }).unwrap();
+        assert!(keys.shift(4, 0).is_err(), "after its key");
+        assert!(keys.shift(NO_REGION, 0).is_err());
+        assert!((0..=SHIFTS_MAX as u32).any(|region| keys.shift(100 + region, 0).is_err()), "without end");
     }
 
     proptest! {

@@ -11,12 +11,13 @@
 //!   signalled                 *                   *              *  the last of the call, so that
 //!   doorbell                                                     |  nothing waits for a next call
 //!
-//!   fences and messages are always signalled
+//!   messages, and fences, which are messages too, are always signalled
 //! ```
 //!
 //! Without a completion now and then, the queue would fill with requests that are done and never
 //! settled. With [`SIGNAL_EVERY`] well below the queue's depth, room comes back in several steps.
 
+use super::flow::Flow;
 use super::message::{MESSAGE_BYTES, Message};
 use super::queue::{CHAIN_MAX, Chain, DONE_MAX, Done, Local, Operation, Queue, RECEIVE};
 use super::status::completion_status;
@@ -66,11 +67,7 @@ pub(crate) struct Piece {
 /// What completions told, beside writes that are done.
 #[derive(Debug, Default)]
 pub(crate) struct News {
-    /// Fences of this side that the peer's device has taken.
-    pub(crate) fenced: usize,
-    /// Fences of the peer.
-    pub(crate) arrived: Vec<FenceTag>,
-    /// Messages of the peer, as they came.
+    /// Messages of the peer, as they came, fences among them.
     pub(crate) messages: Vec<Message>,
 }
 
@@ -87,13 +84,16 @@ pub(crate) struct Lane {
     /// Pieces of writes in `posted`, and how many may be there.
     writes: usize,
     writes_max: usize,
-    fences: usize,
-    slots: Vec<u8>,
+    /// Buffers of messages that are free, and those of fences behind them.
+    slots: Vec<u16>,
+    fence_slots: Vec<u16>,
+    flow: Flow,
     /// Writes that are done and still hold their credits.
     finished: (usize, u64),
     packet_shift: u32,
     wire_bytes: u64,
     written_bytes: u64,
+    posted_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -108,8 +108,8 @@ struct Posted {
 enum Kind {
     Part,
     Write,
-    Fence,
-    Message(u8),
+    Fence(u16),
+    Message(u16),
 }
 
 impl Lane {
@@ -133,12 +133,14 @@ impl Lane {
             unsignalled: 0,
             writes: 0,
             writes_max,
-            fences: 0,
-            slots: (0..MESSAGES_MAX as u8).collect(),
+            slots: (0..MESSAGES_MAX as u16).collect(),
+            fence_slots: (MESSAGES_MAX as u16..RESERVED as u16).collect(),
+            flow: Flow::default(),
             finished: (0, 0),
             packet_shift: mtu.max(256).ilog2(),
             wire_bytes: 0,
             written_bytes: 0,
+            posted_bytes: 0,
         }
     }
 
@@ -154,36 +156,57 @@ impl Lane {
     pub(crate) fn write(&mut self, piece: Piece) -> Result<(), LaneFailure> {
         debug_assert!(self.writes < self.writes_max, "admitted");
         self.writes += 1;
+        self.posted_bytes += u64::from(piece.local.len);
         let kind = if piece.last { Kind::Write } else { Kind::Part };
         let Piece { id, local, addr, key, .. } = piece;
         self.push(Posted { id, addr, len: local.len, kind }, Operation::Write { local, addr, key }, false)
     }
 
-    /// Sends a fence behind everything posted so far. The caller counts them: never more than
-    /// [`FENCES_MAX`] at a time.
-    pub(crate) fn fence(&mut self, tag: FenceTag) -> Result<(), LaneFailure> {
-        assert!(self.fences < FENCES_MAX, "the caller counts fences");
-        self.fences += 1;
-        let posted = Posted { id: WorkId(0), addr: 0, len: 0, kind: Kind::Fence };
-        self.push(posted, Operation::Fence { value: tag.0 }, true)?;
-        self.flush()
+    /// Whether there is room for a fence: fewer than [`FENCES_MAX`] are on their way.
+    pub(crate) fn can_fence(&self) -> bool {
+        !self.fence_slots.is_empty()
     }
 
-    /// Sends a message; false if too many are on their way.
+    /// Sends a fence behind everything posted so far, which is `bytes` on all lanes together. The caller has
+    /// asked [`Self::can_fence`].
+    pub(crate) fn fence(&mut self, tag: FenceTag, bytes: u64) -> Result<(), LaneFailure> {
+        let slot = self.fence_slots.pop().expect("the caller has asked");
+        self.put(slot, &Message::Fence { tag, bytes }, Kind::Fence(slot))
+    }
+
+    /// Sends a message; false if too many are on their way, or the peer may have no receive for it.
     pub(crate) fn send(&mut self, message: &Message) -> Result<bool, LaneFailure> {
+        if !self.flow.may_send() && message.counts() {
+            return Ok(false);
+        }
         let Some(slot) = self.slots.pop() else { return Ok(false) };
-        let mut bytes = [0; MESSAGE_BYTES];
-        let len = message.encode(&mut bytes);
-        let local = self.queue.put(usize::from(slot), &bytes[..len]).map_err(|e| self.os("a message", e))?;
-        let posted = Posted { id: WorkId(0), addr: 0, len: local.len, kind: Kind::Message(slot) };
-        self.push(posted, Operation::Send { local }, true)?;
-        self.flush()?;
+        if message.counts() {
+            self.flow.send();
+        }
+        self.put(slot, message, Kind::Message(slot))?;
         Ok(true)
+    }
+
+    fn put(&mut self, slot: u16, message: &Message, kind: Kind) -> Result<(), LaneFailure> {
+        let mut bytes = [0; MESSAGE_BYTES];
+        let len = message.encode(self.flow.tell(), &mut bytes);
+        let local = self.queue.put(usize::from(slot), &bytes[..len]).map_err(|e| self.os("a message", e))?;
+        let posted = Posted { id: WorkId(0), addr: 0, len: local.len, kind };
+        self.push(posted, Operation::Send { local }, true)?;
+        self.flush()
     }
 
     /// Whether [`Self::send`] would send.
     pub(crate) fn can_send(&self) -> bool {
-        !self.slots.is_empty()
+        !self.slots.is_empty() && self.flow.may_send()
+    }
+
+    /// Tells the peer that its messages were taken, if it may have to wait for that.
+    pub(crate) fn acknowledge(&mut self) -> Result<(), LaneFailure> {
+        if self.flow.owes() {
+            self.send(&Message::Taken)?;
+        }
+        Ok(())
     }
 
     /// Posts what is in the chain, with one doorbell.
@@ -208,7 +231,7 @@ impl Lane {
                 if done.id & RECEIVE != 0 {
                     self.receive(done, news)?;
                 } else {
-                    self.sent(done, out, news)?;
+                    self.sent(done, out)?;
                 }
             }
             if count < DONE_MAX {
@@ -249,6 +272,11 @@ impl Lane {
         self.written_bytes
     }
 
+    /// Bytes of all writes that were ever given to it.
+    pub(crate) fn posted_bytes(&self) -> u64 {
+        self.posted_bytes
+    }
+
     #[inline]
     fn push(&mut self, posted: Posted, operation: Operation, signalled: bool) -> Result<(), LaneFailure> {
         if self.chain.len() == CHAIN_MAX {
@@ -265,7 +293,7 @@ impl Lane {
         Ok(())
     }
 
-    fn sent(&mut self, done: &Done, out: &mut Vec<Completion>, news: &mut News) -> Result<(), LaneFailure> {
+    fn sent(&mut self, done: &Done, out: &mut Vec<Completion>) -> Result<(), LaneFailure> {
         let oldest = self.next - self.posted.len() as u64;
         if done.id < oldest || done.id >= self.next {
             return Err(self.nonsense(format!("a completion of work request {}", done.id)));
@@ -291,10 +319,7 @@ impl Lane {
                         out.push(Completion::Write(id));
                     }
                 }
-                Kind::Fence => {
-                    self.fences -= 1;
-                    news.fenced += 1;
-                }
+                Kind::Fence(slot) => self.fence_slots.push(slot),
                 Kind::Message(slot) => self.slots.push(slot),
             }
         }
@@ -305,17 +330,24 @@ impl Lane {
         if done.status != rdma_sys::IBV_WC_SUCCESS {
             return Err(self.failed(done, "a receive", 0, done.len));
         }
+        if done.with_value {
+            return Err(self.nonsense("a write with an immediate value".into()));
+        }
         // The slot goes back before anything is done about what came, so that the queue stays full.
         let slot = (done.id & !RECEIVE) as usize;
-        let Some(value) = done.value else {
-            let bytes = self.queue.received(slot).map_err(|e| self.os("reading a message", e))?;
-            self.queue.replenish(slot).map_err(|e| self.os("posting a receive", e))?;
-            let len = (done.len as usize).min(MESSAGE_BYTES);
-            news.messages.push(Message::decode(&bytes[..len]).map_err(|what| self.nonsense(what))?);
-            return Ok(());
-        };
+        let bytes = self.queue.received(slot).map_err(|e| self.os("reading a message", e))?;
         self.queue.replenish(slot).map_err(|e| self.os("posting a receive", e))?;
-        news.arrived.push(FenceTag(value));
+        let len = (done.len as usize).min(MESSAGE_BYTES);
+        let (message, taken) = Message::decode(&bytes[..len]).map_err(|what| self.nonsense(what))?;
+        if message.counts() {
+            self.flow.receive();
+        }
+        if !self.flow.hear(taken) {
+            return Err(self.nonsense(format!("{taken} messages taken, which were not sent")));
+        }
+        if message != Message::Taken {
+            news.messages.push(message);
+        }
         Ok(())
     }
 
@@ -340,7 +372,7 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Self::Part | Self::Write => "a write",
-            Self::Fence => "a fence",
+            Self::Fence(_) => "a fence",
             Self::Message(_) => "a message",
         }
     }

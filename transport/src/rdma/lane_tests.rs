@@ -1,6 +1,7 @@
 //! A lane over queues that do what a device may do: late, in error, and never more than fits.
 
 use super::*;
+use crate::rdma::flow::UNTAKEN_MAX;
 use crate::rdma::message::Stripes;
 use proptest::prelude::*;
 use rdma_sys::{IBV_SEND_SIGNALED, IBV_WC_REM_ACCESS_ERR, IBV_WC_WR_FLUSH_ERR, IBV_WR_RDMA_WRITE};
@@ -79,7 +80,7 @@ impl Queue for Shared {
     }
 
     fn put(&mut self, slot: usize, bytes: &[u8]) -> Result<Local, i32> {
-        assert!(slot < MESSAGES_MAX);
+        assert!(slot < RESERVED);
         Ok(Local { addr: 0, len: bytes.len() as u32, key: 0 })
     }
 
@@ -178,49 +179,77 @@ fn a_flush_without_a_failure_says_that_it_is_one() {
 }
 
 #[test]
-fn a_fence_finds_room_when_writes_do_not_and_is_told_when_it_is_done() {
+fn a_fence_finds_room_when_writes_do_not_and_gives_it_back_when_it_is_done() {
     let (mut lane, device) = lane();
     while write(&mut lane, 0) {}
     lane.flush().unwrap();
     for tag in 0..FENCES_MAX {
-        lane.fence(FenceTag(tag as u32)).unwrap();
+        assert!(lane.can_fence());
+        lane.fence(FenceTag(tag as u32), 0).unwrap();
     }
+    assert!(!lane.can_fence());
     let mut sent = 0;
     while lane.send(&Message::Progress(1)).unwrap() {
         sent += 1;
     }
     assert_eq!(sent, MESSAGES_MAX);
     device.0.lock().unwrap().complete(WRITES + 7);
-    let (ids, news, _) = collected(&mut lane);
-    assert_eq!((ids.len(), news.fenced), (WRITES, 7));
+    let (ids, _, _) = collected(&mut lane);
+    assert_eq!((ids.len(), lane.fence_slots.len()), (WRITES, 7));
     assert!(!lane.can_send());
     device.0.lock().unwrap().complete(usize::MAX);
-    assert_eq!(collected(&mut lane).1.fenced, FENCES_MAX - 7);
+    collected(&mut lane);
+    assert_eq!(lane.fence_slots.len(), FENCES_MAX);
     assert!(lane.can_send());
     assert!(device.0.lock().unwrap().most <= WRITES + RESERVED);
+}
+
+/// Lets a message of the peer arrive.
+fn arrive(device: &Shared, message: &Message, taken: u16) -> u32 {
+    let mut bytes = [0; MESSAGE_BYTES];
+    let len = message.encode(taken, &mut bytes);
+    let mut slow = device.0.lock().unwrap();
+    slow.inbox = bytes[..len].to_vec();
+    slow.done.push_back(Done { id: RECEIVE | 3, len: len as u32, ..Done::default() });
+    len as u32
 }
 
 #[test]
 fn what_arrives_is_told_and_its_receive_goes_back() {
     let (mut lane, device) = lane();
     let message = Message::Want(Stripes { region: 1, first: 2, count: 3 });
-    let mut bytes = [0; MESSAGE_BYTES];
-    let len = message.encode(&mut bytes);
-    {
-        let mut slow = device.0.lock().unwrap();
-        slow.inbox = bytes[..len].to_vec();
-        slow.done.push_back(Done { id: RECEIVE | 3, value: Some(77), ..Done::default() });
-        slow.done.push_back(Done { id: RECEIVE | 4, len: len as u32, ..Done::default() });
-    }
+    let len = arrive(&device, &message, 0);
     let (_, news, failure) = collected(&mut lane);
     assert!(failure.is_none());
-    assert_eq!((news.arrived, news.messages), (vec![FenceTag(77)], vec![message]));
-    assert_eq!(device.0.lock().unwrap().replenished, 2);
-    for (len, id) in [(len as u32 - 1, RECEIVE), (u32::MAX, RECEIVE), (0, 12345)] {
-        device.0.lock().unwrap().done.push_back(Done { id, len, ..Done::default() });
+    assert_eq!(news.messages, [message]);
+    assert_eq!(device.0.lock().unwrap().replenished, 1);
+    let wrong =
+        [(len - 1, RECEIVE, false), (u32::MAX, RECEIVE, false), (len, RECEIVE, true), (0, 12345, false)];
+    for (len, id, with_value) in wrong {
+        device.0.lock().unwrap().done.push_back(Done { id, len, with_value, ..Done::default() });
         let failure = collected(&mut lane).2;
         assert!(matches!(failure, Some(LaneFailure::Protocol { lane: 5, .. })), "{failure:?}");
     }
+}
+
+#[test]
+fn a_peer_that_takes_no_messages_gets_no_more_than_it_has_receives() {
+    let (mut lane, device) = lane();
+    let mut sent = 0;
+    for _ in 0..1000 {
+        sent += u16::from(lane.send(&Message::Progress(1)).unwrap());
+        device.0.lock().unwrap().complete(usize::MAX);
+        collected(&mut lane);
+    }
+    assert_eq!(sent, UNTAKEN_MAX);
+    assert!(!lane.can_send());
+    // Whatever it has taken, no more than was sent.
+    arrive(&device, &Message::Taken, sent - 1);
+    let (_, news, failure) = collected(&mut lane);
+    assert!(failure.is_none() && news.messages.is_empty());
+    assert!(lane.send(&Message::Progress(1)).unwrap());
+    arrive(&device, &Message::Taken, sent + 2);
+    assert!(matches!(collected(&mut lane).2, Some(LaneFailure::Protocol { lane: 5, .. })));
 }
 
 proptest! {
@@ -229,7 +258,7 @@ proptest! {
         steps in prop::collection::vec((0u8..5, 1usize..90), 1..120),
     ) {
         let (mut lane, device) = lane();
-        let (mut next, mut back, mut fences, mut fenced) = (0u64, Vec::new(), 0u32, 0);
+        let (mut next, mut back, mut fences) = (0u64, Vec::new(), 0u32);
         for (what, count) in steps {
             match what {
                 0 | 1 => {
@@ -248,27 +277,25 @@ proptest! {
                     }
                     lane.flush().unwrap();
                 }
-                2 if fences as usize - fenced < FENCES_MAX => {
+                2 if lane.can_fence() => {
                     fences += 1;
-                    lane.fence(FenceTag(fences)).unwrap();
+                    lane.fence(FenceTag(fences), 0).unwrap();
                 }
                 3 => {
                     let _ = lane.send(&Message::Progress(1)).unwrap();
                 }
                 _ => device.0.lock().unwrap().complete(count),
             }
-            let (ids, news, failure) = collected(&mut lane);
+            let (ids, _, failure) = collected(&mut lane);
             prop_assert!(failure.is_none());
             back.extend(ids);
-            fenced += news.fenced;
             lane.settle();
             prop_assert!(lane.posted.len() <= WRITES + RESERVED);
         }
         device.0.lock().unwrap().complete(usize::MAX);
-        let (ids, news, _) = collected(&mut lane);
-        back.extend(ids);
+        back.extend(collected(&mut lane).0);
         prop_assert!(back.into_iter().eq(0..next));
-        prop_assert_eq!(fenced + news.fenced, fences as usize);
+        prop_assert_eq!(lane.fence_slots.len(), FENCES_MAX);
         lane.settle();
         prop_assert_eq!((lane.writes, lane.credits.requests_in_flight(), lane.credits.bytes_in_flight()), (0, 0, 0));
         prop_assert!(device.0.lock().unwrap().most <= WRITES + RESERVED);

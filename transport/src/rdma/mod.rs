@@ -6,7 +6,8 @@
 //!   expect -> registrar threads (lkeys)                       expect -> registrar threads (rkeys)
 //!                                     <-- SEND: ready -------  service thread
 //!   post -> lane: chain, doorbell     === RDMA WRITE =======> exposed region (no CPU there)
-//!   fence                             --- WRITE_WITH_IMM ---> service thread -> wait_fence
+//!   fence                             --- SEND, each lane --> service thread -> wait_fence
+//!   poll <- Completion::Fence         <-- SEND: reached -----
 //!           (now and then)            --- SEND: progress ---> bytes_placed
 //!   poll <- completions               --- SEND: want -------> registrar (what nobody expected)
 //!
@@ -22,6 +23,7 @@
 mod cm;
 mod connect;
 pub mod device;
+mod flow;
 mod health;
 mod initiator;
 mod keys;
@@ -51,25 +53,25 @@ use crate::error::{Error, Result};
 use crate::fences::FENCES_MAX;
 use crate::link::STRIPE_BYTES;
 use keys::Pins;
-use lane::{MESSAGES_MAX, RESERVED};
+use lane::{MESSAGES_MAX, RESERVED, WRITES_MIN};
 use registrar::{Job, Registrar};
 use std::ops::Range;
 use std::sync::Arc;
 use verbs_queue::Depths;
 
-/// Receives of the target on each lane. Each fence and each message takes one; they go back as soon as
-/// the service thread sees a completion, so this many may come while it is not scheduled.
+/// Receives of the target on each lane, if the device lets it. Each fence and each message takes one; they go back as
+/// soon as the service thread sees a completion.
 const TARGET_RECEIVES: usize = 1024;
-const _: () = assert!(TARGET_RECEIVES >= 2 * (FENCES_MAX + MESSAGES_MAX));
-
-/// Receives of the initiator on each lane: the target sends no more messages at a time.
-const INITIATOR_RECEIVES: usize = 4 * MESSAGES_MAX;
+/// What they must be at least: nobody sends more at a time.
+const TARGET_RECEIVES_MIN: usize = FENCES_MAX + flow::RECEIVES;
+// A device with shallower queues is refused.
+const _: () = assert!(TARGET_RECEIVES_MIN <= RESERVED + WRITES_MIN && TARGET_RECEIVES_MIN <= TARGET_RECEIVES);
 
 const TARGET_DEPTHS: Depths =
     Depths { sends: MESSAGES_MAX, receives: TARGET_RECEIVES, messages: MESSAGES_MAX };
 
 fn initiator_depths(writes: usize) -> Depths {
-    Depths { sends: writes + RESERVED, receives: INITIATOR_RECEIVES, messages: MESSAGES_MAX }
+    Depths { sends: writes + RESERVED, receives: flow::RECEIVES, messages: RESERVED }
 }
 
 /// Stripes of one registration.

@@ -4,9 +4,7 @@
 //! is given at once, to measure what a page costs on our own side of the seam.
 
 use super::message::MESSAGE_BYTES;
-use rdma_sys::{
-    IBV_SEND_SIGNALED, IBV_WR_RDMA_WRITE, IBV_WR_RDMA_WRITE_WITH_IMM, IBV_WR_SEND, ibv_send_wr, ibv_sge,
-};
+use rdma_sys::{IBV_SEND_SIGNALED, IBV_WR_RDMA_WRITE, IBV_WR_SEND, ibv_send_wr, ibv_sge};
 use std::collections::VecDeque;
 
 /// Work requests of one chain, which costs one doorbell: a whole batch of the engine's pump.
@@ -48,18 +46,8 @@ pub(crate) struct Local {
 /// What a work request does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Operation {
-    Write {
-        local: Local,
-        addr: u64,
-        key: u32,
-    },
-    /// A write of nothing with an immediate value.
-    Fence {
-        value: u32,
-    },
-    Send {
-        local: Local,
-    },
+    Write { local: Local, addr: u64, key: u32 },
+    Send { local: Local },
 }
 
 /// A completion.
@@ -70,8 +58,8 @@ pub(crate) struct Done {
     pub(crate) vendor: u32,
     /// Of a receive: how many bytes came.
     pub(crate) len: u32,
-    /// Of a receive: the immediate value that came with a write.
-    pub(crate) value: Option<u32>,
+    /// Of a receive: it was taken by a write with an immediate value, which nobody here sends.
+    pub(crate) with_value: bool,
 }
 
 /// Work requests that are about to be posted together, built in place.
@@ -121,13 +109,6 @@ impl Chain {
                 request.num_sge = take(local);
                 request.wr.rdma.remote_addr = addr;
                 request.wr.rdma.rkey = key;
-            }
-            Operation::Fence { value } => {
-                request.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
-                request.num_sge = 0;
-                request.__bindgen_anon_1.imm_data = value.to_be();
-                request.wr.rdma.remote_addr = 0;
-                request.wr.rdma.rkey = 0;
             }
             Operation::Send { local } => {
                 request.opcode = IBV_WR_SEND;

@@ -34,6 +34,8 @@ pub struct RdmaTarget {
     service: Option<JoinHandle<Service>>,
     monitor: Option<Monitor>,
     path: Path,
+    /// See `Limits::names_memory`.
+    names_memory: bool,
     revoked: bool,
 }
 
@@ -45,7 +47,8 @@ struct Shared {
     placed_bytes: AtomicU64,
     pins: Mutex<Vec<Arc<Pins>>>,
     registrar: Registrar,
-    /// Ready, and not announced yet.
+    /// Addresses of the device's own, and keys: not announced yet.
+    shifts: Mutex<VecDeque<Message>>,
     grants: Arc<Mutex<VecDeque<Grant>>>,
     chunk: usize,
 }
@@ -58,6 +61,10 @@ struct Service {
     _domain: Arc<Domain>,
     shared: Arc<Shared>,
     news: News,
+    /// Of each lane, what was posted on all of them before its last fence.
+    fence_bytes: Vec<u64>,
+    /// The last fence that has come on every lane, if the peer was not told yet.
+    reached: Option<FenceTag>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -69,7 +76,7 @@ impl RdmaTarget {
     pub(crate) fn new(connections: Connections, chunk_bytes: usize) -> Result<Self> {
         let health = Arc::new(Health::new()?);
         let watched = connections.watched();
-        let Connections { queues, domain, completions, channel, path, .. } = connections;
+        let Connections { queues, domain, completions, channel, path, limits } = connections;
         // It writes nothing, so its window is of no account.
         let window = Window { bytes: 0, requests: 0 };
         let lanes: Vec<_> = (queues.into_iter().enumerate())
@@ -90,17 +97,28 @@ impl RdmaTarget {
             changed: Condvar::new(),
             placed_bytes: AtomicU64::new(0),
             pins: Mutex::default(),
+            shifts: Mutex::default(),
             grants,
             chunk: super::chunk_stripes(chunk_bytes),
         });
         let (_domain, serving) = (domain, Arc::clone(&shared));
-        let service = Service { lanes, completions, _domain, shared: serving, news: News::default() };
+        let fence_bytes = vec![0; lanes.len()];
+        let service = Service {
+            lanes,
+            completions,
+            _domain,
+            shared: serving,
+            news: News::default(),
+            fence_bytes,
+            reached: None,
+        };
         let thread = std::thread::Builder::new()
             .name("ferry-rdma-serve".into())
             .spawn(move || service.run())
             .map_err(|e| Error::os("starting the thread that serves a link", e))?;
         let (service, monitor) = (Some(thread), Some(monitor));
-        Ok(Self { shared, exposed: Exposed::new(), service, monitor, path, revoked: false })
+        let names_memory = limits.names_memory;
+        Ok(Self { shared, exposed: Exposed::new(), service, monitor, path, names_memory, revoked: false })
     }
 
     /// The way that the link takes.
@@ -141,6 +159,10 @@ impl RdmaTarget {
 impl Target for RdmaTarget {
     fn expose(&mut self, region: &Arc<MemoryRegion>) -> Result<RemoteRegion> {
         let remote = self.exposed.expose(region)?;
+        if !self.names_memory {
+            let by = (region.as_ptr().addr() as u64).wrapping_sub(remote.base);
+            lock(&self.shared.shifts).push_back(Message::Shift { region: remote.key.0, by });
+        }
         lock(&self.shared.pins).push(Arc::new(Pins::new(region, remote.key.0, Some(remote.base))));
         Ok(remote)
     }
@@ -257,7 +279,7 @@ impl Service {
         for lane in 0..self.lanes.len() {
             let room = self.lanes[lane].can_send();
             let collected = self.lanes[lane].collect(&mut written, &mut self.news);
-            any |= !self.news.arrived.is_empty() || !self.news.messages.is_empty();
+            any |= !self.news.messages.is_empty();
             any |= room != self.lanes[lane].can_send();
             // What came before a failure, too.
             self.digest(lane)?;
@@ -268,32 +290,48 @@ impl Service {
 
     fn digest(&mut self, lane: usize) -> Result<(), LaneFailure> {
         let protocol = |what: String| LaneFailure::Protocol { lane, what };
-        if !self.news.arrived.is_empty() {
-            let mut arrivals = lock(&self.shared.arrivals);
-            for tag in self.news.arrived.drain(..) {
-                if !arrivals.arrive(lane, tag) {
-                    return Err(protocol(format!("the fence {} after a later one", tag.0)));
-                }
-            }
-            drop(arrivals);
-            self.shared.changed.notify_all();
-        }
         for message in self.news.messages.drain(..) {
             match message {
                 Message::Progress(bytes) => {
                     self.shared.placed_bytes.fetch_max(bytes, Ordering::Relaxed);
                 }
                 Message::Want(stripes) => self.shared.want(stripes).map_err(protocol)?,
-                Message::Ready(_) => return Err(protocol("keys from the initiator".into())),
+                Message::Fence { tag, bytes } => {
+                    let mut arrivals = lock(&self.shared.arrivals);
+                    if !arrivals.arrive(lane, tag) {
+                        return Err(protocol(format!("the fence {} after a later one", tag.0)));
+                    }
+                    self.fence_bytes[lane] = bytes;
+                    if let Some((slowest, tag)) = arrivals.slowest() {
+                        // Before anybody hears of the fence: then all of it is placed.
+                        let placed = self.fence_bytes[slowest];
+                        self.shared.placed_bytes.fetch_max(placed, Ordering::Relaxed);
+                        self.reached = Some(tag);
+                    }
+                    drop(arrivals);
+                    self.shared.changed.notify_all();
+                }
+                other => return Err(protocol(format!("{other:?} from the initiator"))),
             }
         }
         Ok(())
     }
 
-    /// Tells the peer what has become ready. True if there was anything.
+    /// Tells the peer which fence has come and what has become ready. True if there was anything.
     fn announce(&mut self) -> Result<bool, LaneFailure> {
         let mut any = false;
+        self.lanes[0].acknowledge()?;
+        if let Some(tag) = self.reached
+            && self.lanes[0].send(&Message::Reached(tag))?
+        {
+            (self.reached, any) = (None, true);
+        }
         while self.lanes[0].can_send() {
+            // Before the keys of their regions: those come later than `expose`.
+            if let Some(shift) = lock(&self.shared.shifts).pop_front() {
+                any |= self.lanes[0].send(&shift)?;
+                continue;
+            }
             let mut grants = lock(&self.shared.grants);
             let count = grants.len().min(READY_MAX);
             if count == 0 {

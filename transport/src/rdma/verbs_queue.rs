@@ -142,10 +142,8 @@ impl Queue for VerbsQueue {
             // Nothing but identifier, status and vendor code is valid if it failed.
             let came = raw.status == IBV_WC_SUCCESS && raw.wr_id & RECEIVE != 0;
             let with_value = came && raw.opcode == IBV_WC_RECV_RDMA_WITH_IMM;
-            // SAFETY: both readings of the union are integers.
-            let value = with_value.then(|| u32::from_be(unsafe { raw.__bindgen_anon_1.imm_data }));
             let len = if came { raw.byte_len } else { 0 };
-            *done = Done { id: raw.wr_id, status: raw.status, vendor: raw.vendor_err, len, value };
+            *done = Done { id: raw.wr_id, status: raw.status, vendor: raw.vendor_err, len, with_value };
         }
         Ok(count.min(DONE_MAX))
     }
