@@ -89,6 +89,16 @@ impl DirtyBitmap {
         Some(PageRun::between(first, end))
     }
 
+    /// Whether a page is in both sets, which range over the same pages.
+    ///
+    /// # Panics
+    /// If they do not.
+    #[must_use]
+    pub fn intersects(&self, other: &Self) -> bool {
+        assert_eq!(self.pages, other.pages, "sets of pages of one guest");
+        !self.is_empty() && !other.is_empty() && self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
+    }
+
     /// All runs in rising order, each at most `pages_max` long.
     pub fn runs(&self, pages_max: u64) -> impl Iterator<Item = PageRun> + '_ {
         let mut from = 0;
@@ -152,6 +162,18 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn sets_intersect_if_they_have_a_page_in_common(a in run_in(300), b in run_in(300)) {
+            let set = |run| {
+                let mut set = DirtyBitmap::new(300);
+                set.insert(run);
+                set
+            };
+            let common = a.first.0 < b.end() && b.first.0 < a.end();
+            prop_assert_eq!(set(a).intersects(&set(b)), common);
+            prop_assert!(!set(a).intersects(&DirtyBitmap::new(300)));
+        }
+
         #[test]
         fn it_is_the_set_it_says((pages, script) in script(), longest in 1u64..100) {
             let mut bitmap = DirtyBitmap::new(pages);

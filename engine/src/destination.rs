@@ -14,6 +14,7 @@ use crate::protocol::{
 };
 use crate::session::{SETUP_MAX, new_token};
 use crate::source::STATE_WARM_BYTES;
+use crate::staging::{self, STAGING_BYTES};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
@@ -264,7 +265,8 @@ impl Reception {
         let touched = offer.runs(memory.pages())?;
         let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
-        let accept = expose(&memory, &touched, &state, target)?;
+        let staging_region = MemoryRegion::anonymous(STAGING_BYTES)?;
+        let accept = expose(&memory, &touched, &state, &staging_region, target)?;
         let prefault = Prefault::start(Arc::clone(&memory), memory.unmapped(&touched))?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
@@ -282,7 +284,7 @@ impl Reception {
         let revoke = || target.lock().unwrap_or_else(PoisonError::into_inner).revoke();
         let (revoked, taken) = std::thread::scope(|scope| {
             let revoking = std::thread::Builder::new().name("revoke".into()).spawn_scoped(scope, revoke);
-            let taken = take_in(&prepare, &offer, &state, guest);
+            let taken = take_in(&prepare, &offer, &state, &staging_region, guest);
             let died = |_| Err(pageferry_transport::Error::State("taking back the lanes panicked"));
             // If there was no thread to be had, one after the other.
             (revoking.map_or_else(|_| revoke(), |thread| thread.join().unwrap_or_else(died)), taken)
@@ -479,6 +481,7 @@ fn expose(
     memory: &Arc<GuestMemory>,
     touched: &[PageRun],
     state: &Arc<MemoryRegion>,
+    staging: &Arc<MemoryRegion>,
     target: &mut dyn Target,
 ) -> Result<Accept> {
     check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
@@ -487,11 +490,14 @@ fn expose(
     let exposed_state = target.expose(state)?.into();
     let warm = 0..STATE_WARM_BYTES.min(state.len());
     target.expect(state, std::slice::from_ref(&warm))?;
+    let exposed_staging = target.expose(staging)?.into();
+    let whole = 0..staging.len();
+    target.expect(staging, std::slice::from_ref(&whole))?;
     for (slot, parts) in memory.slots().iter().zip(memory.parts(touched)) {
         slots.push(target.expose(slot.region())?.into());
         target.expect(slot.region(), &parts)?;
     }
-    Ok(Accept { slots, state: exposed_state })
+    Ok(Accept { slots, state: exposed_state, staging: exposed_staging })
 }
 
 /// Fails if the host has less memory free than the guest will take. Huge pages were set aside when
@@ -523,11 +529,12 @@ fn mem_available() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-/// Loads the device state and, if asked, compares digests. Returns the microseconds of both.
+/// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.
 fn take_in(
     prepare: &Prepare,
     offer: &Offer,
     state: &MemoryRegion,
+    staging_region: &MemoryRegion,
     guest: &mut dyn DestinationGuest,
 ) -> Result<(u64, u64)> {
     if prepare.state_bytes > state.len() as u64 {
@@ -540,6 +547,7 @@ fn take_in(
     if offer.verify != prepare.digest.is_some() {
         return Err(Error::Protocol("a digest that was not agreed on, or none that was".into()));
     }
+    staging::place(&prepare.staged, staging_region, guest.memory())?;
     let begun = Instant::now();
     if let Some(digest) = prepare.digest
         && crate::verify::digest(guest.memory())? != digest

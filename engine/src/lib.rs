@@ -52,6 +52,7 @@ pub mod protocol;
 pub mod report;
 pub mod session;
 pub mod source;
+pub mod staging;
 pub mod supervisor;
 pub mod switchover;
 pub mod verify;

@@ -8,10 +8,12 @@ use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
+use crate::staging::{STAGING_BYTES, Staging};
 use pageferry_transport::{
     Completion, FenceTag, Initiator, MemoryRegion, RemoteAddr, RemoteRegion, STRIPE_BYTES, WorkId,
     WorkRequest,
 };
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,6 +39,13 @@ pub struct Pump<'a> {
     state: (Arc<MemoryRegion>, RemoteRegion),
     /// Every page that was ever pushed.
     sent: DirtyBitmap,
+    /// Pages posted since the last fence that was received: none of them may be posted again before one is.
+    unfenced: DirtyBitmap,
+    /// Whether everything posted lies before the last fence.
+    fenced: bool,
+    staging: Option<Staging>,
+    /// Once the guest stands still: the registrations until then.
+    registrations_before: Option<u64>,
     pace: Option<Pace>,
     in_flight: u64,
     next_id: u64,
@@ -92,6 +101,10 @@ impl<'a> Pump<'a> {
             slots,
             state,
             sent: DirtyBitmap::new(memory.pages()),
+            unfenced: DirtyBitmap::new(memory.pages()),
+            fenced: true,
+            staging: None,
+            registrations_before: None,
             pace: bytes_per_second_max.map(|max| Pace { bytes_per_second_max: max, since: now, bytes: 0 }),
             in_flight: 0,
             next_id: 0,
@@ -115,9 +128,82 @@ impl<'a> Pump<'a> {
         (self.sent.pages() - self.sent.count()) * PAGE_BYTES
     }
 
-    /// Lifts the bound on the rate: nobody wants a longer blackout for the sake of bandwidth.
-    pub fn unpace(&mut self) {
+    /// Gives it a place for pages whose memory is not registered when the guest stands still.
+    #[must_use]
+    pub fn with_staging(self, staging: Staging) -> Self {
+        Self { staging: Some(staging), ..self }
+    }
+
+    /// From now on the guest stands still: nobody wants a longer blackout for the sake of bandwidth, and nothing is
+    /// registered any more if there is another way.
+    pub fn stand_still(&mut self) {
         self.pace = None;
+        self.registrations_before = Some(self.link.registrations());
+    }
+
+    /// Registrations since the guest stands still: of a device state that is far larger than expected, and of
+    /// memory for which the staging region had no room.
+    #[must_use]
+    pub fn registrations_since(&self) -> u64 {
+        self.registrations_before.map_or(0, |before| self.link.registrations() - before)
+    }
+
+    /// The pages that went to the staging region, with their slots there.
+    #[must_use]
+    pub fn staged(&self) -> Vec<(u64, u32)> {
+        self.staging.as_ref().map(Staging::staged).unwrap_or_default()
+    }
+
+    /// Has the memory that the blackout will need registered at both ends: so much of the device state, and the
+    /// staging region. True if it is.
+    pub fn expect_blackout(&mut self, state_bytes: usize) -> Result<bool> {
+        let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
+        let mut writes = self.writes(&local, remote, 0..state_bytes.min(local.len()))?;
+        if let Some((local, remote)) =
+            self.staging.as_ref().map(|staging| (Arc::clone(staging.regions().0), staging.regions().1))
+        {
+            writes.extend(self.writes(&local, remote, 0..STAGING_BYTES)?);
+        }
+        Ok(self.link.make_ready(&writes)?)
+    }
+
+    /// Waits until that is so.
+    pub fn wait_for_blackout(&mut self, state_bytes: usize, watch: &mut Watch<'_>) -> Result<()> {
+        self.last_completion = Instant::now();
+        while !self.expect_blackout(state_bytes)? {
+            self.poll(watch)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the memory of all these pages is registered at both ends. True if it was at once.
+    pub fn make_ready(
+        &mut self,
+        runs: impl IntoIterator<Item = PageRun>,
+        watch: &mut Watch<'_>,
+    ) -> Result<bool> {
+        let mut writes = Vec::new();
+        for run in runs {
+            let mut first = run.first.0;
+            while first < run.end() {
+                let piece = self.first_piece(PageRun::between(first, run.end()));
+                first = piece.run.end();
+                writes.push(self.request(piece)?);
+            }
+        }
+        // Asked for together first, so that both ends are at work on all of it.
+        let mut ready = true;
+        for batch in writes.chunks(BATCH) {
+            ready &= self.link.make_ready(batch)?;
+        }
+        for batch in writes.chunks(BATCH) {
+            self.last_completion = Instant::now();
+            while !self.link.make_ready(batch)? {
+                self.poll(watch)?;
+            }
+            watch()?;
+        }
+        Ok(ready)
     }
 
     /// Posts every page of `dirty` and takes it out, but for pages that were never sent and are zero: the
@@ -129,6 +215,7 @@ impl<'a> Pump<'a> {
         watch: &mut Watch<'_>,
         done: &mut dyn FnMut(u64),
     ) -> Result<u64> {
+        self.separate(dirty, watch)?;
         self.last_completion = Instant::now();
         if let Some(pace) = &mut self.pace {
             (pace.since, pace.bytes) = (Instant::now(), 0);
@@ -151,9 +238,14 @@ impl<'a> Pump<'a> {
                     Some(piece) => {
                         at = piece.run.end();
                         bytes += piece.run.bytes();
-                        self.put(piece, &mut batch, len)?;
-                        len += 1;
                         self.sent.insert(piece.run);
+                        // What is left of it, if not all went to the staging region.
+                        if let Some(rest) = self.staged_first(piece, watch)? {
+                            debug_assert!(!self.overlaps(rest.run), "no page twice between two fences");
+                            self.put(rest, &mut batch, len)?;
+                            len += 1;
+                            self.unfenced.insert(rest.run);
+                        }
                     }
                     None => at = piece.run.end(),
                 }
@@ -167,6 +259,50 @@ impl<'a> Pump<'a> {
             self.keep_pace(bytes, watch)?;
         }
         Ok(pages)
+    }
+
+    /// Has everything that was posted before received by the peer, if one of these pages was among it.
+    fn separate(&mut self, pages: &DirtyBitmap, watch: &mut Watch<'_>) -> Result<()> {
+        if self.unfenced.intersects(pages) {
+            let tag = self.fence()?;
+            self.wait_fence(tag, watch)?;
+        }
+        Ok(())
+    }
+
+    fn overlaps(&self, run: PageRun) -> bool {
+        (run.first.0..run.end()).any(|page| self.unfenced.contains(page))
+    }
+
+    /// Once the guest stands still: sends what would have to be registered first by way of the staging region. What
+    /// is left goes the usual way.
+    #[inline]
+    fn staged_first(&mut self, piece: Piece, watch: &mut Watch<'_>) -> Result<Option<Piece>> {
+        if self.registrations_before.is_none() {
+            return Ok(Some(piece));
+        }
+        let Some(mut staging) = self.staging.take() else { return Ok(Some(piece)) };
+        let rest = self.stage(piece, &mut staging, watch);
+        self.staging = Some(staging);
+        rest
+    }
+
+    fn stage(&mut self, piece: Piece, staging: &mut Staging, watch: &mut Watch<'_>) -> Result<Option<Piece>> {
+        let mut first = piece.run.first.0;
+        let write = self.request(piece)?;
+        if !self.link.is_ready(&write)? {
+            let (count, bytes) = staging.take(self.memory, piece.run)?;
+            let (local, remote) = staging.regions();
+            let writes = self.writes(&Arc::clone(local), remote, bytes)?;
+            self.post_all(&writes, watch)?;
+            first += count;
+        }
+        if first == piece.run.end() {
+            return Ok(None);
+        }
+        let rest = piece.part(first, piece.run.end());
+        staging.forget(rest.run);
+        Ok(Some(rest))
     }
 
     /// The first run of a piece that must be sent: not (never sent, and zero).
@@ -192,12 +328,14 @@ impl<'a> Pump<'a> {
     pub fn push_holes(&mut self, zeros: &Arc<MemoryRegion>, watch: &mut Watch<'_>) -> Result<u64> {
         let mut holes = self.sent.clone();
         self.memory.touched()?.into_iter().for_each(|run| holes.remove(run));
+        self.separate(&holes, watch)?;
         let (mut batch, mut at) = (Vec::with_capacity(BATCH), 0);
         while let Some(piece) = self.next_piece(&holes, at) {
             at = piece.run.end();
             let mut request = self.request(piece)?;
             request.local = zeros.slice(0, piece.run.bytes() as usize)?;
             batch.push(request);
+            self.unfenced.insert(piece.run);
             if batch.len() == BATCH {
                 self.post_all(&batch, watch)?;
                 watch()?;
@@ -213,28 +351,35 @@ impl<'a> Pump<'a> {
     /// Posts a piece of the device state, which lies at `offset` of the local state region already.
     pub fn push_state(&mut self, offset: usize, len: usize, watch: &mut Watch<'_>) -> Result<()> {
         self.last_completion = Instant::now();
-        let mut batch = Vec::new();
         let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
-        let mut at = offset;
-        while at < offset + len {
+        let writes = self.writes(&local, remote, offset..offset + len)?;
+        self.post_all(&writes, watch)?;
+        Ok(())
+    }
+
+    /// Writes of a part of a region to the same part of another, a stripe each at most.
+    fn writes(
+        &mut self,
+        local: &Arc<MemoryRegion>,
+        remote: RemoteRegion,
+        part: Range<usize>,
+    ) -> Result<Vec<WorkRequest>> {
+        let (mut writes, mut at) = (Vec::new(), part.start);
+        while at < part.end {
             let addr = remote.base + at as u64;
-            let piece = ((offset + len - at) as u64).min(STRIPE_BYTES - addr % STRIPE_BYTES) as usize;
-            let id = self.id();
-            batch.push(WorkRequest {
-                id,
-                local: local.slice(at, piece)?,
-                remote: RemoteAddr { key: remote.key, addr },
-            });
+            let piece = ((part.end - at) as u64).min(STRIPE_BYTES - addr % STRIPE_BYTES) as usize;
+            let remote = RemoteAddr { key: remote.key, addr };
+            writes.push(WorkRequest { id: self.id(), local: local.slice(at, piece)?, remote });
             at += piece;
         }
-        self.post_all(&batch, watch)?;
-        Ok(())
+        Ok(writes)
     }
 
     /// Sends a fence behind everything; its tag goes to the peer or to [`Self::wait_fence`].
     pub fn fence(&mut self) -> Result<FenceTag> {
         self.last_tag += 1;
         self.last_fence_received = false;
+        self.fenced = true;
         let tag = FenceTag(self.last_tag);
         self.link.fence(tag)?;
         Ok(tag)
@@ -247,6 +392,9 @@ impl<'a> Pump<'a> {
             self.poll(watch)?;
             let reached = self.completions.iter().any(|c| matches!(c, Completion::Fence(t) if *t >= tag));
             if reached {
+                if self.fenced && tag.0 == self.last_tag && !self.unfenced.is_empty() {
+                    self.unfenced = DirtyBitmap::new(self.memory.pages());
+                }
                 return Ok(());
             }
         }
@@ -256,14 +404,19 @@ impl<'a> Pump<'a> {
     /// and one stripe of the remote address.
     #[inline]
     fn next_piece(&self, dirty: &DirtyBitmap, at: u64) -> Option<Piece> {
-        let run = dirty.next_run(at, STRIPE_BYTES / PAGE_BYTES)?;
+        Some(self.first_piece(dirty.next_run(at, STRIPE_BYTES / PAGE_BYTES)?))
+    }
+
+    /// The first part of a run that one work request can carry.
+    #[inline]
+    fn first_piece(&self, run: PageRun) -> Piece {
         let first = run.first.0;
         let (slot, offset) = self.memory.locate(first);
         let slot_end = self.memory.slots()[slot].run().end();
         let addr = self.slots[slot].base + offset;
         let stripe_pages = (STRIPE_BYTES - addr % STRIPE_BYTES).div_ceil(PAGE_BYTES);
         let run = PageRun::between(first, run.end().min(slot_end).min(first + stripe_pages));
-        Some(Piece { run, slot, offset })
+        Piece { run, slot, offset }
     }
 
     #[inline]
@@ -302,6 +455,7 @@ impl<'a> Pump<'a> {
         while posted < batch.len() {
             let accepted = self.link.post(&batch[posted..])?;
             posted += accepted;
+            self.fenced &= accepted == 0;
             self.in_flight += accepted as u64;
             if posted < batch.len() {
                 self.poll(watch)?;
@@ -366,3 +520,6 @@ impl<'a> Pump<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -84,6 +84,12 @@ pub struct MigrationReport {
     pub bytes_skipped: u64,
     /// Bytes of device state.
     pub state_bytes: u64,
+    /// Pages that were touched first right before the pause and went by the staging region.
+    #[serde(default)]
+    pub staged_pages: u64,
+    /// Registrations of memory with the RDMA device, at both ends, while the guest stood still.
+    #[serde(default)]
+    pub registrations_in_blackout: u64,
     /// Control messages, both directions.
     pub control_messages: u64,
     /// From the request until the guest ran at the destination, in microseconds.
@@ -114,6 +120,8 @@ impl MigrationReport {
             bytes_written: 0,
             bytes_skipped: 0,
             state_bytes: 0,
+            staged_pages: 0,
+            registrations_in_blackout: 0,
             control_messages: 0,
             total_us: 0,
             rounds: Vec::new(),

@@ -13,6 +13,7 @@ use crate::progress::{Monitor, Stage};
 use crate::protocol::{Accept, Cause, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
 use crate::report::{Blackout, MigrationReport, Outcome, Round};
 use crate::session::{self, Session, aborted};
+use crate::staging::{STAGING_BYTES, Staging};
 use crate::switchover::{Committed, Paused};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{MemoryRegion, STRIPE_BYTES, TransportKind};
@@ -33,6 +34,12 @@ const ASK_AGAIN_EVERY: Duration = Duration::from_millis(500);
 /// The beginning of the state region is populated ahead at both ends: no first touch in the blackout. A
 /// QEMU without a video card stays below it.
 pub const STATE_WARM_BYTES: usize = 1 << 20;
+/// Of the device state, what is registered ahead at both ends beside twice what is expected: more than the states of
+/// devices and vCPUs that nobody foresees. Video memory may come twice.
+const STATE_BYTES_UNFORESEEN: usize = 8 << 20;
+/// How often the source looks for memory that was touched for the first time, right before the pause. Each look takes
+/// as long as registering what the one before has found; what the last finds goes by the staging region.
+const FRESH_LOOKS_MAX: u32 = 4;
 /// What the link is taken for until a round has measured it.
 const BYTES_PER_SECOND_GUESS: f64 = 500e6;
 /// How long a guest may stand still at most, beside what was asked for and predicted.
@@ -251,8 +258,9 @@ impl Ferry<'_> {
         guest.settle_io()?;
         let touched = memory.touched()?;
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
+        let staging = MemoryRegion::anonymous(STAGING_BYTES)?;
         let link = session.opened.link.as_mut();
-        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &zeros]) {
+        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &staging, &zeros]) {
             link.register(region)?;
         }
         // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
@@ -269,7 +277,10 @@ impl Ferry<'_> {
         let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
         let remote_state = (Arc::clone(&state), accept.state.into());
         let rate_max = options.bytes_per_second_max;
-        let mut pump = Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max);
+        let mut pump = Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
+            .with_staging(Staging::new(staging, accept.staging.into()));
+        let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
+        pump.expect_blackout(state_ahead)?;
         let alive = guest.liveness();
         let control = &mut session.control;
 
@@ -293,10 +304,22 @@ impl Ferry<'_> {
             }
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut watch)?;
+            if by_rdma {
+                // Nothing shall be registered once the guest stands still, not even in the background.
+                pump.wait_for_blackout(state_ahead, &mut watch)?;
+                pump.make_ready(touched.iter().copied(), &mut watch)?;
+                for _ in 0..FRESH_LOOKS_MAX {
+                    // What is found is sent after the pause, which settles all I/O.
+                    tracking.harvest(&mut dirty)?;
+                    if pump.make_ready(dirty.runs(u64::MAX), &mut watch)? {
+                        break;
+                    }
+                }
+            }
         }
 
         // The guest stands still.
-        pump.unpace();
+        pump.stand_still();
         monitor.check()?;
         let blackout_end = Instant::now() + blackout_max(options, memory.bytes());
         let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| not_after(blackout_end));
@@ -312,6 +335,11 @@ impl Ferry<'_> {
         self.report.bytes_written = pump.bytes_written();
         self.report.bytes_skipped = pump.bytes_skipped();
         self.report.state_bytes = drained.state_bytes();
+        self.report.staged_pages = drained.staged_pages();
+        self.report.registrations_in_blackout = drained.registrations();
+        if drained.registrations() > 0 {
+            tracing::warn!("{} registrations of memory in the blackout", drained.registrations());
+        }
         // The whole guest is on its way: should its QEMU die here now, it lives on there.
         // A queue pair that breaks is heard of at this end alone.
         let mut watch = || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });

@@ -77,6 +77,8 @@ pub struct Drained<'g> {
     was_running: bool,
     fence: FenceTag,
     state_bytes: u64,
+    staged: Vec<(u64, u32)>,
+    registrations: u64,
     digest: Option<u128>,
 }
 
@@ -108,7 +110,8 @@ impl<'g> Paused<'g> {
     }
 
     /// Sends the last dirty pages and the device state: harvest and post while the state is being saved,
-    /// harvest once more after the save (saving may write guest memory), and a fence behind it all.
+    /// harvest once more after the save (saving may write guest memory), and a fence behind it all. Before a page that
+    /// went with the first push goes again, the pump has that push received.
     /// `zeros` is given where memory may have been taken away from the guest meanwhile.
     pub fn drain(
         mut self,
@@ -149,6 +152,7 @@ impl<'g> Paused<'g> {
             pump.push_holes(zeros, watch)?;
         }
         let fence = pump.fence()?;
+        let (staged, registrations) = (pump.staged(), pump.registrations_since());
         self.blackout.push += lap(since);
         Ok(Drained {
             guest: self.guest,
@@ -158,6 +162,8 @@ impl<'g> Paused<'g> {
             was_running: self.was_running,
             fence,
             state_bytes: saved as u64,
+            staged,
+            registrations,
             digest: None,
         })
     }
@@ -168,6 +174,18 @@ impl<'g> Drained<'g> {
     #[must_use]
     pub fn state_bytes(&self) -> u64 {
         self.state_bytes
+    }
+
+    /// Pages that went to the staging region.
+    #[must_use]
+    pub fn staged_pages(&self) -> u64 {
+        self.staged.len() as u64
+    }
+
+    /// Registrations of memory that were made in the blackout.
+    #[must_use]
+    pub fn registrations(&self) -> u64 {
+        self.registrations
     }
 
     /// Digests all memory, to be compared at the destination.
@@ -188,6 +206,7 @@ impl<'g> Drained<'g> {
             fence: self.fence.0,
             state_bytes: self.state_bytes,
             was_running: self.was_running,
+            staged: self.staged,
             digest: self.digest,
         };
         control.send(&Message::Prepare(prepare), deadline)?;

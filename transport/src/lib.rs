@@ -15,21 +15,23 @@
 //! # The contract, the same for every link
 //!
 //! - **Lane.** One queue pair or one TCP connection. A remote address belongs to one lane for the
-//!   life of the link ([`lane_of`]: stripes of [`STRIPE_BYTES`] go round the lanes), so two writes
-//!   to one address never overtake each other. Writes to different stripes may.
+//!   life of the link ([`lane_of`]: stripes of [`STRIPE_BYTES`] go round the lanes).
+//! - **One write between two fences.** Writes between two fences come in any order, those to one lane too: memory
+//!   may take them as it likes. So of two writes to one address, the second may be posted only when a fence behind
+//!   the first has been polled ([`Completion::Fence`]). Otherwise any mix of both may be what is left.
 //! - **Post.** [`Initiator::post`] accepts a prefix of the batch and says how long it is; zero means
 //!   that there is no credit, or that memory is still being made ready, and the caller should
 //!   [`Initiator::poll`]. The local memory may go on
 //!   changing while a write is in flight: what arrives is then any mix of old and new bytes, and it
 //!   is the caller's duty to write that memory again.
 //! - **Expect.** A link that pins memory needs to know ahead what will be written: both ends say so
-//!   with `expect`, and pin beside the data, so that nothing is pinned in the blackout. On other
-//!   links it does nothing.
+//!   with `expect`, and pin beside the data. [`Initiator::make_ready`] waits for that, so that nothing is pinned
+//!   in the blackout. On other links both do nothing.
 //! - **Completion of a write.** The link is done with the local memory. It says nothing about the
 //!   remote side.
 //! - **Fence.** [`Initiator::fence`] is ordered behind every write posted before it, on every lane.
 //!   When [`Target::wait_fence`] returns, the destination's CPU sees all of those writes. When the
-//!   initiator polls [`Completion::Fence`], the target's link has received the fence on every lane.
+//!   initiator polls [`Completion::Fence`], the target's host has said so: it has the fence on every lane.
 //!   A fence is the only proof that bytes have arrived.
 //! - **Credits.** Each lane holds a bounded number of bytes and work requests in flight
 //!   ([`credit`]); memory use does not grow with what is posted.

@@ -63,6 +63,24 @@ pub trait Initiator: Send {
         Ok(())
     }
 
+    /// Has the memory of these writes made ready at both ends without posting them. True if all of it is; if not,
+    /// it is being done, and the caller asks again after a [`Self::poll`].
+    fn make_ready(&mut self, writes: &[WorkRequest]) -> Result<bool> {
+        let _ = writes;
+        Ok(true)
+    }
+
+    /// Whether a write could be posted now as far as its memory is concerned. Asks nobody for anything.
+    fn is_ready(&mut self, write: &WorkRequest) -> Result<bool> {
+        let _ = write;
+        Ok(true)
+    }
+
+    /// Registrations that were made so far, at this end and, as far as it has said so, at the other.
+    fn registrations(&self) -> u64 {
+        0
+    }
+
     /// Posts a prefix of `batch` and returns its length; zero means no credit, or memory that one of
     /// the ends is still making ready. Whatever was accepted is on its way when this returns: no
     /// further call is needed to flush it.

@@ -52,6 +52,8 @@ pub struct Faults {
     pub speeds: Vec<u64>,
     /// A lane on which every fence comes late.
     pub late_fence: Option<LateFence>,
+    /// Writes between two fences of a lane arrive in any order, as they may on every link.
+    pub relaxed: bool,
 }
 
 /// A lane, and the number of bytes that arrive on it before it fails.
@@ -278,7 +280,12 @@ impl World {
             lane.held_turns -= 1;
             return;
         }
-        match lane.wire.pop_front() {
+        let writes = lane.wire.iter().take_while(|packet| matches!(packet, Packet::Write { .. })).count();
+        if self.faults.relaxed && writes > 1 {
+            let chosen = self.below(writes as u64) as usize;
+            self.lanes[index].wire.swap(0, chosen);
+        }
+        match self.lanes[index].wire.pop_front() {
             None => {}
             Some(Packet::Fence(_)) if self.left(index, self.faults.death) == 0 => {
                 self.failure.get_or_insert(dead(index));

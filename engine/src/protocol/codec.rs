@@ -221,11 +221,13 @@ mod tests {
                 let lanes = if rdma { Lanes::Rdma } else { Lanes::Tcp };
                 Message::Offer(Offer { touched, verify, lanes })
             }),
-            (prop::collection::vec(exposed(), 0..4), exposed())
-                .prop_map(|(slots, state)| Message::Accept(Accept { slots, state })),
-            any::<(u32, u64, bool, Option<u128>)>().prop_map(|(fence, state_bytes, was_running, digest)| {
-                Message::Prepare(Prepare { fence, state_bytes, was_running, digest })
-            }),
+            (prop::collection::vec(exposed(), 0..4), exposed(), exposed())
+                .prop_map(|(slots, state, staging)| Message::Accept(Accept { slots, state, staging })),
+            any::<(u32, u64, bool, Vec<(u64, u32)>, Option<u128>)>().prop_map(
+                |(fence, state_bytes, was_running, staged, digest)| {
+                    Message::Prepare(Prepare { fence, state_bytes, was_running, staged, digest })
+                }
+            ),
             any::<(u64, u64, u64)>().prop_map(|(load_us, fence_us, verify_us)| Message::Ready(Ready {
                 load_us,
                 fence_us,

@@ -113,6 +113,8 @@ pub struct Accept {
     pub slots: Vec<Exposed>,
     /// Where the device state goes.
     pub state: Exposed,
+    /// Where pages go whose memory is not registered when the guest stands still.
+    pub staging: Exposed,
 }
 
 /// See [`Message::Prepare`].
@@ -124,6 +126,8 @@ pub struct Prepare {
     pub state_bytes: u64,
     /// Whether the vCPUs ran before the pause.
     pub was_running: bool,
+    /// Pages that are in the staging region, with their slots there.
+    pub staged: Vec<(u64, u32)>,
     /// Digest of all memory, where it was asked for.
     pub digest: Option<u128>,
 }
@@ -280,7 +284,10 @@ impl Accept {
             |region: &Exposed, bytes: u64| region.bytes == bytes && region.base.checked_add(bytes).is_some();
         let slots = self.slots.len() == slot_bytes.len()
             && self.slots.iter().zip(slot_bytes).all(|(r, b)| sized(r, *b));
-        if slots && sized(&self.state, state_bytes_max) {
+        if slots
+            && sized(&self.state, state_bytes_max)
+            && sized(&self.staging, crate::staging::STAGING_BYTES as u64)
+        {
             Ok(())
         } else {
             Err(Error::Protocol("an Accept whose regions are not those of the offered memory".into()))

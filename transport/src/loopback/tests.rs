@@ -28,7 +28,31 @@ mod rough {
     crate::contract::contract_tests!(|lanes| super::pair_with(lanes, faults(lanes as u64)));
 }
 
+mod relaxed {
+    use super::Faults;
+    crate::contract::contract_tests!(|lanes| super::pair_with(
+        lanes,
+        Faults { seed: 7, relaxed: true, ..Faults::default() }
+    ));
+}
+
 const MIB: usize = 1 << 20;
+
+#[test]
+fn without_a_fence_between_them_the_last_of_two_writes_need_not_win() {
+    let lost = (0..50).any(|seed| {
+        let mut pair = pair_with(1, Faults { seed, relaxed: true, ..Faults::default() });
+        let (source, destination, remote) = regions(&mut pair, 8192, &mut Random(2));
+        source.write(0, &[1; 4096]).unwrap();
+        source.write(4096, &[2; 4096]).unwrap();
+        let both = [request(0, &source, 0, 4096, remote, 0), request(1, &source, 4096, 4096, remote, 0)];
+        post_all(&mut *pair.initiator, &both, &mut Vec::new()).unwrap();
+        pair.initiator.fence(FenceTag(1)).unwrap();
+        pair.target.wait_fence(FenceTag(1), soon()).unwrap();
+        contents(&destination)[0] == 1
+    });
+    assert!(lost);
+}
 
 #[test]
 fn the_same_seed_makes_the_same_world() {

@@ -75,6 +75,16 @@ struct Refused {
     remote: (u32, u64),
 }
 
+/// The keys of a write whose memory is ready at both ends.
+struct Keys {
+    /// Of the local memory: they differ where it lies across two registrations.
+    first: u32,
+    last: u32,
+    remote: u32,
+    /// Stripes of the local memory.
+    stripes: Range<usize>,
+}
+
 /// What became of a request.
 enum Admission {
     Posted,
@@ -109,6 +119,8 @@ impl RdmaInitiator {
         let mut this = Self::over(lanes, Box::new(pinner), health, path, options)?;
         this.device = Some(Device { monitor, completions, domain });
         this.write_bytes_max = limits.write_bytes as usize;
+        // Of an iWARP connection it is the side that connected which must speak first (RFC 5044, 7.1).
+        this.lanes[0].send(&Message::Taken).map_err(|failure| Error::from(&failure))?;
         Ok(this)
     }
 
@@ -241,6 +253,16 @@ impl RdmaInitiator {
         Ok(())
     }
 
+    /// Sends the wishes that have come up.
+    #[inline]
+    fn wish(&mut self) {
+        if !self.wants.is_empty()
+            && let Err(failure) = self.tell()
+        {
+            self.health.fail(failure);
+        }
+    }
+
     /// The failure of the link, if there is one. A peer that has hung up may have done so because of one
     /// of our own writes, whose completion then comes a little later and says more.
     fn check(&mut self) -> Result<()> {
@@ -255,23 +277,37 @@ impl RdmaInitiator {
         self.health.check()
     }
 
-    /// Gives one request to its lane, if there is room and its memory is ready at both ends.
+    /// The keys of a write, or what of its memory is missing and what is known of the remote part.
     #[inline]
-    fn admit(&mut self, request: &WorkRequest) -> Result<Admission> {
+    fn keys(&mut self, request: &WorkRequest) -> Result<std::result::Result<Keys, (Refused, Remote)>> {
         request.check()?;
         let region = self.find(request)?;
         let (offset, len) = (request.local.offset(), request.local.len());
         let stripes = offset / STRIPE..(offset + len - 1) / STRIPE + 1;
         let remote = (request.remote.key.0, request.remote.addr / STRIPE_BYTES);
         let pins = &self.regions[region];
-        let first_key = pins.key(stripes.start);
-        let last_key = if stripes.len() == 1 { first_key } else { pins.key(stripes.end - 1) };
+        let first = pins.key(stripes.start);
+        let last = if stripes.len() == 1 { first } else { pins.key(stripes.end - 1) };
         let known = self.remote.get(remote.0, remote.1);
-        let (Some(first_key), Some(last_key), Remote::Ready(remote_key)) = (first_key, last_key, known)
-        else {
-            return self.prepare(Refused { region, stripes, remote }, known);
-        };
-        let on_device = self.remote.on_device(remote.0, request.remote.addr);
+        Ok(match (first, last, known) {
+            (Some(first), Some(last), Remote::Ready(remote)) => Ok(Keys { first, last, remote, stripes }),
+            _ => Err((Refused { region, stripes, remote }, known)),
+        })
+    }
+
+    /// Gives one request to its lane, if there is room and its memory is ready at both ends.
+    #[inline]
+    fn admit(&mut self, request: &WorkRequest) -> Result<Admission> {
+        let Keys { first: first_key, last: last_key, remote: remote_key, stripes } =
+            match self.keys(request)? {
+                Ok(keys) => keys,
+                Err((refused, known)) => {
+                    self.prepare(refused, known)?;
+                    return Ok(Admission::NotReady);
+                }
+            };
+        let (offset, len) = (request.local.offset(), request.local.len());
+        let on_device = self.remote.on_device(request.remote.key.0, request.remote.addr);
         let lane = lane_of(request.remote.addr, self.lanes.len());
         let lane = &mut self.lanes[lane];
         // Where the key of the local memory changes, if it does. A write is no longer than a stripe.
@@ -315,7 +351,7 @@ impl RdmaInitiator {
 
     /// Has memory made ready that nobody expected, at either end.
     #[cold]
-    fn prepare(&mut self, refused: Refused, known: Remote) -> Result<Admission> {
+    fn prepare(&mut self, refused: Refused, known: Remote) -> Result<()> {
         let (key, stripe) = refused.remote;
         match known {
             Remote::Foreign => {
@@ -327,9 +363,12 @@ impl RdmaInitiator {
             }
             Remote::Unknown => {
                 self.remote.asked(stripe);
-                self.wants.push_back(Stripes { region: key, first: stripe, count: 1 });
-                if let Err(failure) = self.tell() {
-                    self.health.fail(failure);
+                match self.wants.back_mut() {
+                    // One that has not been sent yet takes in its neighbour.
+                    Some(last) if last.region == key && last.first + u64::from(last.count) == stripe => {
+                        last.count += 1;
+                    }
+                    _ => self.wants.push_back(Stripes { region: key, first: stripe, count: 1 }),
                 }
             }
             Remote::Asked | Remote::Ready(_) => {}
@@ -340,7 +379,7 @@ impl RdmaInitiator {
             registrar.urge(&pins, &refused.stripes, jobs);
         }
         self.refused = Some(refused);
-        Ok(Admission::NotReady)
+        Ok(())
     }
 
     /// Whether what the last post was refused for is there now.
@@ -398,6 +437,27 @@ impl Initiator for RdmaInitiator {
         super::expect(self.registrar.as_ref(), pins, parts, self.chunk)
     }
 
+    fn make_ready(&mut self, writes: &[WorkRequest]) -> Result<bool> {
+        self.collect();
+        self.check()?;
+        self.refused = None;
+        for write in writes {
+            if let Err((refused, known)) = self.keys(write)? {
+                self.prepare(refused, known)?;
+            }
+        }
+        self.wish();
+        Ok(self.refused.is_none())
+    }
+
+    fn is_ready(&mut self, write: &WorkRequest) -> Result<bool> {
+        Ok(self.keys(write)?.is_ok())
+    }
+
+    fn registrations(&self) -> u64 {
+        self.registrar.as_ref().map_or(0, Registrar::made) + self.remote.grants()
+    }
+
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize> {
         self.collect();
         self.check()?;
@@ -413,6 +473,7 @@ impl Initiator for RdmaInitiator {
                 }
             }
         }
+        self.wish();
         self.on_lanes(Lane::flush)?;
         match wrong {
             // What came before it is on its way: the caller hears of it when it posts the rest.

@@ -141,6 +141,7 @@ pub(crate) struct RemoteKeys {
     stripes: Vec<Entry>,
     /// What must be added to an address of a region for the target's device. Nearly always there is none.
     shifts: Vec<(u32, u64)>,
+    grants: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,6 +175,11 @@ impl RemoteKeys {
         self.stripes[stripe as usize] = ASKED;
     }
 
+    /// How often the target has announced a key.
+    pub(crate) fn grants(&self) -> u64 {
+        self.grants
+    }
+
     /// Takes in what the target announces, or says what is wrong with it.
     pub(crate) fn grant(&mut self, grant: Grant) -> Result<(), String> {
         let Stripes { region, first, count } = grant.stripes;
@@ -187,6 +193,7 @@ impl RemoteKeys {
             return Err(format!("a second key for some of {count} stripes at {first}"));
         }
         entries.fill(Entry { region, key: grant.key });
+        self.grants += 1;
         Ok(())
     }
 

@@ -88,6 +88,7 @@ pub(crate) struct Lane {
     slots: Vec<u16>,
     fence_slots: Vec<u16>,
     flow: Flow,
+    heard: bool,
     /// Writes that are done and still hold their credits.
     finished: (usize, u64),
     packet_shift: u32,
@@ -136,6 +137,7 @@ impl Lane {
             slots: (0..MESSAGES_MAX as u16).collect(),
             fence_slots: (MESSAGES_MAX as u16..RESERVED as u16).collect(),
             flow: Flow::default(),
+            heard: false,
             finished: (0, 0),
             packet_shift: mtu.max(256).ilog2(),
             wire_bytes: 0,
@@ -194,6 +196,11 @@ impl Lane {
         let posted = Posted { id: WorkId(0), addr: 0, len: local.len, kind };
         self.push(posted, Operation::Send { local }, true)?;
         self.flush()
+    }
+
+    /// Whether the peer has said anything yet.
+    pub(crate) fn heard(&self) -> bool {
+        self.heard
     }
 
     /// Whether [`Self::send`] would send.
@@ -339,6 +346,7 @@ impl Lane {
         self.queue.replenish(slot).map_err(|e| self.os("posting a receive", e))?;
         let len = (done.len as usize).min(MESSAGE_BYTES);
         let (message, taken) = Message::decode(&bytes[..len]).map_err(|what| self.nonsense(what))?;
+        self.heard = true;
         if message.counts() {
             self.flow.receive();
         }

@@ -18,7 +18,7 @@
 //! not ready at both ends is not accepted yet. The target's addresses are those of `exposed.rs`, which
 //! the device is given as the registrations' own (`ibv_reg_mr_iova`), so chunks do not show in them.
 //!
-//! Registrations are made without relaxed ordering: `docs/decisions/0015` says why.
+//! Registrations are made with relaxed ordering where the device takes it: `docs/decisions/0017` says why that is right.
 
 mod cm;
 mod connect;

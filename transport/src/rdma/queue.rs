@@ -3,7 +3,8 @@
 //! [`VerbsQueue`](super::verbs_queue::VerbsQueue) is the device's queue pair; [`Null`] completes whatever it
 //! is given at once, to measure what a page costs on our own side of the seam.
 
-use super::message::MESSAGE_BYTES;
+use super::message::{MESSAGE_BYTES, Message};
+use crate::work::FenceTag;
 use rdma_sys::{IBV_SEND_SIGNALED, IBV_WR_RDMA_WRITE, IBV_WR_SEND, ibv_send_wr, ibv_sge};
 use std::collections::VecDeque;
 
@@ -153,10 +154,12 @@ impl Chain {
 // SAFETY: integers, null pointers and unions of such: zero is a value of each.
 const BLANK: ibv_send_wr = unsafe { std::mem::zeroed() };
 
-/// A device that has done everything as soon as it is told.
+/// A device that has done everything as soon as it is told, and a peer that answers fences.
 #[derive(Debug, Default)]
 pub(crate) struct Null {
     done: VecDeque<u64>,
+    /// The fences that were put and have no answer yet.
+    fences: VecDeque<FenceTag>,
 }
 
 impl Queue for Null {
@@ -173,22 +176,41 @@ impl Queue for Null {
         for (done, id) in done.iter_mut().zip(self.done.drain(..count)) {
             *done = Done { id, ..Done::default() };
         }
-        Ok(count)
+        let answers = usize::from(count < DONE_MAX && !self.fences.is_empty());
+        if answers > 0 {
+            let len = self.answer()?.1 as u32;
+            done[count] = Done { id: RECEIVE, len, ..Done::default() };
+        }
+        Ok(count + answers)
     }
 
     fn replenish(&mut self, _slot: usize) -> Result<(), i32> {
+        self.fences.pop_front();
         Ok(())
     }
 
     fn received(&self, _slot: usize) -> Result<[u8; MESSAGE_BYTES], i32> {
-        Err(libc::EINVAL)
+        Ok(self.answer()?.0)
     }
 
     fn put(&mut self, _slot: usize, bytes: &[u8]) -> Result<Local, i32> {
+        if let Ok((Message::Fence { tag, .. }, _)) = Message::decode(bytes) {
+            self.fences.push_back(tag);
+        }
         Ok(Local { addr: 0, len: bytes.len() as u32, key: 0 })
     }
 
     fn arm(&mut self) -> Result<(), i32> {
         Ok(())
+    }
+}
+
+impl Null {
+    /// The answer to the oldest fence, and its length.
+    fn answer(&self) -> Result<([u8; MESSAGE_BYTES], usize), i32> {
+        let tag = *self.fences.front().ok_or(libc::EINVAL)?;
+        let mut bytes = [0; MESSAGE_BYTES];
+        let len = Message::Reached(tag).encode(0, &mut bytes);
+        Ok((bytes, len))
     }
 }

@@ -51,6 +51,7 @@ struct Shared {
 struct Jobs {
     waiting: VecDeque<Job>,
     held: Vec<Hold>,
+    made: u64,
     stopping: bool,
 }
 
@@ -98,6 +99,11 @@ impl Registrar {
         self.shared.changed.notify_all();
     }
 
+    /// How many registrations were made so far.
+    pub(crate) fn made(&self) -> u64 {
+        self.shared.jobs().made
+    }
+
     /// Takes every registration back.
     pub(crate) fn forget(&self) {
         let held = std::mem::take(&mut self.shared.jobs().held);
@@ -132,6 +138,7 @@ impl Shared {
             match pinned {
                 Ok((key, hold)) => {
                     jobs.held.push(hold);
+                    jobs.made += 1;
                     drop(jobs);
                     job.pins.ready(&job.stripes, key);
                     (self.ready)(&job, key);

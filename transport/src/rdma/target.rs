@@ -320,6 +320,10 @@ impl Service {
     /// Tells the peer which fence has come and what has become ready. True if there was anything.
     fn announce(&mut self) -> Result<bool, LaneFailure> {
         let mut any = false;
+        // The initiator speaks first: an iWARP connection takes nothing from this side before that.
+        if !self.lanes[0].heard() {
+            return Ok(false);
+        }
         self.lanes[0].acknowledge()?;
         if let Some(tag) = self.reached
             && self.lanes[0].send(&Message::Reached(tag))?

@@ -86,6 +86,57 @@ mod lab_contract_in_small_pieces {
 
 const MIB: usize = 1 << 20;
 
+/// Memory of this process that devices have pinned, in bytes.
+fn pinned() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap() << 10
+}
+
+#[test]
+#[ignore = "needs an RDMA device"]
+fn lab_memory_in_huge_pages_is_registered_and_counted_once() {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    let name = "lab_memory_in_huge_pages_is_registered_and_counted_once";
+    if !can_run(name) {
+        return;
+    }
+    let reserved = "/proc/sys/vm/nr_hugepages";
+    std::fs::write(reserved, "24").unwrap();
+    // Nine stripes, in registrations of four.
+    let len = 18 * MIB;
+    let huge = || {
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB).unwrap();
+        rustix::fs::ftruncate(&file, len as u64).unwrap();
+        MemoryRegion::map_shared(std::os::fd::AsFd::as_fd(&file), 0, len, Access::Write).unwrap()
+    };
+    let (source, destination) = (huge(), huge());
+    let (mut initiator, mut target) =
+        ends(2, &RdmaOptions { chunk_bytes: 8 * MIB, ..RdmaOptions::default() });
+    let before = (pinned(), initiator.registrations());
+    fill(&source, &mut Random(1));
+    initiator.register(&source).unwrap();
+    initiator.expect(&source, &[0..len]).unwrap();
+    let remote = target.expose(&destination).unwrap();
+    target.expect(&destination, &[0..len]).unwrap();
+    let batch = stripes(&source, remote);
+    let deadline = soon();
+    while !initiator.make_ready(&batch).unwrap() {
+        initiator.poll(&mut Vec::new(), deadline).unwrap();
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(initiator.registrations() - before.1, 2 * 3, "four, four and one stripe at each end");
+    assert_eq!(pinned() - before.0, 2 * len);
+    post_all(&mut initiator, &batch, &mut Vec::new()).unwrap();
+    initiator.fence(FenceTag(1)).unwrap();
+    target.wait_fence(FenceTag(1), soon()).unwrap();
+    assert_eq!(initiator.registrations() - before.1, 2 * 3);
+    assert_eq!(target.bytes_placed().unwrap(), len as u64);
+    assert!(contents(&destination) == contents(&source));
+    drop((initiator, target, batch, source, destination));
+    std::fs::write(reserved, "0").unwrap();
+}
+
 /// Runs a command of the lab machine.
 fn run(command: &str, arguments: &[&str]) {
     let status = Command::new(command).args(arguments).status().unwrap();
