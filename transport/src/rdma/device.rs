@@ -8,15 +8,16 @@
 //!   peer_memory()        modules that let a NIC reach the memory of other devices
 //! ```
 //!
-//! It only looks: nothing is registered, created or changed.
+//! It only looks, and registers one page of its own for a moment, to see whether the device takes relaxed ordering.
 
 mod sysfs;
 
+use crate::region::MemoryRegion;
 use rdma_sys::{
-    IBV_LINK_LAYER_ETHERNET, IBV_LINK_LAYER_INFINIBAND, IBV_MTU_256, IBV_MTU_4096, IBV_NODE_RNIC,
-    IBV_ODP_SUPPORT, IBV_ODP_SUPPORT_WRITE, IBV_PORT_ACTIVE, IBV_PORT_ACTIVE_DEFER, IBV_PORT_ARMED,
-    IBV_PORT_DOWN, IBV_PORT_INIT, LibIbverbs, Libraries, OpenError, ibv_context, ibv_device,
-    ibv_device_attr_ex, ibv_port_attr,
+    IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_RELAXED_ORDERING, IBV_LINK_LAYER_ETHERNET, IBV_LINK_LAYER_INFINIBAND,
+    IBV_MTU_256, IBV_MTU_4096, IBV_NODE_RNIC, IBV_ODP_SUPPORT, IBV_ODP_SUPPORT_WRITE, IBV_PORT_ACTIVE,
+    IBV_PORT_ACTIVE_DEFER, IBV_PORT_ARMED, IBV_PORT_DOWN, IBV_PORT_INIT, LibIbverbs, Libraries, OpenError,
+    ibv_context, ibv_device, ibv_device_attr_ex, ibv_port_attr,
 };
 use std::ffi::CStr;
 use std::fmt;
@@ -70,6 +71,8 @@ pub struct Device {
     /// Whether memory that is the source of an RDMA write on a reliable connection can be registered without being
     /// pinned.
     pub on_demand_paging: bool,
+    /// Whether memory can be registered with relaxed ordering. `None` if no memory could be registered at all.
+    pub relaxed_ordering: Option<bool>,
     /// Its ports, in order.
     pub ports: Vec<Port>,
 }
@@ -324,10 +327,38 @@ fn ask(verbs: &LibIbverbs, device: *mut ibv_device) -> Result<Device, Unusable> 
         .map(|number| context.port(&name, node_type, number))
         .collect::<io::Result<_>>()
         .map_err(|e| unusable("asking for a port", e))?;
-    Ok(Device { guid, limits: limits(&attr), on_demand_paging: on_demand_paging(&attr), ports, name })
+    Ok(Device {
+        guid,
+        limits: limits(&attr),
+        on_demand_paging: on_demand_paging(&attr),
+        relaxed_ordering: context.takes_relaxed_ordering(),
+        ports,
+        name,
+    })
 }
 
 impl Context<'_> {
+    /// Registers one page with and, if that is refused, without relaxed ordering.
+    fn takes_relaxed_ordering(&self) -> Option<bool> {
+        /// A page of any host of ours.
+        const TRIAL_BYTES: usize = 4096;
+        let memory = MemoryRegion::anonymous(TRIAL_BYTES).ok()?;
+        // SAFETY: the context is open.
+        let domain = NonNull::new(unsafe { self.verbs.ibv_alloc_pd(self.raw.as_ptr()) })?;
+        let takes = |flags: u32| {
+            let access = (IBV_ACCESS_LOCAL_WRITE | flags) as i32;
+            let start = memory.as_ptr().cast();
+            // SAFETY: the domain is there, and the memory is mapped until after the registration has ended.
+            let made = unsafe { self.verbs.ibv_reg_mr(domain.as_ptr(), start, TRIAL_BYTES, access) };
+            // SAFETY: made a moment ago and used by nobody. A failure leaves nothing to be done.
+            NonNull::new(made).map(|made| unsafe { self.verbs.ibv_dereg_mr(made.as_ptr()) }).is_some()
+        };
+        let taken = if takes(IBV_ACCESS_RELAXED_ORDERING) { Some(true) } else { takes(0).then_some(false) };
+        // SAFETY: made above, and nothing stands on it any more.
+        unsafe { self.verbs.ibv_dealloc_pd(domain.as_ptr()) };
+        taken
+    }
+
     fn port(&self, device: &str, node_type: i32, number: u8) -> io::Result<Port> {
         let mut attr = ibv_port_attr::default();
         // SAFETY: the context is open, `attr` may be written.

@@ -76,10 +76,15 @@ fn one_device(device: &Device) -> Finding {
     } else {
         "pins what it registers (no ODP for writes), so all of a guest's memory must fit in RAM while it moves"
     };
+    let ordering = match device.relaxed_ordering {
+        Some(true) => "registers with relaxed ordering",
+        Some(false) => "registers without relaxed ordering, which it refuses",
+        None => "could not register a page just now",
+    };
     good(
         RDMA,
         format!(
-            "{}: {} queue pairs of {} work requests, {} completions a queue, regions up to {}; {paging}",
+            "{}: {} queue pairs of {} work requests, {} completions a queue, regions up to {}; {ordering}; {paging}",
             device.name,
             limits.queue_pairs,
             limits.work_requests,
@@ -240,7 +245,14 @@ mod tests {
             lid: 17,
             gids,
         };
-        Device { name: "mlx5_0".into(), guid: 1, limits, on_demand_paging: true, ports: vec![port] }
+        Device {
+            name: "mlx5_0".into(),
+            guid: 1,
+            limits,
+            on_demand_paging: true,
+            relaxed_ordering: Some(true),
+            ports: vec![port],
+        }
     }
 
     fn port_text(state: PortState, protocol: Protocol, gids: Vec<Gid>) -> (Grade, String) {
@@ -280,7 +292,7 @@ mod tests {
         assert_eq!(
             one_device(&device(PortState::Active, Protocol::Roce, vec![])).text,
             "mlx5_0: 131072 queue pairs of 32768 work requests, 4194303 completions a queue, regions up to any size; \
-             registers memory without pinning it if asked to (ODP)"
+             registers with relaxed ordering; registers memory without pinning it if asked to (ODP)"
         );
     }
 
