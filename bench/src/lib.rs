@@ -9,6 +9,7 @@ pub mod memory;
 pub mod peers;
 pub mod process;
 pub mod rdma;
+pub mod record;
 pub mod stats;
 pub mod watch;
 pub mod ways;

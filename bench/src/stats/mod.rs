@@ -1,9 +1,15 @@
-//! Medians and ranges.
+//! What a run's samples say: medians and ranges, intervals ([`bootstrap`]), percentiles ([`histogram`]), and whether
+//! two sets of them differ ([`permutation`]).
 
-use serde::Serialize;
+pub mod bootstrap;
+pub mod histogram;
+pub mod permutation;
+pub mod random;
+
+use serde::{Deserialize, Serialize};
 
 /// Samples of one figure.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Samples(pub Vec<f64>);
 
 impl Samples {
@@ -15,13 +21,7 @@ impl Samples {
     /// The middle one, or the mean of the two in the middle; NaN without samples.
     #[must_use]
     pub fn median(&self) -> f64 {
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
-        match sorted.len() {
-            0 => f64::NAN,
-            n if n % 2 == 1 => sorted[n / 2],
-            n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
-        }
+        median_of(&mut self.0.clone())
     }
 
     /// Smallest.
@@ -44,6 +44,21 @@ impl Samples {
         }
         format!("{:.digits$} [{:.digits$}..{:.digits$}]", self.median(), self.min(), self.max())
     }
+}
+
+/// The median of these, which are put in another order.
+pub(crate) fn median_of(samples: &mut [f64]) -> f64 {
+    let n = samples.len();
+    if n == 0 {
+        return f64::NAN;
+    }
+    let (below, middle, _) = samples.select_nth_unstable_by(n / 2, f64::total_cmp);
+    let middle = *middle;
+    if n % 2 == 1 {
+        return middle;
+    }
+    let below = below.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    f64::midpoint(below, middle)
 }
 
 #[cfg(test)]
