@@ -1,6 +1,7 @@
 //! The downtime laboratory: the same guest moved in several ways, and the same bytes, in turns within one run.
 
 pub mod bulk;
+pub mod compare;
 pub mod cost;
 pub mod cpu;
 pub mod floor;
