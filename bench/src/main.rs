@@ -2,15 +2,21 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
+use pageferry::cli::units::duration;
+use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, BulkOptions};
 use pageferry_bench::cost::{self, CostOptions, Row};
+use pageferry_bench::downtime::{self, Guest, MoveOptions};
 use pageferry_bench::machine::GuestOptions;
 use pageferry_bench::peers;
+use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
+use pageferry_bench::record::{Record, save};
 use pageferry_bench::ways::Way;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// The downtime laboratory.
 #[derive(Debug, Parser)]
@@ -30,6 +36,51 @@ enum Command {
     Rdma(RdmaArgs),
     /// What a page costs on its way from the dirty set to the RDMA device, which is none here.
     Cost(CostArgs),
+    /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
+    Downtime(DowntimeArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct DowntimeArgs {
+    /// A look within two minutes: 20 moves. The other options change it.
+    #[arg(long)]
+    quick: bool,
+    /// What is moved.
+    #[arg(long, value_enum, default_value = "synthetic")]
+    guest: Guest,
+    /// How often. [default: 200]
+    #[arg(long)]
+    moves: Option<u32>,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    memory: u32,
+    /// Memory written over and over, in MiB.
+    #[arg(long, default_value_t = 64)]
+    working: u32,
+    /// Writes in MB a second; 0 is as fast as the guest can.
+    #[arg(long, default_value_t = 40)]
+    rate: u32,
+    /// Threads that write.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    threads: u32,
+    /// What carries the data.
+    #[arg(long, value_enum, default_value = "tcp")]
+    transport: Transport,
+    /// Address of this host where the receiver listens; for RDMA that of a port.
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    address: IpAddr,
+    /// Lanes. [default: as `pageferry migrate`]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
+    lanes: Option<u8>,
+    /// Longest blackout that the engine is allowed.
+    #[arg(long, default_value = "30ms", value_parser = duration)]
+    downtime_max: Duration,
+    /// Plant a pause of this length into each blackout, to see that it is found.
+    #[arg(long, hide = true, default_value = "0ms", value_parser = duration)]
+    plant_pause: Duration,
+    /// Directory for the record.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -158,6 +209,7 @@ fn main() -> ExitCode {
         Command::Bulk(args) => run_bulk(&args),
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
+        Command::Downtime(args) => run_downtime(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -165,6 +217,41 @@ fn main() -> ExitCode {
             eprintln!("pageferry-bench: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Moves of a run that is not quick, and of one that is.
+const MOVES: [u32; 2] = [200, 20];
+
+fn run_downtime(args: &DowntimeArgs) -> Result<()> {
+    let options = MoveOptions {
+        guest: args.guest,
+        moves: args.moves.unwrap_or(MOVES[usize::from(args.quick)]),
+        memory_mib: args.memory,
+        working_mib: args.working,
+        rate_mb: args.rate,
+        threads: args.threads,
+        transport: args.transport,
+        address: args.address,
+        lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
+        downtime_max: args.downtime_max,
+        planted_pause: args.plant_pause,
+    };
+    save::prepare(&args.out)?;
+    let progress = Progress::begin("downtime")?;
+    let record = downtime::run(&options, &progress)?;
+    progress.end();
+    finish(&record, &args.out)
+}
+
+/// Shows a record and writes it. A run of which nothing succeeded is a failure, with its record kept all the same.
+fn finish(record: &Record, out: &Path) -> Result<()> {
+    print!("{}", record.show());
+    let json = save::save(record, out)?;
+    println!("{}", json.display());
+    match record.failures.first() {
+        Some(failure) if record.figures.is_empty() => bail!("nothing could be measured: {}", failure.why),
+        _ => Ok(()),
     }
 }
 

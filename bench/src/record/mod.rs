@@ -2,15 +2,16 @@
 //! looked at, compared and doubted long after.
 //!
 //! ```text
-//!   a command (downtime, ...)  ->  Record  ->  NAME.json   every sample, failures included
-//!                                     |    ->  NAME.html   the same for people (crate::report)
-//!                                     +---- compare A.json B.json  (crate::compare)
+//!   a command (downtime, ...)  ->  Record  ->  COMMAND-TIME.json   every sample, failures included
+//!                                                  |
+//!                                     compare A.json B.json  (crate::compare)
 //! ```
 //!
 //! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.
 
 mod host;
 pub mod save;
+pub mod show;
 
 pub use host::Host;
 

@@ -1,4 +1,4 @@
-//! Where records go: two files of one name, the record and its report.
+//! Where records go: a file of its own for each run.
 
 use super::Record;
 use anyhow::{Context, Result, bail};
@@ -16,7 +16,7 @@ pub fn prepare(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes both files. An earlier run's are never overwritten.
+/// Writes it. An earlier run's are never overwritten.
 pub fn save(record: &Record, directory: &Path) -> Result<PathBuf> {
     let stamp: String = record.begun().chars().filter(char::is_ascii_alphanumeric).collect();
     for count in 0..u32::MAX {

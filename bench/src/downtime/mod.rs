@@ -1,0 +1,339 @@
+//! Downtime, measured: one guest moved back and forth, and what the engine, the guest and a client of the guest each
+//! saw of it.
+//!
+//! ```text
+//!            request                      pause                            resume          running
+//!   total       |--------------------------------------------------------------------------->|
+//!   blackout                                |------------------------------------------------>|   engine's clock
+//!   guest gap                            |-------------------------------------->|               its heartbeats
+//!   client gap                          |---------------------------------------->|              longest wait for an answer
+//! ```
+//!
+//! All by one clock, that of this host. The engine's blackout ends when the source hears that the guest runs, so it may
+//! end after the first sign of life. A gap also has in it what surrounds the blackout: the last beat before it and, in a
+//! real guest, what it needs to get going again.
+
+pub mod client;
+pub mod service;
+mod synthetic;
+
+use crate::progress::Progress;
+use crate::record::{Migration, Record, Spec};
+use crate::stats::histogram::Histogram;
+use anyhow::{Context, Result, bail};
+use client::Client;
+use pageferry::link::{LinkChoice, Transport};
+use pageferry::policy::WhenStuck;
+use pageferry::report::{Blackout, MigrationReport, Outcome};
+use pageferry::source::MigrateOptions;
+use serde::Serialize;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::time::Duration;
+
+/// A client's question each millisecond: ten in the shortest blackouts that were seen.
+const ASK_EVERY: Duration = Duration::from_millis(1);
+
+/// For the guest's service to answer again once the guest runs.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+
+/// How long after a move its effects still count as its own: late work comes in a burst.
+const AFTERMATH: Duration = Duration::from_millis(100);
+
+/// So many failures in a row, and the rest will fail too.
+const FAILURES_IN_A_ROW_MAX: u32 = 3;
+
+/// The most moves of one run: each leaves the listening thread of its receiver behind.
+pub const MOVES_MAX: u32 = 5000;
+
+const TOTAL: Spec = Spec::headline("total", "ms");
+const BLACKOUT: Spec = Spec::headline("blackout", "ms");
+const GUEST_GAP: Spec = Spec::headline("guest gap", "ms");
+const CLIENT_GAP: Spec = Spec::headline("client gap", "ms");
+const PREDICTED: Spec = Spec::fact("predicted blackout", "ms");
+const ROUNDS: Spec = Spec::fact("rounds", "");
+const SENT: Spec = Spec::fact("sent", "MiB");
+const LOST: Spec = Spec::fact("requests lost", "");
+
+/// A slice of a blackout: its name, and where it is in the report.
+type Slice = (Spec, fn(&Blackout) -> u64);
+
+/// The slices of a blackout, in their order.
+const SLICES: [Slice; 7] = [
+    (Spec::part("pause", "ms"), |b| b.pause),
+    (Spec::part("harvest", "ms"), |b| b.harvest),
+    (Spec::part("push", "ms"), |b| b.push),
+    (Spec::part("save", "ms"), |b| b.save),
+    (Spec::part("load", "ms"), |b| b.load),
+    (Spec::part("commit", "ms"), |b| b.commit),
+    (Spec::part("resume", "ms"), |b| b.resume),
+];
+
+/// What kind of guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Guest {
+    /// Threads that write memory, in this process: the engine's own part of a blackout.
+    Synthetic,
+}
+
+/// What is moved, how often and how.
+#[derive(Debug, Clone, Serialize)]
+pub struct MoveOptions {
+    /// See [`Guest`].
+    pub guest: Guest,
+    /// Moves.
+    pub moves: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Memory written over and over, in MiB.
+    pub working_mib: u32,
+    /// Writes in MB a second; 0 is as fast as the guest can.
+    pub rate_mb: u32,
+    /// Threads that write.
+    pub threads: u32,
+    /// What carries the data.
+    pub transport: Transport,
+    /// Where the receiver listens.
+    pub address: IpAddr,
+    /// Lanes.
+    pub lanes: u8,
+    /// Longest blackout that the engine is allowed.
+    pub downtime_max: Duration,
+    /// A pause that is planted into each blackout.
+    pub planted_pause: Duration,
+}
+
+/// One move as the engine tells it.
+pub(crate) struct Move {
+    pub(crate) report: MigrationReport,
+}
+
+/// A guest that can be moved again and again. Another kind of guest is another implementation.
+pub(crate) trait Laboratory {
+    /// Where the guest answers datagrams, if it does.
+    fn service(&self) -> Option<SocketAddr>;
+
+    /// Moves the guest once. An error means that there is no guest any more; a move that failed and left it at the
+    /// source is one whose report says so.
+    fn move_once(&mut self) -> Result<Move>;
+
+    /// The longest time between two heartbeats since the last move began, in milliseconds; NaN if it has none.
+    fn guest_gap_ms(&self) -> f64;
+
+    /// Has the guest check all of its memory.
+    fn check(&mut self) -> Result<()>;
+}
+
+impl MoveOptions {
+    /// Fails on what cannot be.
+    pub fn check(&self) -> Result<()> {
+        if self.working_mib == 0 || self.working_mib > self.memory_mib {
+            bail!("--working {} must be 1 to --memory {}", self.working_mib, self.memory_mib);
+        }
+        if self.moves == 0 || self.moves > MOVES_MAX {
+            bail!("--moves {} must be 1 to {MOVES_MAX}", self.moves);
+        }
+        if self.transport == Transport::Rdma && self.address.is_loopback() {
+            bail!("--transport rdma needs --address with that of an RDMA port; {} has none", self.address);
+        }
+        TcpListener::bind((self.address, 0))
+            .with_context(|| format!("--address {} is no address of this host", self.address))?;
+        Ok(())
+    }
+
+    fn migrate_options(&self, to: String) -> MigrateOptions {
+        let mut options = MigrateOptions::to(to);
+        options.lanes = self.lanes;
+        options.link = LinkChoice { transport: self.transport, ..LinkChoice::default() };
+        options.downtime_us_max = u64::try_from(self.downtime_max.as_micros()).unwrap_or(u64::MAX);
+        // A guest that writes faster than the link carries is to be measured, not to be refused.
+        options.when_stuck = WhenStuck::Switchover;
+        options.insecure = !self.address.is_loopback();
+        options
+    }
+}
+
+/// What was collected beside the record while it went on.
+struct Tally {
+    group: String,
+    waits: Histogram,
+}
+
+/// Moves the guest as often as asked for, or until `progress` hears of an interruption.
+pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
+    options.check()?;
+    let mut laboratory = Box::new(synthetic::Synthetic::start(options.clone())?);
+    let title = format!(
+        "{} moves of a {} MiB guest that writes {} over {} MiB",
+        options.moves,
+        options.memory_mib,
+        if options.rate_mb == 0 { "as fast as it can".into() } else { format!("{} MB/s", options.rate_mb) },
+        options.working_mib
+    );
+    let mut record = Record::begin("downtime", title, options)?;
+    notes(&mut record, options);
+    let client = match laboratory.service() {
+        Some(service) => Some(Client::start(service, ASK_EVERY)?),
+        None => None,
+    };
+    let mut tally = Tally { group: String::new(), waits: Histogram::new()? };
+    let mut failures_in_a_row = 0;
+    progress.expect(options.moves.into());
+    for turn in 0..options.moves {
+        if progress.is_interrupted() {
+            record.interrupted = true;
+            break;
+        }
+        match one(laboratory.as_mut(), client.as_ref(), &mut record, &mut tally, turn) {
+            Ok(true) => failures_in_a_row = 0,
+            Ok(false) => failures_in_a_row += 1,
+            Err(e) => {
+                record.fail(&group(options), turn, format!("{e:#}; no guest is left to move"));
+                break;
+            }
+        }
+        if failures_in_a_row == FAILURES_IN_A_ROW_MAX {
+            record.notes.push(format!("Given up after {FAILURES_IN_A_ROW_MAX} failures in a row."));
+            break;
+        }
+        progress.step();
+    }
+    drop(client);
+    if let Err(e) = laboratory.check() {
+        record.fail(
+            &group(options),
+            options.moves,
+            format!("the guest's memory is not what it wrote: {e:#}"),
+        );
+    }
+    distributions(&mut record, &tally)?;
+    record.elapsed_s = progress.elapsed_s();
+    Ok(record)
+}
+
+fn group(options: &MoveOptions) -> String {
+    match options.transport {
+        Transport::Rdma => "pageferry rdma".into(),
+        Transport::Tcp | Transport::Auto => "pageferry tcp".into(),
+    }
+}
+
+/// One move, measured. False if the guest stayed where it was.
+fn one(
+    laboratory: &mut impl Laboratory,
+    client: Option<&Client>,
+    record: &mut Record,
+    tally: &mut Tally,
+    turn: u32,
+) -> Result<bool> {
+    if let Some(client) = client {
+        client.begin();
+    }
+    let Move { report } = laboratory.move_once()?;
+    std::thread::sleep(AFTERMATH);
+    // What it took by is in the report; which was asked for need not be what it was.
+    let group = format!("pageferry {}", report.transport);
+    if report.outcome != Outcome::Completed {
+        let why = report.reason.clone().unwrap_or_else(|| "no reason was given".into());
+        record.fail(&group, turn, why);
+        record.migrations.push(Migration { group, turn, report });
+        return Ok(false);
+    }
+    record.sample(&group, TOTAL, turn, ms(report.total_us));
+    record.sample(&group, BLACKOUT, turn, ms(report.blackout_us.total));
+    record.sample(&group, GUEST_GAP, turn, laboratory.guest_gap_ms());
+    if let Some(client) = client {
+        match client.end(ANSWER_MAX) {
+            Ok(waits) => {
+                record.sample(&group, CLIENT_GAP, turn, waits.longest_ms());
+                record.sample(&group, LOST, turn, waits.lost as f64);
+                waits.waits_us.iter().for_each(|us| tally.waits.record_us(*us));
+            }
+            Err(e) => record.fail(&group, turn, format!("{e:#}")),
+        }
+    }
+    for (spec, slice) in SLICES {
+        record.sample(&group, spec, turn, ms(slice(&report.blackout_us)));
+    }
+    record.sample(&group, PREDICTED, turn, ms(report.predicted_blackout_us));
+    record.sample(&group, ROUNDS, turn, report.rounds.len() as f64);
+    record.sample(&group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
+    tally.group.clone_from(&group);
+    record.migrations.push(Migration { group, turn, report });
+    Ok(true)
+}
+
+fn distributions(record: &mut Record, tally: &Tally) -> Result<()> {
+    let names = [TOTAL, BLACKOUT, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
+    for name in names.map(|spec| spec.name) {
+        for group in record.groups().into_iter().map(str::to_owned).collect::<Vec<_>>() {
+            if let Some(figure) = record.figure(&group, name) {
+                let kept = Histogram::of_ms(&figure.samples.0)?.keep(group, name);
+                record.distributions.push(kept);
+            }
+        }
+    }
+    if tally.waits.count() > 0 {
+        record.distributions.push(tally.waits.keep(tally.group.clone(), "every request of the client"));
+    }
+    Ok(())
+}
+
+fn ms(us: u64) -> f64 {
+    us as f64 / 1e3
+}
+
+fn notes(record: &mut Record, options: &MoveOptions) {
+    record.notes.push(
+        "Blackout: from before the vCPUs are told to stop until the source hears that they run. Guest gap: the longest \
+         time between two heartbeats of the guest, one a millisecond. Client gap: the longest wait of a client that sends \
+         a datagram each millisecond, answered or not, counted from the moment at which it was due: no coordinated \
+         omission. All three by this host's clock."
+            .into(),
+    );
+    record.notes.push(
+        "\"Every request of the client\" has the requests of the whole move and of the 100 ms after it; so its middle is \
+         what a move costs while the guest runs, and its end is the blackout. It depends on how long a move takes."
+            .into(),
+    );
+    record.notes.push(
+        "Source, destination, guest and client share this host's cores and its loopback; a network between two hosts \
+         adds what it takes to learn the new place of an address."
+            .into(),
+    );
+    if !options.planted_pause.is_zero() {
+        record.notes.push(format!("A pause of {:?} was planted into each blackout.", options.planted_pause));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_moved_is_refused_by_the_name_of_its_option() {
+        let good = MoveOptions {
+            guest: Guest::Synthetic,
+            moves: 1,
+            memory_mib: 64,
+            working_mib: 16,
+            rate_mb: 10,
+            threads: 1,
+            transport: Transport::Tcp,
+            address: IpAddr::from([127, 0, 0, 1]),
+            lanes: 2,
+            downtime_max: Duration::from_millis(30),
+            planted_pause: Duration::ZERO,
+        };
+        assert!(good.check().is_ok());
+        let bad = [
+            ("--working", MoveOptions { working_mib: 65, ..good.clone() }),
+            ("--moves", MoveOptions { moves: 0, ..good.clone() }),
+            ("192.0.2.1", MoveOptions { address: IpAddr::from([192, 0, 2, 1]), ..good.clone() }),
+            ("--address", MoveOptions { transport: Transport::Rdma, ..good.clone() }),
+        ];
+        for (option, options) in bad {
+            assert!(options.check().unwrap_err().to_string().contains(option));
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! `pageferry-bench downtime` measures itself: a pause of known length is found wherever it must show.
+
+use pageferry_bench::record::Record;
+use rustix::process::{Pid, Signal, kill_process};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Small, so that moves take some milliseconds; allowed to stand still for longer than what is planted.
+const SMALL: [&str; 7] = ["downtime", "--memory", "64", "--working", "16", "--rate", "200"];
+
+fn downtime(out: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+    command.args(SMALL).args(arguments).arg("--out").arg(out);
+    command
+}
+
+fn the_record(directory: &Path) -> Record {
+    let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let json: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
+    assert_eq!(json.len(), 1, "{json:?}");
+    Record::read(&json[0]).unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn a_planted_pause_is_found_by_engine_guest_and_client_within_5_percent() {
+    const PLANTED_MS: f64 = 500.0;
+    let directory = tempfile::tempdir().unwrap();
+    let arguments = ["--moves", "7", "--plant-pause", "500ms", "--downtime-max", "100ms"];
+    let Output { status, stderr, .. } = downtime(directory.path(), &arguments).output().unwrap();
+    assert!(status.success(), "{}", text(&stderr));
+    let record = the_record(directory.path());
+    assert_eq!(record.failures, []);
+    assert_eq!(record.migrations.len(), 7);
+    for name in ["blackout", "load", "guest gap", "client gap"] {
+        let found = record.distributions.iter().find(|d| d.name == name).unwrap();
+        let off = found.percentiles_ms[0] / PLANTED_MS - 1.0;
+        assert!((0.0..0.05).contains(&off), "{name}: {found:?}");
+    }
+    // One wait in two thousand is the longest, and every tick of the pause has its own: no coordinated omission.
+    let requests = record.distributions.iter().find(|d| d.name == "every request of the client").unwrap();
+    let long: u64 = requests.counts_us.iter().filter(|(us, _)| *us >= 250_000).map(|(_, count)| count).sum();
+    assert!((7 * 240..7 * 290).contains(&long), "{long} waits of 250 ms and more in 7 pauses of 500 ms");
+}
+
+#[test]
+fn what_was_measured_before_an_interruption_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut child = downtime(directory.path(), &["--moves", "5000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
+    // The first signal that is heard ends it; before it listens, nothing was measured and the default ends it.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let listens = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+        u64::from_str_radix(caught.trim(), 16).is_ok_and(|caught| caught & 2 != 0)
+    };
+    while !listens() {
+        assert!(Instant::now() < deadline, "it does not listen for signals");
+        std::thread::yield_now();
+    }
+    kill_process(pid, Signal::INT).unwrap();
+    child.wait().unwrap();
+    let record = the_record(directory.path());
+    assert!(record.interrupted);
+    assert!(record.migrations.len() < 5000);
+}
+
+#[test]
+fn what_cannot_be_is_said_at_once_in_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let wrong: [(&[&str], &str); 3] = [
+        (&["--working", "65"], "--memory 64"),
+        (&["--transport", "rdma"], "--address"),
+        (&["--address", "192.0.2.1"], "192.0.2.1"),
+    ];
+    for (arguments, mend) in wrong {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+        let ended = command
+            .args(["downtime", "--memory", "64", "--out"])
+            .arg(directory.path())
+            .args(arguments)
+            .output();
+        let Output { status, stderr, .. } = ended.unwrap();
+        assert_eq!(status.code(), Some(1), "{arguments:?}");
+        let said = text(&stderr);
+        assert!(said.contains(mend) && said.lines().count() == 1, "{said}");
+    }
+}
