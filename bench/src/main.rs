@@ -5,6 +5,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use pageferry::cli::units::duration;
 use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, BulkOptions};
+use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::downtime::{self, Guest, MoveOptions};
 use pageferry_bench::machine::GuestOptions;
@@ -38,6 +39,18 @@ enum Command {
     Cost(CostArgs),
     /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
     Downtime(DowntimeArgs),
+    /// What changed between two records beyond noise.
+    Compare(CompareArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct CompareArgs {
+    /// The record of before, as a run wrote it.
+    #[arg(value_name = "A.json")]
+    before: PathBuf,
+    /// That of after.
+    #[arg(value_name = "B.json")]
+    after: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -210,6 +223,7 @@ fn main() -> ExitCode {
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
+        Command::Compare(args) => run_compare(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -242,6 +256,12 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
     let record = downtime::run(&options, &progress)?;
     progress.end();
     finish(&record, &args.out)
+}
+
+fn run_compare(args: &CompareArgs) -> Result<()> {
+    let (before, after) = (Record::read(&args.before)?, Record::read(&args.after)?);
+    print!("{}", compare(&before, &after)?.show());
+    Ok(())
 }
 
 /// Shows a record and writes it. A run of which nothing succeeded is a failure, with its record kept all the same.
