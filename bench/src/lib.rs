@@ -13,6 +13,7 @@ pub mod process;
 pub mod progress;
 pub mod rdma;
 pub mod record;
+pub mod report;
 pub mod stats;
 pub mod watch;
 pub mod ways;

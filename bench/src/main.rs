@@ -91,7 +91,7 @@ struct DowntimeArgs {
     /// Plant a pause of this length into each blackout, to see that it is found.
     #[arg(long, hide = true, default_value = "0ms", value_parser = duration)]
     plant_pause: Duration,
-    /// Directory for the record.
+    /// Directory for the record and its page.
     #[arg(long, value_name = "DIR", default_value = ".")]
     out: PathBuf,
 }
@@ -268,7 +268,7 @@ fn run_compare(args: &CompareArgs) -> Result<()> {
 fn finish(record: &Record, out: &Path) -> Result<()> {
     print!("{}", record.show());
     let json = save::save(record, out)?;
-    println!("{}", json.display());
+    println!("{} and, to look at, {}", json.display(), json.with_extension("html").display());
     match record.failures.first() {
         Some(failure) if record.figures.is_empty() => bail!("nothing could be measured: {}", failure.why),
         _ => Ok(()),

@@ -15,7 +15,8 @@ fn measured(directory: &Path, pause: &str) -> PathBuf {
     command.args(small).args(["--downtime-max", "100ms", "--plant-pause", pause, "--out"]).arg(&out);
     let Output { status, stderr, .. } = command.output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
-    std::fs::read_dir(out).unwrap().next().unwrap().unwrap().path()
+    let mut files = std::fs::read_dir(out).unwrap().map(|entry| entry.unwrap().path());
+    files.find(|path| path.extension().is_some_and(|e| e == "json")).expect("a record")
 }
 
 /// What is said of the blackout as a whole.

@@ -176,7 +176,7 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
         Some(service) => Some(Client::start(service, ASK_EVERY)?),
         None => None,
     };
-    let mut tally = Tally { group: String::new(), waits: Histogram::new()? };
+    let mut tally = Tally { group: group(options), waits: Histogram::new()? };
     let mut failures_in_a_row = 0;
     progress.expect(options.moves.into());
     for turn in 0..options.moves {
@@ -232,7 +232,11 @@ fn one(
     let Move { report } = laboratory.move_once()?;
     std::thread::sleep(AFTERMATH);
     // What it took by is in the report; which was asked for need not be what it was.
-    let group = format!("pageferry {}", report.transport);
+    let group = match report.transport.as_str() {
+        // It failed before there was a link.
+        "" => tally.group.clone(),
+        taken => format!("pageferry {taken}"),
+    };
     if report.outcome != Outcome::Completed {
         let why = report.reason.clone().unwrap_or_else(|| "no reason was given".into());
         record.fail(&group, turn, why);

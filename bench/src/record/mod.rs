@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!   a command (downtime, ...)  ->  Record  ->  COMMAND-TIME.json   every sample, failures included
-//!                                                  |
-//!                                     compare A.json B.json  (crate::compare)
+//!                                     |          ->  COMMAND-TIME.html   the same as a page (crate::report)
+//!                                     +---- compare A.json B.json  (crate::compare)
 //! ```
 //!
 //! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.

@@ -1,6 +1,7 @@
-//! Where records go: a file of its own for each run.
+//! Where records go: two files of one name for each run, the record and its page.
 
 use super::Record;
+use crate::report;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub fn save(record: &Record, directory: &Path) -> Result<PathBuf> {
             continue;
         }
         write(&json, &serde_json::to_vec(record).context("encoding the record")?)?;
+        write(&json.with_extension("html"), report::page(record)?.as_bytes())?;
         return Ok(json);
     }
     bail!("{} is full of records", directory.display())
@@ -33,7 +35,8 @@ pub fn save(record: &Record, directory: &Path) -> Result<PathBuf> {
 
 /// As a whole or not at all: a run that is killed while it writes leaves no half of a record.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let part = path.with_extension("part");
+    let mut part = path.as_os_str().to_owned();
+    part.push(".part");
     fs::write(&part, bytes)
         .and_then(|()| fs::rename(&part, path))
         .with_context(|| format!("writing {}", path.display()))
@@ -51,6 +54,7 @@ mod tests {
         assert_ne!(paths[0], paths[1]);
         for path in paths {
             assert_eq!(Record::read(&path).unwrap(), record);
+            assert!(path.with_extension("html").exists());
         }
     }
 
