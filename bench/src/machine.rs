@@ -7,6 +7,7 @@ use pageferry_workload::heartbeat::GapMeter;
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -127,6 +128,8 @@ impl Yard {
         let mut process = command
             .env("PAGEFERRY_RUNTIME_DIR", &self.directory)
             .stdin(Stdio::null())
+            // Ctrl-C is for the bench alone: QEMU would end by it, and the guest with it.
+            .process_group(0)
             .spawn()
             .with_context(|| format!("starting {:?}", command.get_program()))?;
         let listens = match process.stderr.take() {

@@ -4,9 +4,11 @@ use crate::cpu::Meter;
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::qemu::qmp::Event;
+use pageferry::report::MigrationReport;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -41,22 +43,48 @@ pub struct Sample {
     pub sent_mib: f64,
 }
 
+/// The blackout that pageferry is allowed beside QEMU's ways.
+const DOWNTIME_MAX: Duration = Duration::from_millis(30);
+
 /// How long heartbeats are counted after a migration: a burst of late work belongs to it.
 const AFTERMATH: Duration = Duration::from_millis(1500);
 
 /// Lets the guest reach its steady state, moves it, and returns it where it is now.
-pub fn migrate(yard: &mut Yard, mut source: Machine, way: Way, prealloc: bool) -> Result<(Machine, Sample)> {
+pub fn migrate(yard: &mut Yard, source: Machine, way: Way, prealloc: bool) -> Result<(Machine, Sample)> {
+    let (machine, sample, _) = moved(yard, source, way, prealloc, DOWNTIME_MAX)?;
+    Ok((machine, sample))
+}
+
+/// The same by pageferry, which is allowed this blackout, with the engine's report.
+pub fn ferry(
+    yard: &mut Yard,
+    source: Machine,
+    downtime_max: Duration,
+) -> Result<(Machine, Sample, MigrationReport)> {
+    let (machine, sample, report) = moved(yard, source, Way::Pageferry, false, downtime_max)?;
+    Ok((machine, sample, report.context("pageferry gave no report")?))
+}
+
+fn moved(
+    yard: &mut Yard,
+    mut source: Machine,
+    way: Way,
+    prealloc: bool,
+    downtime_max: Duration,
+) -> Result<(Machine, Sample, Option<MigrationReport>)> {
     let begin = if way == Way::Pageferry { Begin::Receive } else { Begin::Incoming };
     let mut destination = yard.start(begin, None, prealloc)?;
     for _ in 0..2 {
         source.wait_line("WORKLOAD t=", START_MAX)?;
     }
     let begun = Instant::now();
-    let sample = match way {
-        Way::Pageferry => by_pageferry(yard, &mut source, &mut destination),
-        _ => by_qemu(yard, &mut source, &mut destination, way),
+    let done = match way {
+        Way::Pageferry => {
+            by_pageferry(yard, &mut source, &mut destination, downtime_max).map(|(s, r)| (s, Some(r)))
+        }
+        _ => by_qemu(yard, &mut source, &mut destination, way).map(|s| (s, None)),
     };
-    let mut sample = sample.with_context(|| format!("moving by {way:?}"))?;
+    let (mut sample, report) = done.with_context(|| format!("moving by {way:?}"))?;
     std::thread::sleep(AFTERMATH);
     sample.gap_ms = yard.gap_ms();
     if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
@@ -68,10 +96,15 @@ pub fn migrate(yard: &mut Yard, mut source: Machine, way: Way, prealloc: bool) -
     drop(source);
     let _ = std::fs::remove_file(memory);
     destination.wait_line("WORKLOAD t=", START_MAX)?;
-    Ok((destination, sample))
+    Ok((destination, sample, report))
 }
 
-fn by_pageferry(yard: &Yard, source: &mut Machine, destination: &mut Machine) -> Result<Sample> {
+fn by_pageferry(
+    yard: &Yard,
+    source: &mut Machine,
+    destination: &mut Machine,
+    downtime_max: Duration,
+) -> Result<(Sample, MigrationReport)> {
     let to = destination.listens.clone().ok_or_else(|| anyhow!("the destination does not listen"))?;
     let supervisor = if source.listens.is_some() { None } else { Some(attach(yard, source)?) };
     let mut pids = [source.pids(), destination.pids()].concat();
@@ -89,27 +122,31 @@ fn by_pageferry(yard: &Yard, source: &mut Machine, destination: &mut Machine) ->
             &to,
             "--json",
             "--downtime-max",
-            "30ms",
+            &format!("{}us", downtime_max.as_micros()),
             "--when-stuck",
             "switchover",
         ])
+        .args(["--lanes", &yard.options.lanes.to_string()])
+        // Ctrl-C is for the bench alone: it lets the move that goes on end.
+        .process_group(0)
         .stderr(Stdio::piped())
         .output()?;
     let cpu_s = meter.stop();
     if !output.status.success() {
         bail!("pageferry migrate: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
-    let report: Value = serde_json::from_slice(&output.stdout).context("the report")?;
+    let report: MigrationReport = serde_json::from_slice(&output.stdout).context("the report")?;
     if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
-        eprintln!("{} {}", report["blackout_us"], report["rounds"]);
+        eprintln!("{:?} {:?}", report.blackout_us, report.rounds);
     }
-    Ok(Sample {
-        total_s: report["total_us"].as_f64().unwrap_or(f64::NAN) / 1e6,
+    let sample = Sample {
+        total_s: report.total_us as f64 / 1e6,
         blackout_ms: blackout_ms(source, destination)?,
         gap_ms: f64::NAN,
         cpu_s,
-        sent_mib: report["bytes_written"].as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20),
-    })
+        sent_mib: report.bytes_written as f64 / f64::from(1 << 20),
+    };
+    Ok((sample, report))
 }
 
 /// A supervisor that ends with the guest it held.
@@ -127,6 +164,7 @@ fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
         .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
         .args(["attach", &machine.name, "--pid", &machine.pid.to_string(), "--qmp"])
         .arg(&machine.spare_qmp)
+        .process_group(0)
         .stderr(Stdio::null())
         .spawn()?;
     let deadline = Instant::now() + START_MAX;

@@ -1,6 +1,7 @@
 //! `pageferry-bench downtime` measures itself: a pause of known length is found wherever it must show.
 
 use pageferry_bench::record::Record;
+use pageferry_tests::not_run;
 use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -75,9 +76,39 @@ fn what_was_measured_before_an_interruption_is_kept() {
 }
 
 #[test]
+fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
+    const NAME: &str = "a_linux_guest_is_moved_and_its_heartbeats_are_heard";
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let beside = Path::new(env!("CARGO_BIN_EXE_pageferry-bench")).with_file_name("pageferry");
+    for (file, mend) in [
+        (repository.join(".cache/guest/vmlinuz"), "scripts/guest-image"),
+        (beside, "cargo build -p pageferry"),
+    ] {
+        if !file.is_file() {
+            return not_run(NAME, &format!("{} is not there: {mend} makes it", file.display()));
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+    command.current_dir(repository).args(["downtime", "--guest", "linux", "--moves", "2", "--out"]);
+    let Output { status, stderr, .. } = command.arg(directory.path()).output().unwrap();
+    assert!(status.success(), "{}", text(&stderr));
+    let record = the_record(directory.path());
+    assert_eq!(record.failures, []);
+    let figure = |name: &str| record.figure("pageferry tcp", name).unwrap();
+    assert_eq!(figure("guest gap").samples.0.len(), 2);
+    // The guest beat neither while it stood still nor less than a millisecond apart.
+    for (gap, blackout) in figure("guest gap").samples.0.iter().zip(&figure("blackout").samples.0) {
+        assert!(*gap > 1.0 && *blackout > 0.5, "{gap} {blackout}");
+    }
+    assert!(record.figure("pageferry tcp", "client gap").is_none());
+}
+
+#[test]
 fn what_cannot_be_is_said_at_once_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
-    let wrong: [(&[&str], &str); 3] = [
+    let wrong: [(&[&str], &str); 4] = [
+        (&["--guest", "linux", "--threads", "2"], "--guest synthetic"),
         (&["--working", "65"], "--memory 64"),
         (&["--transport", "rdma"], "--address"),
         (&["--address", "192.0.2.1"], "192.0.2.1"),

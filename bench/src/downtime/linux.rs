@@ -1,0 +1,90 @@
+//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within;
+//! it has no network, so no client asks it.
+
+use super::{Laboratory, Move, MoveOptions};
+use crate::machine::{Begin, GUEST_MAX, GuestOptions, Machine, Yard};
+use crate::ways::ferry;
+use anyhow::{Context, Result, bail};
+use pageferry::link::Transport;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where scripts/guest-image puts the guest.
+const GUEST: &str = ".cache/guest";
+
+/// A guest in a QEMU, and all that its QEMUs share.
+pub struct Linux {
+    // Before the yard: its directory goes last.
+    machine: Option<Machine>,
+    yard: Yard,
+    downtime_max: Duration,
+}
+
+impl Linux {
+    /// Boots the guest, and waits until its memory is filled.
+    pub fn start(options: &MoveOptions) -> Result<Self> {
+        if options.transport == Transport::Rdma || !options.address.is_loopback() {
+            bail!(
+                "--guest linux moves by TCP on loopback; --guest synthetic takes --transport and --address"
+            );
+        }
+        if !options.planted_pause.is_zero() || options.threads != 1 {
+            bail!("--threads and --plant-pause need --guest synthetic");
+        }
+        let mut yard = Yard::new(GuestOptions {
+            kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
+            initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
+            pageferry: made(
+                &std::env::current_exe().context("the path of this program")?.with_file_name("pageferry"),
+                "cargo build --release -p pageferry",
+            )?,
+            lanes: options.lanes,
+            memory_mib: options.memory_mib,
+            working_mib: options.working_mib,
+            touched_mib: 0,
+            rate_mb: options.rate_mb,
+        })?;
+        let mut machine = yard
+            .start(Begin::Boot, None, false)
+            .context("starting QEMU; scripts/setup --bench installs what is missing")?;
+        machine.wait_line("WORKLOAD READY", GUEST_MAX).context("the guest did not boot")?;
+        Ok(Self { machine: Some(machine), yard, downtime_max: options.downtime_max })
+    }
+}
+
+/// The absolute path of what must be there.
+fn made(path: &Path, mend: &str) -> Result<PathBuf> {
+    path.canonicalize().with_context(|| format!("{} is not there: {mend}", path.display()))
+}
+
+impl Laboratory for Linux {
+    fn service(&self) -> Option<SocketAddr> {
+        None
+    }
+
+    fn move_once(&mut self) -> Result<Move> {
+        let machine = self.machine.take().context("the guest was lost by an earlier move")?;
+        let (machine, _, report) = ferry(&mut self.yard, machine, self.downtime_max)?;
+        self.machine = Some(machine);
+        Ok(Move { report })
+    }
+
+    fn guest_gap_ms(&self) -> f64 {
+        self.yard.gap_ms()
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.machine.as_mut().context("the guest was lost by a move")?.verdict()
+    }
+}
+
+impl Drop for Linux {
+    fn drop(&mut self) {
+        if let Some(machine) = self.machine.take() {
+            let memory = machine.memory.clone();
+            drop(machine);
+            let _ = std::fs::remove_file(memory);
+        }
+    }
+}
