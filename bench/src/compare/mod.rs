@@ -2,7 +2,7 @@
 //!
 //! A figure counts as changed only if chance alone would hardly have made the difference (a permutation test, corrected
 //! for the number of figures that are looked at), and if the whole interval of the ratio of medians lies further from
-//! one than [`SHARE_MIN`]. Both are computed from the samples alone. Two runs on a machine that became slower in
+//! one than two in a hundred. Both are computed from the samples alone. Two runs on a machine that became slower in
 //! between differ truly, though nobody changed the code: take runs in turns, and compare a run with its repetition first.
 
 use crate::record::{Better, Figure, Record};
