@@ -5,6 +5,10 @@
 //! Scattered is every second page, so nothing can be merged; contiguous is every page, merged into writes of a
 //! stripe. The first round looks at each page once to see whether it is zero (here it never is, which its first
 //! word says); later rounds do not, for these pages were sent before.
+//!
+//! Two rows more are of the way into the dirty set where KVM's rings fill it ([`ring`]).
+
+pub mod ring;
 
 use crate::stats::Samples;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -44,7 +48,19 @@ pub struct CostOptions {
 
 /// One case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
+pub enum Row {
+    /// From the dirty set to the device.
+    Push(Push),
+    /// From KVM's ring to the dirty set.
+    Ring {
+        /// Whether pages come in no order.
+        scattered: bool,
+    },
+}
+
+/// A round that is pushed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Push {
     scattered: bool,
     first: bool,
     lanes: usize,
@@ -52,10 +68,13 @@ pub struct Row {
 
 impl Row {
     fn all() -> Vec<Self> {
-        let with = |(scattered, first)| [1, 4].map(|lanes| Self { scattered, first, lanes });
-        [(true, false), (true, true), (false, false), (false, true)].into_iter().flat_map(with).collect()
+        let with = |(scattered, first)| [1, 4].map(|lanes| Self::Push(Push { scattered, first, lanes }));
+        let pushed = [(true, false), (true, true), (false, false), (false, true)].into_iter().flat_map(with);
+        pushed.chain([true, false].map(|scattered| Self::Ring { scattered })).collect()
     }
+}
 
+impl Push {
     fn dirty(self, pages: u64) -> DirtyBitmap {
         if self.scattered { crate::memory::every_second(pages, 1) } else { crate::memory::every(pages) }
     }
@@ -63,9 +82,15 @@ impl Row {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pages = if self.scattered { "scattered" } else { "contiguous" };
-        let round = if self.first { "first" } else { "later" };
-        write!(f, "{pages}-{round}-{}", self.lanes)
+        match self {
+            Self::Push(Push { scattered, first, lanes }) => {
+                let pages = if *scattered { "scattered" } else { "contiguous" };
+                let round = if *first { "first" } else { "later" };
+                write!(f, "{pages}-{round}-{lanes}")
+            }
+            Self::Ring { scattered: true } => f.write_str("ring-scattered"),
+            Self::Ring { scattered: false } => f.write_str("ring-sequential"),
+        }
     }
 }
 
@@ -138,8 +163,15 @@ impl Guest {
         Ok(Self { memory, remote })
     }
 
-    /// Pushes the row's pages once; returns their number and the nanoseconds that it took.
+    /// Takes the row's pages their way once; returns their number and the nanoseconds that it took.
     fn round(&self, row: Row) -> Result<(u64, f64)> {
+        match row {
+            Row::Push(push) => self.push(push),
+            Row::Ring { scattered } => ring::harvest(scattered, self.memory.pages()),
+        }
+    }
+
+    fn push(&self, row: Push) -> Result<(u64, f64)> {
         let mut link = RdmaInitiator::without_device(row.lanes, &[self.remote], &RdmaOptions::default())?;
         let region = self.memory.slots()[0].region();
         link.register(region)?;
@@ -231,9 +263,13 @@ impl Cost {
     pub fn show(&self) -> String {
         let CostOptions { repeat, memory_mib, .. } = self.options;
         let mut text = format!(
-            "{memory_mib} MiB of guest memory, {repeat} repetitions; at most {PAGE_NS_MAX} ns for scattered pages\n\
+            "{memory_mib} MiB of guest memory, {repeat} repetitions; at most {PAGE_NS_MAX} ns for scattered pages, \
+             {} ns for the ring's\n\
              {:<22}{:>26}{:>20}\n",
-            "pages-round-lanes", "ns a page", "instructions a page",
+            ring::PAGE_NS_MAX,
+            "pages-round-lanes",
+            "ns a page",
+            "instructions a page",
         );
         for row in &self.rows {
             let instructions = row.page_instructions.map_or("-".into(), |count| format!("{count:.1}"));

@@ -65,6 +65,32 @@ impl DirtyBitmap {
         });
     }
 
+    /// Adds pages of the 64 that begin at `first`: those whose bit is set in `mask`.
+    ///
+    /// # Panics
+    /// If one of them lies beyond the last page.
+    #[inline]
+    pub fn insert_mask(&mut self, first: u64, mask: u64) {
+        if mask == 0 {
+            return;
+        }
+        let last = first + 63 - u64::from(mask.leading_zeros());
+        assert!(last < self.pages, "page {last} of {}", self.pages);
+        let (index, shift) = ((first / 64) as usize, first % 64);
+        let mut add = |index: usize, mask: u64| {
+            let added = mask & !self.words[index];
+            if added != 0 {
+                self.words[index] |= added;
+                self.set += u64::from(added.count_ones());
+            }
+        };
+        add(index, mask << shift);
+        // What does not fit into the first word, if it begins in the midst of one.
+        if shift > 0 && mask >> (64 - shift) != 0 {
+            add(index + 1, mask >> (64 - shift));
+        }
+    }
+
     /// Takes a run out; pages not in the set are passed over.
     ///
     /// # Panics
@@ -162,6 +188,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_mask_adds_the_pages_of_its_bits(masks in prop::collection::vec((0u64..300, any::<u64>()), 0..20)) {
+            let (mut bitmap, mut model) = (DirtyBitmap::new(400), BTreeSet::new());
+            for (first, mask) in masks {
+                bitmap.insert_mask(first, mask);
+                model.extend((0..64).filter(|bit| mask >> bit & 1 == 1).map(|bit| first + bit));
+                prop_assert_eq!(bitmap.count(), model.len() as u64);
+            }
+            prop_assert!((0..400).all(|p| bitmap.contains(p) == model.contains(&p)));
+        }
+
         #[test]
         fn sets_intersect_if_they_have_a_page_in_common(a in run_in(300), b in run_in(300)) {
             let set = |run| {

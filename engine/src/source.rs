@@ -298,12 +298,13 @@ impl Ferry<'_> {
             if discards && by_rdma {
                 return Err(pageferry_transport::Error::State(link::BALLOONED).into());
             }
-            pump.push(&mut dirty, &mut watch, &mut |_| {})?;
+            let mut relieving = || watch().and_then(|()| tracking.relieve());
+            pump.push(&mut dirty, &mut relieving, &mut |_| {})?;
             if discards {
-                pump.push_holes(&zeros, &mut watch)?;
+                pump.push_holes(&zeros, &mut relieving)?;
             }
             let tag = pump.fence()?;
-            pump.wait_fence(tag, &mut watch)?;
+            pump.wait_fence(tag, &mut relieving)?;
             if by_rdma {
                 // Nothing shall be registered once the guest stands still, not even in the background.
                 pump.wait_for_blackout(state_ahead, &mut watch)?;
@@ -445,10 +446,11 @@ impl Rounds<'_> {
             let begun = Instant::now();
             let monitor = self.monitor;
             monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
+            let mut relieving = || watch().and_then(|()| tracking.relieve());
             let pages =
-                pump.push(dirty, watch, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
+                pump.push(dirty, &mut relieving, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
             let tag = pump.fence()?;
-            pump.wait_fence(tag, watch)?;
+            pump.wait_fence(tag, &mut relieving)?;
             let elapsed = begun.elapsed();
 
             let harvesting = Instant::now();

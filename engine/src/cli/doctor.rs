@@ -1,5 +1,6 @@
 //! `pageferry doctor`: what this host can do, one line a finding, with the mend.
 
+mod kvm;
 mod rdma;
 
 use crate::supervisor::runtime::RuntimeDir;
@@ -37,6 +38,7 @@ pub fn main() -> u8 {
         huge_pages(),
         runtime(),
     ];
+    findings.extend(kvm::findings());
     findings.extend(rdma::findings());
     for Finding { grade, topic, text } in &findings {
         let mark = match grade {

@@ -1,6 +1,14 @@
 //! Where dirty pages come from.
+//!
+//! Three sources, for two ways to run a guest. Of a process that is not ours (QEMU) the page tables tell:
+//! [`pagemap`]. Of a virtual machine that this process made, KVM tells: [`ring`], or [`log`] where
+//! [`probe`] finds that the ring cannot be trusted. [`kvm`] is what these two know of the machine.
 
+pub mod kvm;
+pub mod log;
 pub mod pagemap;
+pub mod probe;
+pub mod ring;
 
 use crate::bitmap::DirtyBitmap;
 use crate::error::Result;
@@ -22,4 +30,10 @@ pub struct Harvest {
 pub trait DirtySource: Send {
     /// Adds to `into` every page written since the last call.
     fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest>;
+
+    /// Called in mid-round, between batches: may move what is pending out of buffers of the kernel that
+    /// can run full, and must not lose or report anything. Cheap where there is nothing to move.
+    fn relieve(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
