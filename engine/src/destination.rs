@@ -449,7 +449,10 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
     let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, mend: &str| {
         Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {mend}")))
     };
-    let mend = "start `pageferry receive` with the same QEMU options as the source";
+    let mend = match ours.monitor.as_str() {
+        "qemu" => "start `pageferry receive` with the same QEMU options as the source",
+        _ => "start the receiver with the same memory and vCPUs as the source",
+    };
     if theirs.monitor != ours.monitor {
         return differ(
             "the monitor",
@@ -472,7 +475,7 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
         };
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);
     }
-    Ok(())
+    guest.admit(theirs)
 }
 
 /// Every slot and the state exposed, if there is room. The memory reads as zeros: whoever made the

@@ -35,6 +35,11 @@ impl MemorySlot {
         &self.region
     }
 
+    /// Another descriptor of its file, for who maps it a second time.
+    pub fn file(&self) -> Result<File> {
+        self.file.try_clone().map_err(|e| Error::os(format!("keeping the file of {}", self.name), e))
+    }
+
     /// Number of pages.
     #[must_use]
     pub fn pages(&self) -> u64 {

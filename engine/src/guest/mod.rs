@@ -6,6 +6,7 @@
 //!   destination:  describe ... load, seal, run            any failure before seal(): discard()
 //! ```
 
+pub mod kvm;
 pub mod qemu;
 pub mod synthetic;
 
@@ -29,7 +30,7 @@ pub struct BlockDescription {
 /// What must be equal on both sides for a guest to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestDescription {
-    /// Who runs it: `qemu`, `synthetic`.
+    /// Who runs it: `qemu`, `kvm`, `synthetic`.
     pub monitor: String,
     /// Machine type, with its version (`pc-q35-10.0`).
     pub machine: String,
@@ -37,6 +38,8 @@ pub struct GuestDescription {
     pub vcpus: u32,
     /// The memory blocks, in order.
     pub blocks: Vec<BlockDescription>,
+    /// What only the monitor at the other end can compare, in a form of its own ([`DestinationGuest::admit`]).
+    pub platform: Vec<u8>,
 }
 
 /// Fails once the process that runs the guest has ended. Cheap enough for every batch.
@@ -117,6 +120,13 @@ pub trait SourceGuest: Send {
 pub trait DestinationGuest: Send {
     /// What it is; must equal the source's.
     fn describe(&self) -> GuestDescription;
+
+    /// Fails, naming the difference, if a guest of this description cannot run here although the rest of the
+    /// description is equal: its processor, above all. Touches nothing.
+    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+        let _ = theirs;
+        Ok(())
+    }
 
     /// Its memory, mapped writable in this process, and all zeros until the source writes it
     /// ([`GuestMemory::make_zero`]).

@@ -186,13 +186,16 @@ mod tests {
     use proptest::prelude::*;
 
     fn guest() -> impl Strategy<Value = GuestDescription> {
-        (any::<String>(), any::<u32>(), prop::collection::vec((any::<String>(), any::<u64>()), 0..4))
-            .prop_map(|(machine, vcpus, blocks)| GuestDescription {
+        let blocks = prop::collection::vec((any::<String>(), any::<u64>()), 0..4);
+        (any::<String>(), any::<u32>(), blocks, any::<Vec<u8>>()).prop_map(
+            |(machine, vcpus, blocks, platform)| GuestDescription {
                 monitor: "qemu".into(),
                 machine,
                 vcpus,
                 blocks: blocks.into_iter().map(|(name, bytes)| BlockDescription { name, bytes }).collect(),
-            })
+                platform,
+            },
+        )
     }
 
     fn exposed() -> impl Strategy<Value = Exposed> {

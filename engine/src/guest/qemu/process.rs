@@ -57,6 +57,7 @@ impl Qemu {
             machine: machine.as_str().unwrap_or("unknown").trim_end_matches("-machine").to_owned(),
             vcpus: u32::try_from(cpus.as_array().map_or(0, Vec::len)).unwrap_or(u32::MAX),
             blocks,
+            platform: Vec::new(),
         };
         let memory = Arc::new(GuestMemory::map(shared, access)?);
         Ok(Self {

@@ -96,7 +96,13 @@ impl QemuSource {
     }
 
     /// The QEMU itself.
-    pub fn qemu(&mut self) -> &mut Qemu {
+    #[must_use]
+    pub fn qemu(&self) -> &Qemu {
+        &self.qemu
+    }
+
+    /// The same, to give it orders.
+    pub fn qemu_mut(&mut self) -> &mut Qemu {
         &mut self.qemu
     }
 

@@ -1,0 +1,475 @@
+//! A machine of this process: KVM's VM, its memory, vCPUs and devices. It knows of no migration.
+//!
+//! ```text
+//!   Machine --+-- Vcpus     a thread each          --exits--> Devices   serial port, power, the payload's cry
+//!             +-- GuestMemory, shared memory that is KVM's slots and the lanes' regions alike
+//!             +-- KvmSlots, RingSet                what a dirty source needs
+//! ```
+
+use super::cpu::{self, CpuProfile, HostCpu};
+use super::devices::Devices;
+use super::layout::layout;
+use super::serial::Console;
+use super::state::MachineState;
+use super::state::vcpu::{VcpuState, readable_msrs, tsc, tsc_offset};
+use super::state::vm::{ClockState, VmState, target_of};
+use super::vcpu::{Pending, Vcpus};
+use crate::dirty::DirtySource;
+use crate::dirty::kvm::{KickVcpus, KvmSlot, KvmSlots};
+use crate::dirty::log::LogSource;
+use crate::dirty::probe::{self, Trust};
+use crate::dirty::ring::{RING_ENTRIES, RingSet, RingSource};
+use crate::error::{Error, Result};
+use crate::guest::{BlockDescription, GuestDescription};
+use crate::memory::{GuestMemory, SlotSource};
+use crate::page::PAGE_BYTES;
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use pageferry_transport::Access;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// This machine's type, with its version: raised when a guest would see another machine.
+pub const MACHINE: &str = "pageferry-microvm-1";
+/// Most vCPUs of one machine.
+pub const VCPUS_MAX: u32 = 8;
+/// Least memory: what lies below 1 MiB is a PC's, and something must run.
+pub const MEMORY_BYTES_MIN: u64 = 2 << 20;
+/// Size of a huge page.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// How writes of the guest are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum TrackingChoice {
+    /// The ring, where it passes the probe, else the log.
+    #[default]
+    Auto,
+    /// KVM's dirty ring, one a vCPU.
+    Ring,
+    /// KVM's dirty log, one bit a page.
+    Log,
+}
+
+/// What kind of machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// Number of vCPUs, up to [`VCPUS_MAX`].
+    pub vcpus: u32,
+    /// Memory of huge pages of 2 MiB, which the host must have set aside.
+    pub huge_pages: bool,
+    /// How writes are followed.
+    pub tracking: TrackingChoice,
+    /// Entries of each vCPU's ring, a power of two.
+    pub ring_entries: Option<u32>,
+}
+
+impl MachineConfig {
+    /// A machine of this size, with everything else as is usual.
+    #[must_use]
+    pub fn new(memory_bytes: u64, vcpus: u32) -> Self {
+        Self { memory_bytes, vcpus, huge_pages: false, tracking: TrackingChoice::Auto, ring_entries: None }
+    }
+
+    /// Fails, with the mend, if no such machine can be. Touches nothing.
+    pub fn check(&self) -> Result<()> {
+        let (page, name) = if self.huge_pages {
+            (HUGE_PAGE_BYTES, "huge pages of 2 MiB")
+        } else {
+            (PAGE_BYTES, "pages of 4 KiB")
+        };
+        if self.memory_bytes < MEMORY_BYTES_MIN || !self.memory_bytes.is_multiple_of(page) {
+            return Err(Error::refused(format!(
+                "a guest cannot have {} bytes of memory: it takes whole {name}, and 2 MiB at the least",
+                self.memory_bytes
+            )));
+        }
+        if !(1..=VCPUS_MAX).contains(&self.vcpus) {
+            return Err(Error::refused(format!(
+                "a guest cannot have {} vCPUs: 1 to {VCPUS_MAX} are possible",
+                self.vcpus
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Opens the host's KVM.
+pub fn open_kvm() -> Result<Kvm> {
+    Kvm::new().map_err(|e| {
+        let mend = match e.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => {
+                "this host has no KVM: load kvm_intel or kvm_amd, and have virtualization switched on in the firmware"
+            }
+            libc::EACCES | libc::EPERM => "you may not use it: join the group kvm, or run as root",
+            _ => "see the kernel's messages",
+        };
+        Error::refused(format!("cannot open /dev/kvm ({e}): {mend}"))
+    })
+}
+
+/// What writes are followed by, and what it needs.
+enum Tracker {
+    Ring(Arc<RingSet>),
+    Log,
+}
+
+/// A machine. Its vCPUs are parked until [`Vcpus::run`].
+pub struct Machine {
+    // First, so that its threads have ended before what they use is gone.
+    vcpus: Arc<Vcpus>,
+    tracker: Tracker,
+    slots: Arc<KvmSlots>,
+    devices: Arc<Devices>,
+    vm: Arc<VmFd>,
+    memory: Arc<GuestMemory>,
+    config: MachineConfig,
+    host: HostCpu,
+    /// What each vCPU's CPUID was set to.
+    cpuids: Mutex<Vec<Vec<kvm_cpuid_entry2>>>,
+    tsc_khz: u32,
+}
+
+impl Machine {
+    /// Makes one, with memory that is all zeros.
+    pub fn new(config: &MachineConfig, console: Console) -> Result<Self> {
+        config.check()?;
+        let kvm = open_kvm()?;
+        if let most = kvm.get_max_vcpus().min(VCPUS_MAX as usize)
+            && config.vcpus as usize > most
+        {
+            return Err(Error::refused(format!(
+                "this host's KVM gives a guest {most} vCPUs, not {}",
+                config.vcpus
+            )));
+        }
+        let ring_entries = choose_ring(config)?;
+        let made = |what| move |e| Error::os(what, e);
+        let vm = Arc::new(kvm.create_vm().map_err(made("making a virtual machine"))?);
+        let rings = ring_entries.map(|entries| RingSet::enable(&vm, entries)).transpose()?;
+        // Below the top of the hole, where nothing else lies: what real mode takes on older Intel processors.
+        vm.set_identity_map_address(IDENTITY_MAP).map_err(made("placing the identity map"))?;
+        vm.set_tss_address(IDENTITY_MAP as usize + 0x1000).map_err(made("placing the task state segment"))?;
+        let memory = Arc::new(allocate(config)?);
+        let slots = Arc::new(register(&vm, &memory, config)?);
+        vm.create_irq_chip().map_err(made("making the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(pit).map_err(made("making the interval timer"))?;
+
+        let mut fds = Vec::with_capacity(config.vcpus as usize);
+        for index in 0..config.vcpus {
+            fds.push(vm.create_vcpu(u64::from(index)).map_err(made("making a vCPU"))?);
+        }
+        let tsc_khz =
+            fds[0].get_tsc_khz().map_err(made("reading the frequency of the time-stamp counter"))?;
+        let host = HostCpu::read(&kvm, tsc_khz)?;
+        let cpuids: Vec<_> = (0..config.vcpus).map(|index| host.guest_cpuid(index, config.vcpus)).collect();
+        for (cpuid, fd) in cpuids.iter().zip(&fds) {
+            fd.set_cpuid2(&cpu::to_kvm(cpuid)?).map_err(made("setting a vCPU's CPUID"))?;
+        }
+        let tracker = match rings {
+            Some(rings) => Tracker::Ring(RingSet::new(Arc::clone(&slots), &fds, rings)?),
+            None => Tracker::Log,
+        };
+        let rings = match &tracker {
+            Tracker::Ring(set) => Some(Arc::clone(set)),
+            Tracker::Log => None,
+        };
+        let devices = Arc::new(Devices::new(&vm, console, rings)?);
+        let exits = Arc::clone(&devices) as Arc<dyn super::vcpu::Exits>;
+        let vcpus = Arc::new(Vcpus::spawn(fds, &exits)?);
+        let (config, cpuids) = (config.clone(), Mutex::new(cpuids));
+        Ok(Self { vcpus, tracker, slots, devices, vm, memory, config, host, cpuids, tsc_khz })
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Its vCPUs.
+    #[must_use]
+    pub fn vcpus(&self) -> &Arc<Vcpus> {
+        &self.vcpus
+    }
+
+    /// Its devices.
+    #[must_use]
+    pub fn devices(&self) -> &Arc<Devices> {
+        &self.devices
+    }
+
+    /// How it was asked for.
+    #[must_use]
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+
+    /// Frequency of its time-stamp counters.
+    #[must_use]
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// `ring` or `log`: what writes are followed by.
+    #[must_use]
+    pub fn tracking(&self) -> &'static str {
+        match self.tracker {
+            Tracker::Ring(_) => "ring",
+            Tracker::Log => "log",
+        }
+    }
+
+    /// How often a vCPU's ring was full.
+    #[must_use]
+    pub fn ring_full_exits(&self) -> u64 {
+        match &self.tracker {
+            Tracker::Ring(set) => set.full_exits(),
+            Tracker::Log => 0,
+        }
+    }
+
+    /// Its memory as loaders take it: other mappings of the same files.
+    pub fn boot_memory(&self) -> Result<GuestMemoryMmap> {
+        let mut ranges = Vec::new();
+        for (slot, (address, bytes)) in self.memory.slots().iter().zip(layout(self.config.memory_bytes)) {
+            let file = FileOffset::new(slot.file()?, 0);
+            ranges.push((GuestAddress(address), bytes as usize, Some(file)));
+        }
+        GuestMemoryMmap::from_ranges_with_files(ranges)
+            .map_err(|e| Error::os("mapping the guest's memory", std::io::Error::other(e)))
+    }
+
+    /// What another machine must match to go on with this one's guest.
+    #[must_use]
+    pub fn describe(&self, profile: Option<&CpuProfile>) -> GuestDescription {
+        let blocks = self.memory.slots().iter();
+        GuestDescription {
+            monitor: "kvm".into(),
+            machine: MACHINE.into(),
+            vcpus: self.config.vcpus,
+            blocks: blocks
+                .map(|slot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 })
+                .collect(),
+            platform: profile.and_then(|profile| postcard::to_stdvec(profile).ok()).unwrap_or_default(),
+        }
+    }
+
+    /// Fails, naming the difference, if a guest of this description cannot run on this host.
+    pub fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+        let profile: CpuProfile = postcard::from_bytes(&theirs.platform).map_err(|e| {
+            Error::refused(format!("what the guest needs of a processor cannot be read: {e}"))
+        })?;
+        self.host.admit(&profile)
+    }
+
+    /// What the guest that runs here needs of a processor. The vCPUs are parked.
+    pub fn profile(&self) -> Result<CpuProfile> {
+        let msrs = self.host.msrs().to_vec();
+        let xsave_bytes = self.host.xsave_bytes();
+        let cpuid = self.cpuids()[0].clone();
+        self.vcpus.ask(0, move |vcpu| {
+            let tsc_khz = vcpu.get_tsc_khz().map_err(|e| Error::os("reading a vCPU's frequency", e))?;
+            Ok(CpuProfile { cpuid, msrs: readable_msrs(vcpu, &msrs)?, tsc_khz, xsave_bytes })
+        })
+    }
+
+    /// Starts to follow writes.
+    pub fn start_tracking(&self) -> Result<Box<dyn DirtySource>> {
+        let kick = Arc::clone(&self.vcpus) as Arc<dyn KickVcpus>;
+        Ok(match &self.tracker {
+            Tracker::Ring(set) => Box::new(RingSource::start(Arc::clone(set), kick)?),
+            Tracker::Log => Box::new(LogSource::start(Arc::clone(&self.slots), kick)?),
+        })
+    }
+
+    /// Lets the guest run. `stood` if it stood still before: it is told, so that its watchdogs do not bark.
+    pub fn run(&self, stood: bool) -> Result<()> {
+        if stood {
+            self.vcpus
+                .ask_all(|_| {
+                    Box::new(|vcpu: &mut VcpuFd| {
+                        // A guest without kvmclock cannot be told.
+                        let _ = vcpu.kvmclock_ctrl();
+                        Ok(())
+                    })
+                })
+                .wait()?;
+        }
+        self.devices.thaw();
+        self.vcpus.run();
+        Ok(())
+    }
+
+    /// Stops the guest.
+    pub fn park(&self) -> Result<()> {
+        // First, so that no interrupt of theirs comes to controllers that are being read.
+        self.devices.freeze();
+        self.vcpus.park()
+    }
+
+    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read.
+    pub fn begin_save(&self, msrs: &Arc<[u32]>) -> Result<Saving> {
+        let vm_state = VmState::save(&self.vm)?;
+        let xsave_bytes = self.host.xsave_bytes();
+        let cpuids = self.cpuids();
+        let vcpus = self.vcpus.ask_all(|index| {
+            let (vm, msrs, cpuid) = (Arc::clone(&self.vm), Arc::clone(msrs), cpuids[index].clone());
+            Box::new(move |vcpu: &mut VcpuFd| {
+                let state = VcpuState::save(vcpu, cpuid, &msrs, xsave_bytes)?;
+                let clock = (index == 0).then(|| ClockState::read(&vm, vcpu)).transpose()?;
+                Ok((state, clock))
+            })
+        });
+        Ok(Saving { vm_state, vcpus })
+    }
+
+    /// Gives a new machine the state of another.
+    pub fn restore(&self, state: &MachineState) -> Result<()> {
+        if state.vcpus.len() != self.vcpus.len() {
+            return Err(Error::Guest(format!(
+                "a state of {} vCPUs for a machine of {}",
+                state.vcpus.len(),
+                self.vcpus.len()
+            )));
+        }
+        let first = &state.vcpus[0];
+        let here = self.vcpus.ask(0, |vcpu| Ok((tsc(vcpu)?, tsc_offset(vcpu))))?;
+        let target = state.clock.start(&self.vm, first.tsc_khz, here)?;
+        let xsave_bytes = self.host.xsave_bytes();
+        self.vcpus
+            .ask_all(|index| {
+                let vcpu_state = state.vcpus[index].clone();
+                let target = target_of(target, &vcpu_state, first);
+                Box::new(move |vcpu: &mut VcpuFd| vcpu_state.restore(vcpu, target, xsave_bytes))
+            })
+            .wait()?;
+        *self.cpuids() = state.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
+        state.vm.restore(&self.vm)?;
+        self.devices.restore(&state.serial)
+    }
+
+    fn cpuids(&self) -> MutexGuard<'_, Vec<Vec<kvm_cpuid_entry2>>> {
+        self.cpuids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A state that is being read.
+pub struct Saving {
+    vm_state: VmState,
+    vcpus: Pending<(VcpuState, Option<ClockState>)>,
+}
+
+impl Saving {
+    /// Waits for it.
+    pub fn finish(
+        self,
+        machine: &Machine,
+        payload: Option<super::payload::PayloadOptions>,
+    ) -> Result<MachineState> {
+        let (vcpus, clocks): (Vec<_>, Vec<_>) = self.vcpus.wait()?.into_iter().unzip();
+        let clock = clocks.into_iter().flatten().next();
+        let clock = clock.ok_or_else(|| Error::Guest("a machine without vCPUs has no clock".into()))?;
+        Ok(MachineState { vm: self.vm_state, clock, vcpus, serial: machine.devices.state(), payload })
+    }
+}
+
+/// Just above the local APICs, below the firmware that a PC would have.
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// Entries of each vCPU's ring, or none where the log is to be used.
+fn choose_ring(config: &MachineConfig) -> Result<Option<u32>> {
+    if config.tracking == TrackingChoice::Log {
+        return Ok(None);
+    }
+    match probe::trust()? {
+        Trust::Ring { .. } => Ok(Some(config.ring_entries.unwrap_or(RING_ENTRIES))),
+        Trust::Log { why } if config.tracking == TrackingChoice::Ring => Err(Error::refused(format!(
+            "KVM's dirty ring cannot be used here: {why}; use --tracking auto or log"
+        ))),
+        Trust::Log { why } => {
+            tracing::info!(why, "following writes by the log");
+            Ok(None)
+        }
+    }
+}
+
+/// Memory files of the machine, mapped.
+fn allocate(config: &MachineConfig) -> Result<GuestMemory> {
+    let mut sources = Vec::new();
+    for (index, (_, bytes)) in layout(config.memory_bytes).into_iter().enumerate() {
+        let name = ["low", "high"][index.min(1)];
+        let mut flags = MemfdFlags::CLOEXEC;
+        if config.huge_pages {
+            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        }
+        let file = memfd_create(format!("pageferry-{name}"), flags).map_err(|e| memory_error(config, e))?;
+        ftruncate(&file, bytes).map_err(|e| memory_error(config, e))?;
+        sources.push(SlotSource {
+            name: name.into(),
+            file: File::from(file),
+            file_offset: 0,
+            bytes,
+            backing_page_bytes: if config.huge_pages { HUGE_PAGE_BYTES } else { PAGE_BYTES },
+            process_address: 0,
+        });
+    }
+    GuestMemory::map(sources, Access::Write).map_err(|e| match e {
+        Error::Transport(e) if config.huge_pages => Error::refused(format!(
+            "this host has not set aside {} huge pages of 2 MiB ({}): echo {0} > /proc/sys/vm/nr_hugepages",
+            config.memory_bytes / HUGE_PAGE_BYTES,
+            Error::from(e).chain()
+        )),
+        e => e,
+    })
+}
+
+fn memory_error(config: &MachineConfig, e: Errno) -> Error {
+    Error::os(format!("allocating {} MiB for the guest", config.memory_bytes >> 20), e)
+}
+
+/// Makes the memory KVM's.
+fn register(vm: &Arc<VmFd>, memory: &Arc<GuestMemory>, config: &MachineConfig) -> Result<KvmSlots> {
+    let mut slots = Vec::new();
+    for (number, (slot, (guest_address, bytes))) in
+        (0..).zip(memory.slots().iter().zip(layout(config.memory_bytes)))
+    {
+        let host_address = slot.region().as_ptr() as u64;
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            flags: 0,
+            guest_phys_addr: guest_address,
+            memory_size: bytes,
+            userspace_addr: host_address,
+        };
+        // SAFETY: the region is this long, shared, and mapped for as long as the machine has it.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(|e| Error::os("giving the guest its memory", e))?;
+        slots.push(KvmSlot { slot: number, guest_address, bytes, host_address, first_page: slot.first_page });
+    }
+    // SAFETY: these are the slots as they were just registered, and the machine keeps memory and slots together.
+    unsafe { KvmSlots::new(Arc::clone(vm), slots) }
+}
+
+/// Whether KVM's own threads may be asked for what a machine needs.
+pub fn check_capabilities(kvm: &Kvm) -> Result<()> {
+    for (cap, name) in [
+        (Cap::Irqchip, "interrupt controllers"),
+        (Cap::Pit2, "interval timer"),
+        (Cap::ImmediateExit, "immediate exit"),
+        (Cap::AdjustClock, "clock"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(Error::refused(format!(
+                "this host's KVM has no {name} for guests: a newer kernel is needed"
+            )));
+        }
+    }
+    Ok(())
+}
