@@ -68,6 +68,39 @@ impl Linux {
             initrd.display()
         )
     }
+
+    /// The arguments of `pageferry microvm` for a guest with two vCPUs; one to be waited for if there is an address.
+    ///
+    /// # Panics
+    /// If the guest's images are missing.
+    #[must_use]
+    pub fn microvm(&self, listen: Option<&str>) -> Vec<String> {
+        let mut words = vec!["--memory".into(), format!("{}M", self.memory_mib), "--cpus".into(), "2".into()];
+        if let Some(listen) = listen {
+            words.extend(["--listen".into(), listen.into(), "--insecure".into()]);
+            return words;
+        }
+        let (kernel, initrd) = images();
+        let append = format!(
+            "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.touch={} pf.rate={} pf.threads=2 pf.ports=0",
+            self.written_mib, self.touched_mib, self.rate
+        );
+        words.extend(["--kernel".into(), kernel.display().to_string()]);
+        words.extend(["--initrd".into(), initrd.display().to_string(), "--append".into(), append]);
+        words
+    }
+}
+
+/// The guest's kernel and initramfs.
+fn images() -> (PathBuf, PathBuf) {
+    let images = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../.cache/guest");
+    let (kernel, initrd) = (images.join("vmlinuz"), images.join("initramfs.gz"));
+    assert!(
+        kernel.is_file() && initrd.is_file(),
+        "{} lacks the guest: run scripts/guest-image",
+        images.display()
+    );
+    (kernel, initrd)
 }
 
 fn console_path(stage: &Stage, name: &str) -> PathBuf {
@@ -75,10 +108,15 @@ fn console_path(stage: &Stage, name: &str) -> PathBuf {
 }
 
 /// The console of one QEMU.
-#[derive(Debug)]
 pub struct Console {
     words: Words,
-    writer: UnixStream,
+    writer: Box<dyn Write>,
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Console").field("words", &self.words).finish_non_exhaustive()
+    }
 }
 
 impl Console {
@@ -90,7 +128,13 @@ impl Console {
     pub fn open(stage: &Stage, name: &str) -> Self {
         let path = console_path(stage, name);
         let writer = eventually(&format!("the console of {name}"), SOON, || UnixStream::connect(&path).ok());
-        Self { words: Words::of(writer.try_clone().expect("a second handle")), writer }
+        Self::of(Words::of(writer.try_clone().expect("a second handle")), Box::new(writer))
+    }
+
+    /// One whose two directions are there.
+    #[must_use]
+    pub fn of(words: Words, writer: Box<dyn Write>) -> Self {
+        Self { words, writer }
     }
 
     /// Waits for the next line with this text.
@@ -134,13 +178,21 @@ impl Console {
         (number(&line, "disk_read="), number(&line, "disk_written="))
     }
 
+    /// Types a line.
+    ///
+    /// # Panics
+    /// If the line cannot be typed.
+    pub fn type_line(&mut self, line: &str) {
+        self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes a line");
+    }
+
     /// Has the guest check all of its memory now.
     ///
     /// # Panics
     /// If anything is lost.
     pub fn verdict(&mut self) {
         let mark = self.words.mark();
-        self.writer.write_all(b"verdict\n").expect("the console takes a line");
+        self.type_line("verdict");
         let (line, _) = self.wait(mark, "WORKLOAD VERDICT", BOOT_MAX);
         assert!(line.contains("VERDICT intact") && number(&line, "errors=") == 0, "{line}");
     }

@@ -1,5 +1,6 @@
 //! A runtime directory of its own, and the commands that run in it as an operator would type them.
 
+use crate::console::Console;
 use crate::look::{self, alive, guest_state};
 use crate::words::Words;
 use crate::{SOON, eventually};
@@ -171,6 +172,31 @@ impl Stage {
         supervisor.words.wait(&format!("attached to {name}"), SOON);
         supervisor.wait_state(State::Hosting);
         supervisor
+    }
+
+    /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin and stdout are the
+    /// guest's serial port.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[must_use]
+    pub fn microvm(&self, name: &str, arguments: &[&str]) -> (Supervisor, Console) {
+        let mut command = self.command(&["microvm", name]);
+        let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
+        let words = Words::of(child.stderr.take().expect("piped"));
+        let shown = Words::of(child.stdout.take().expect("piped"));
+        let console = Console::of(shown, Box::new(child.stdin.take().expect("piped")));
+        let supervisor = Supervisor {
+            name: name.to_owned(),
+            child,
+            words,
+            monitor: self.path(&format!("{name}.look")),
+            directory: self.directory.path().into(),
+        };
+        let ready =
+            if arguments.contains(&"--listen") { "waits for a guest on" } else { "runs in this process" };
+        supervisor.words.wait(&format!("{name} {ready}"), SOON);
+        (supervisor, console)
     }
 
     /// A supervisor, whatever becomes of it. The QEMU command is split at spaces; the test's own monitor

@@ -260,7 +260,7 @@ fn ask_status(runtime: &RuntimeDir, name: &str) -> Result<Status> {
 }
 
 fn describe(status: &Status) -> String {
-    let pid = status.pid.map(|pid| format!(" (QEMU pid {pid})")).unwrap_or_default();
+    let pid = status.pid.map(|pid| format!(" ({} pid {pid})", status.vmm)).unwrap_or_default();
     match status.state {
         State::Starting => "starting".into(),
         State::Waiting => format!("waits for a guest on {}{pid}", status.listen.as_deref().unwrap_or("?")),

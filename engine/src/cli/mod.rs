@@ -3,6 +3,7 @@
 pub mod client;
 pub mod demo;
 pub mod doctor;
+pub mod microvm;
 pub mod units;
 
 use crate::destination::Reception;
@@ -18,6 +19,7 @@ use crate::session;
 use crate::source::{MigrateOptions, default_lanes};
 use crate::supervisor::hosting::Hosting;
 use crate::supervisor::launch::launch;
+use crate::supervisor::qemu::{QemuHosted, QemuNursery};
 use crate::supervisor::receiving::receive;
 use crate::supervisor::runtime::{Claim, RuntimeDir};
 use crate::supervisor::{Inbox, Shared, api, say};
@@ -54,6 +56,8 @@ enum Command {
     Attach(AttachArgs),
     /// Wait for a guest, with a QEMU command that matches the source's.
     Receive(ReceiveArgs),
+    /// Start a guest in pageferry's own monitor, which needs no QEMU, or wait for one.
+    Microvm(microvm::MicrovmArgs),
     /// Move a guest of this host to a waiting receiver.
     Migrate(MigrateArgs),
     /// Show the guests of this host.
@@ -216,6 +220,7 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Run(args) => run(&args),
         Command::Attach(args) => attach(args),
         Command::Receive(args) => receive_guest(&args),
+        Command::Microvm(args) => microvm::main(&args),
         Command::Migrate(args) => client::migrate(&args.name, migrate_options(&args)?, args.json),
         Command::List { json } => client::list(json),
         Command::Status { name, json } => client::status(&name, json),
@@ -255,7 +260,7 @@ fn run(args: &RunArgs) -> Result<u8> {
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     claim.keep_guest();
     let pid = qemu.pid();
-    let hosting = Hosting::new(claim, shared, inbox, QemuSource::new(qemu), Some(child))?;
+    let hosting = Hosting::new(claim, shared, inbox, QemuHosted::new(QemuSource::new(qemu), Some(child)))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
         args.name, pid, args.name
@@ -302,7 +307,7 @@ fn attach(args: AttachArgs) -> Result<u8> {
             say(&format!("attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}", args.name))
         }
     }
-    Hosting::new(claim, shared, inbox, QemuSource::new(qemu), None)?.run()
+    Hosting::new(claim, shared, inbox, QemuHosted::new(QemuSource::new(qemu), None))?.run()
 }
 
 fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
@@ -312,7 +317,7 @@ fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;
     let reception = Reception::new(Doorway::open(address)?, args.link.clone());
-    receive(claim, shared, inbox, &args.qemu, reception)
+    receive(claim, shared, inbox, &mut QemuNursery::new(&args.qemu), reception)
 }
 
 fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {

@@ -33,6 +33,20 @@ pub fn rate(text: &str) -> Result<u64, String> {
         .ok_or_else(|| "write a rate such as 10Gbit, 800Mbit, 500MB or 1GiB (a second)".into())
 }
 
+/// A size in bytes: `512M`, `4G`, `1.5GiB`; a unit is 1024 of the one before.
+pub fn size(text: &str) -> Result<u64, String> {
+    const UNITS: [(char, f64); 4] =
+        [('K', 1024.0), ('M', 1_048_576.0), ('G', 1_073_741_824.0), ('T', 1_099_511_627_776.0)];
+    let number = text.strip_suffix("iB").or_else(|| text.strip_suffix('B')).unwrap_or(text);
+    UNITS
+        .iter()
+        .find_map(|(unit, bytes)| Some(number.strip_suffix(*unit)?.trim().parse::<f64>().ok()? * bytes))
+        .or_else(|| text.parse::<u64>().ok().map(|bytes| bytes as f64))
+        .filter(|size| *size >= 0.0 && *size < u64::MAX as f64)
+        .map(|size| size as u64)
+        .ok_or_else(|| "write a size such as 512M or 4G".into())
+}
+
 /// Bytes for people: `1.5 GiB`.
 #[must_use]
 pub fn bytes(count: u64) -> String {
@@ -52,6 +66,17 @@ mod tests {
         assert_eq!(rate("1MiB"), Ok(1_048_576));
         for wrong in ["", "10", "Gbit", "-1GB", "0GB", "nanGB", "10 apples"] {
             assert!(rate(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(size("4 GB"), Ok(4 << 30));
+        assert_eq!((size("4096"), size("0")), (Ok(4096), Ok(0)));
+        for wrong in ["", "M", "-1M", "infM", "nanG", "5 apples", "1.5"] {
+            assert!(size(wrong).is_err(), "{wrong}");
         }
     }
 

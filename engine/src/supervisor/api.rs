@@ -2,6 +2,7 @@
 //! answer them.
 
 use super::Shared;
+use super::hosted::Vmm;
 use crate::error::{Error, Result};
 use crate::progress::{Monitor, Progress};
 use crate::report::MigrationReport;
@@ -65,7 +66,7 @@ pub enum Reply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Starting or taking up QEMU.
+    /// Starting the guest's monitor, or taking it up.
     Starting,
     /// Waiting for a source.
     Waiting,
@@ -101,7 +102,10 @@ pub struct Status {
     pub name: String,
     /// What the supervisor is doing.
     pub state: State,
-    /// QEMU's process id.
+    /// Who runs the guest.
+    #[serde(default)]
+    pub vmm: Vmm,
+    /// The process that the guest lives in.
     pub pid: Option<u32>,
     /// Where it listens for a source.
     pub listen: Option<String>,

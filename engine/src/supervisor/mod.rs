@@ -7,23 +7,22 @@
 //! ```
 
 pub mod api;
+pub mod hosted;
 pub mod hosting;
+pub mod kvm;
 pub mod launch;
+pub mod qemu;
 pub mod receiving;
 pub mod runtime;
 
 use crate::error::{Error, Result};
 use api::{Order, State, Status};
 use crossbeam_channel::{Receiver, Sender, bounded};
+use hosted::Vmm;
 use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use std::process::Child;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-
-/// For a process to end by force.
-const END_MAX: Duration = Duration::from_secs(5);
 
 /// What a supervisor's threads share.
 #[derive(Debug, Clone)]
@@ -38,6 +37,7 @@ impl Shared {
         let status = Status {
             name: name.into(),
             state: State::Starting,
+            vmm: Vmm::default(),
             pid: None,
             listen: None,
             progress: None,
@@ -101,22 +101,6 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         .spawn(body)
         .map(drop)
         .map_err(|e| Error::os("starting a thread", e))
-}
-
-/// Ends a child by force and takes away what is left of it, unless the kernel cannot end it.
-fn end(child: &mut Child) {
-    let _ = child.kill();
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let ended = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-    if ended.is_some_and(|pidfd| crate::guest::qemu::process::ended(&pidfd, END_MAX).unwrap_or(true)) {
-        let _ = child.wait();
-    } else {
-        say(&format!(
-            "QEMU (pid {}) does not end; the kernel holds it (see /proc/{}/stack)",
-            child.id(),
-            child.id()
-        ));
-    }
 }
 
 /// A line for the operator, apart from the guest's own output on stdout.

@@ -1,0 +1,196 @@
+//! Guests in QEMU, as their supervisor holds them.
+
+use super::hosted::{Ended, Hosted, Nursery, Vmm, Waiting};
+use super::launch::launch;
+use super::runtime::{Claim, Record};
+use super::{say, watch_end};
+use crate::error::{Error, Result};
+use crate::guest::qemu::command::Role;
+use crate::guest::qemu::destination::QemuDestination;
+use crate::guest::qemu::source::QemuSource;
+use crate::guest::{DestinationGuest, SourceGuest};
+use crossbeam_channel::Receiver;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde_json::json;
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+/// For QEMU to let a guest run that the operator has decided about.
+const CONT_MAX: Duration = Duration::from_secs(10);
+/// For a process to end by force.
+const END_MAX: Duration = Duration::from_secs(5);
+
+/// A QEMU with a guest.
+pub struct QemuHosted {
+    guest: QemuSource,
+    /// The process, where this supervisor started it.
+    child: Option<Child>,
+}
+
+impl QemuHosted {
+    /// One that was taken up, and started by this process if there is a child.
+    #[must_use]
+    pub fn new(guest: QemuSource, child: Option<Child>) -> Self {
+        Self { guest, child }
+    }
+}
+
+impl Hosted for QemuHosted {
+    fn guest(&mut self) -> &mut dyn SourceGuest {
+        &mut self.guest
+    }
+
+    fn vmm(&self) -> Vmm {
+        Vmm::Qemu
+    }
+
+    fn pid(&self) -> u32 {
+        self.guest.qemu().pid()
+    }
+
+    fn record(&self) -> Option<Result<Record>> {
+        let qemu = self.guest.qemu();
+        Some(Record::of(qemu.pid(), qemu.qmp_path()))
+    }
+
+    fn ended(&self) -> Result<Receiver<()>> {
+        watch_end(self.guest.qemu().pidfd())
+    }
+
+    fn is_sealed(&self) -> bool {
+        self.guest.is_sealed()
+    }
+
+    fn is_new_here(&self) -> bool {
+        self.guest.is_new_here()
+    }
+
+    fn look_after(&mut self) {
+        self.guest.settle_in();
+        // So that they do not pile up in QEMU.
+        if let Err(e) = self.guest.qemu_mut().qmp.drain_events() {
+            // Its end, if it is that, comes through `ended`.
+            tracing::debug!(error = %e.chain(), "QEMU's events");
+        }
+    }
+
+    fn in_doubt(&mut self) -> bool {
+        matches!(self.guest.qemu_mut().status().as_deref(), Ok("postmigrate" | "finish-migrate"))
+    }
+
+    fn run_here(&mut self) -> Result<()> {
+        self.guest.resume()?;
+        let qemu = self.guest.qemu_mut();
+        if !qemu.is_running()? {
+            qemu.qmp.execute("cont", json!({}), Instant::now() + CONT_MAX)?;
+        }
+        Ok(())
+    }
+
+    fn end_here(&mut self) -> Result<()> {
+        self.guest.end()
+    }
+
+    fn let_go(&mut self) {
+        self.guest.settle_in();
+    }
+
+    /// QEMU's exit status, if it was our child; that of a shell where a signal ended it.
+    fn reap(&mut self) -> Ended {
+        let status = self.child.as_mut().and_then(|child| child.wait().ok());
+        let code = status.and_then(|s| s.code().or_else(|| s.signal().map(|signal| 128 + signal)));
+        Ended { status: code.and_then(|code| u8::try_from(code).ok()).unwrap_or(0), how: None }
+    }
+}
+
+/// A QEMU that waits to be filled.
+pub struct QemuWaiting {
+    guest: QemuDestination,
+    child: Child,
+}
+
+impl Waiting for QemuWaiting {
+    type Hosted = QemuHosted;
+
+    fn guest(&mut self) -> &mut dyn DestinationGuest {
+        &mut self.guest
+    }
+
+    fn vmm(&self) -> Vmm {
+        Vmm::Qemu
+    }
+
+    fn pid(&self) -> u32 {
+        self.guest.qemu().pid()
+    }
+
+    fn ended(&self) -> Result<Receiver<()>> {
+        watch_end(self.guest.qemu().pidfd())
+    }
+
+    fn why_ended(&self) -> Error {
+        Error::refused("QEMU ended while it waited for a guest; its message is above")
+    }
+
+    fn end(self) {
+        let Self { guest, mut child } = self;
+        // Its guardian first, which has nothing to guard any more.
+        drop(guest);
+        end(&mut child);
+    }
+
+    fn into_hosted(self) -> Result<QemuHosted> {
+        Ok(QemuHosted::new(self.guest.into_source(), Some(self.child)))
+    }
+}
+
+/// Starts QEMUs that wait, with the user's command.
+#[derive(Debug)]
+pub struct QemuNursery<'c> {
+    command: &'c [OsString],
+}
+
+impl<'c> QemuNursery<'c> {
+    /// One for this command.
+    #[must_use]
+    pub fn new(command: &'c [OsString]) -> Self {
+        Self { command }
+    }
+}
+
+impl Nursery for QemuNursery<'_> {
+    type Waiting = QemuWaiting;
+
+    fn prepare(&mut self, claim: &Claim) -> Result<QemuWaiting> {
+        let (mut child, qemu) = launch(self.command, Role::Destination, &claim.path("qmp"))?;
+        // From Commit on the guest may outlive this supervisor, and must be found then.
+        let prepared = Record::of(qemu.pid(), qemu.qmp_path())
+            .and_then(|record| claim.remember(&record))
+            .and_then(|()| QemuDestination::new(qemu));
+        match prepared {
+            Ok(guest) => Ok(QemuWaiting { guest, child }),
+            Err(e) => {
+                end(&mut child);
+                Err(e)
+            }
+        }
+    }
+}
+
+/// Ends a child by force and takes away what is left of it, unless the kernel cannot end it.
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let ended = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    if ended.is_some_and(|pidfd| crate::guest::qemu::process::ended(&pidfd, END_MAX).unwrap_or(true)) {
+        let _ = child.wait();
+    } else {
+        say(&format!(
+            "QEMU (pid {}) does not end; the kernel holds it (see /proc/{}/stack)",
+            child.id(),
+            child.id()
+        ));
+    }
+}
