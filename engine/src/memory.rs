@@ -1,6 +1,9 @@
 //! Guest memory as the engine sees it: slots, each a shared mapping, laid end to end on one line of
 //! pages.
 
+#[cfg(feature = "vm-memory")]
+pub mod rust_vmm;
+
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
