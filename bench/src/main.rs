@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use pageferry::cli::units::duration;
+use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, BulkOptions};
 use pageferry_bench::compare::compare;
@@ -73,7 +74,10 @@ struct DowntimeArgs {
     /// Writes in MB a second; 0 is as fast as the guest can.
     #[arg(long, default_value_t = 40)]
     rate: u32,
-    /// Threads that write.
+    /// How writes of the payload guest are followed.
+    #[arg(long, value_enum, default_value = "auto")]
+    tracking: TrackingChoice,
+    /// Threads that write; vCPUs of the payload guest.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: u32,
     /// What carries the data.
@@ -247,6 +251,7 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         working_mib: args.working,
         rate_mb: args.rate,
         threads: args.threads,
+        tracking: args.tracking,
         transport: args.transport,
         address: args.address,
         lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),

@@ -15,6 +15,7 @@
 
 pub mod client;
 mod linux;
+mod payload;
 pub mod service;
 mod synthetic;
 
@@ -23,6 +24,7 @@ use crate::record::{Migration, Record, Spec};
 use crate::stats::histogram::Histogram;
 use anyhow::{Context, Result, bail};
 use client::Client;
+use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::{LinkChoice, Transport};
 use pageferry::policy::WhenStuck;
 use pageferry::report::{Blackout, MigrationReport, Outcome};
@@ -75,6 +77,8 @@ const SLICES: [Slice; 7] = [
 pub enum Guest {
     /// Threads that write memory, in this process: the engine's own part of a blackout.
     Synthetic,
+    /// A program that checks its own memory, under this host's KVM.
+    Payload,
     /// Linux in QEMU, under TCG, moved by the pageferry beside this program.
     Linux,
 }
@@ -92,8 +96,10 @@ pub struct MoveOptions {
     pub working_mib: u32,
     /// Writes in MB a second; 0 is as fast as the guest can.
     pub rate_mb: u32,
-    /// Threads that write.
+    /// Threads that write; vCPUs of the payload guest.
     pub threads: u32,
+    /// How writes of the payload guest are followed.
+    pub tracking: TrackingChoice,
     /// What carries the data.
     pub transport: Transport,
     /// Where the receiver listens.
@@ -167,6 +173,7 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
     options.check()?;
     let mut laboratory: Box<dyn Laboratory> = match options.guest {
         Guest::Synthetic => Box::new(synthetic::Synthetic::start(options.clone())?),
+        Guest::Payload => Box::new(payload::Payload::start(options.clone())?),
         Guest::Linux => Box::new(linux::Linux::start(options)?),
     };
     let title = format!(
@@ -337,6 +344,7 @@ mod tests {
             working_mib: 16,
             rate_mb: 10,
             threads: 1,
+            tracking: TrackingChoice::Auto,
             transport: Transport::Tcp,
             address: IpAddr::from([127, 0, 0, 1]),
             lanes: 2,

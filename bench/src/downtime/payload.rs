@@ -1,0 +1,121 @@
+//! The payload guest under this host's KVM, moved by the engine within this process: a real machine's state and real
+//! dirty tracking, without a kernel or a QEMU around it.
+
+use super::{Guest, Laboratory, Move, MoveOptions};
+use anyhow::{Context, Result, bail};
+use pageferry::destination::{Reception, Served};
+use pageferry::doorway::Doorway;
+use pageferry::guest::SourceGuest;
+use pageferry::guest::kvm::destination::KvmDestination;
+use pageferry::guest::kvm::machine::MachineConfig;
+use pageferry::guest::kvm::payload::{Pattern, PayloadOptions};
+use pageferry::guest::kvm::serial::Console;
+use pageferry::guest::kvm::source::{Boot, KvmSource};
+use pageferry::link::LinkChoice;
+use pageferry::page::PAGE_BYTES;
+use pageferry::progress::Monitor;
+use pageferry::report::Outcome;
+use pageferry::source::migrate;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+/// For the source to connect to the receiver beside it.
+const CONNECT_MAX: Duration = Duration::from_secs(30);
+/// For the guest to write its working memory once. After that measuring begins all the same.
+const WARM_UP_MAX: Duration = Duration::from_secs(20);
+/// What is written where is the same in every run.
+const SEED: u64 = 20_260_101;
+
+/// A payload guest.
+pub struct Payload {
+    guest: Option<KvmSource>,
+    config: MachineConfig,
+    options: MoveOptions,
+}
+
+impl Payload {
+    /// Boots the guest, and waits until it has written about as many pages as it has.
+    pub fn start(options: MoveOptions) -> Result<Self> {
+        debug_assert_eq!(options.guest, Guest::Payload);
+        let each = f64::from(options.rate_mb) * 1e6 / PAGE_BYTES as f64 / f64::from(options.threads);
+        if options.rate_mb > 0 && each < 1.0 {
+            bail!(
+                "--rate {} is less than a page a second for each of --threads {}",
+                options.rate_mb,
+                options.threads
+            );
+        }
+        let working_set_pages = u64::from(options.working_mib) << 8;
+        let payload = PayloadOptions {
+            pattern: Pattern::Random,
+            pages_per_second: (options.rate_mb > 0).then_some(each as u64),
+            working_set_pages: Some(working_set_pages),
+            seed: SEED,
+        };
+        let mut config = MachineConfig::new(u64::from(options.memory_mib) << 20, options.threads);
+        config.tracking = options.tracking;
+        let mut guest = KvmSource::start(&config, &Boot::Payload(payload), Console::none())?;
+        let until = Instant::now() + WARM_UP_MAX;
+        while Instant::now() < until && guest.check()?.pages_written.iter().sum::<u64>() < working_set_pages {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(Self { guest: Some(guest), config, options })
+    }
+}
+
+impl Laboratory for Payload {
+    fn service(&self) -> Option<SocketAddr> {
+        None
+    }
+
+    fn move_once(&mut self) -> Result<Move> {
+        let mut source = self.guest.take().context("the guest was lost by an earlier move")?;
+        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0))
+            .with_context(|| format!("listening at {}", self.options.address))?;
+        let options = self.options.migrate_options(doorway.address.to_string());
+        let destination = KvmDestination::new(&self.config, Console::none())?;
+        source.forget_gaps()?;
+        let planted_pause = self.options.planted_pause;
+        if !planted_pause.is_zero() {
+            bail!("--plant-pause is for the synthetic guest");
+        }
+        let (report, arrived) = std::thread::scope(|scope| {
+            let receiving = scope.spawn(|| receive(doorway, destination));
+            let report = migrate(&mut source, &options, &Monitor::default());
+            (report, receiving.join())
+        });
+        // It runs where the engine says that it does.
+        self.guest = if report.outcome == Outcome::Completed {
+            source.end()?;
+            arrived.ok().flatten()
+        } else {
+            Some(source)
+        };
+        Ok(Move { report })
+    }
+
+    fn guest_gap_ms(&self) -> f64 {
+        // Between two readings of its own time-stamp counter, which went on while it stood still.
+        let gap = self.guest.as_ref().and_then(|guest| {
+            let ticks = guest.gap_ticks_max().ok()?;
+            Some(ticks.into_iter().max()? as f64 / f64::from(guest.machine().tsc_khz()))
+        });
+        gap.unwrap_or(f64::NAN)
+    }
+
+    fn check(&mut self) -> Result<()> {
+        let guest = self.guest.as_mut().context("the guest was lost by a move")?;
+        guest.check()?;
+        Ok(())
+    }
+}
+
+/// The guest that came, if one did.
+fn receive(doorway: Doorway, mut guest: KvmDestination) -> Option<KvmSource> {
+    let mut reception = Reception::new(doorway, LinkChoice::default());
+    let incoming = reception.doorway().next(Instant::now() + CONNECT_MAX)?;
+    match reception.serve(incoming, &mut guest, &mut || Ok(())) {
+        Served::Received(_) => guest.into_source(),
+        _ => None,
+    }
+}
