@@ -362,6 +362,11 @@ fn scan_call(pagemap: BorrowedFd<'_>, arg: &mut abi::PmScanArg) -> Result<usize>
         Err(Errno::PERM) => Err(Error::Guest(
             "PAGEMAP_SCAN met memory that is not tracked: the guest's process changed its mapping".into(),
         )),
+        // Newer kernels say so, older ones find nothing.
+        Err(Errno::SRCH) => Err(Error::Guest(format!(
+            "the guest's memory at {:#x} is not tracked any more: its process died",
+            arg.start
+        ))),
         Err(e) => Err(Error::os(format!("PAGEMAP_SCAN of {:#x}..{:#x}", arg.start, arg.end), e)),
     }
 }
