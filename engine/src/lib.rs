@@ -26,8 +26,8 @@
 //! # Who runs the guest
 //!
 //! [`guest`] has the two traits that a virtual machine monitor implements: [`guest::SourceGuest`] and
-//! [`guest::DestinationGuest`]. [`guest::qemu`] implements them for an unmodified, running QEMU,
-//! [`guest::synthetic`] for threads that write memory and check it.
+//! [`guest::DestinationGuest`]. [`guest::qemu`] implements them for an unmodified, running QEMU, [`guest::kvm`] for
+//! guests under KVM that this process runs itself, [`guest::synthetic`] for threads that write memory and check it.
 //!
 //! # The command
 //!
