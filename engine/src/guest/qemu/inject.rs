@@ -482,6 +482,8 @@ mod tests {
                 // `Told`, and both processes reach it through atomics alone.
                 unsafe {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    // A fork has the handlers of this process, which its terminal set; a QEMU, executed, has none.
+                    libc::signal(libc::SIGCONT, libc::SIG_DFL);
                     body(&*shared.as_ptr().cast::<Told>(), shared.as_ptr());
                     libc::_exit(0);
                 }
