@@ -280,6 +280,19 @@ impl Machine {
         })
     }
 
+    /// The same of a guest that has come with this state, without asking KVM for each register once more: the guest
+    /// stands still meanwhile.
+    #[must_use]
+    pub fn profile_of(&self, state: &MachineState) -> CpuProfile {
+        let first = &state.vcpus[0];
+        CpuProfile {
+            cpuid: first.cpuid.clone(),
+            msrs: first.msrs.iter().map(|msr| msr.index).collect(),
+            tsc_khz: first.tsc_khz,
+            xsave_bytes: self.host.xsave_bytes(),
+        }
+    }
+
     /// Starts to follow writes.
     pub fn start_tracking(&self) -> Result<Box<dyn DirtySource>> {
         let kick = Arc::clone(&self.vcpus) as Arc<dyn KickVcpus>;

@@ -96,16 +96,16 @@ impl KvmSource {
             }
             (Boot::Payload(_), None) => unreachable!("a payload has its plan"),
         }
-        let mut guest = Self::of(machine, payload)?;
+        let profile = machine.profile()?;
+        let mut guest = Self::of(machine, profile, payload);
         guest.go(false)?;
         Ok(guest)
     }
 
     /// A guest whose machine is ready and parked.
-    pub(super) fn of(machine: Machine, payload: Option<PayloadPlan>) -> Result<Self> {
-        let profile = machine.profile()?;
+    pub(super) fn of(machine: Machine, profile: CpuProfile, payload: Option<PayloadPlan>) -> Self {
         let msrs = profile.msrs.clone().into();
-        Ok(Self {
+        Self {
             machine,
             profile,
             msrs,
@@ -115,7 +115,7 @@ impl KvmSource {
             saving: None,
             retired: None,
             kick_us: 0,
-        })
+        }
     }
 
     /// Its machine.
