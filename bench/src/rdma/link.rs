@@ -5,7 +5,7 @@ use super::{RdmaBenchOptions, TRANSFER_MAX};
 use crate::memory;
 use crate::watch::{Sample, Watch};
 use anyhow::{Result, ensure};
-use pageferry::page::PAGE_BYTES;
+use pageferry::page::{PAGE_BYTES, PageRun};
 use pageferry::precopy::Pump;
 use pageferry_transport::preamble::Token;
 use pageferry_transport::rdma::{Path, RdmaInitiator, RdmaListener, RdmaOptions, RdmaTarget};
@@ -63,7 +63,7 @@ pub(super) fn run(options: &RdmaBenchOptions, size: u64) -> Result<Sample> {
     while left > 0 {
         let mut dirty = runs.clone();
         if left < dirty.count() {
-            dirty = memory::every_second(2 * left, size / PAGE_BYTES);
+            dirty.remove(PageRun::between(2 * left, memory.pages()));
         }
         left -= pump.push(&mut dirty, in_time, &mut |_| {})?;
     }
