@@ -24,7 +24,7 @@ use crate::guest::{BlockDescription, GuestDescription};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::PAGE_BYTES;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use pageferry_transport::Access;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
@@ -99,19 +99,7 @@ impl MachineConfig {
     }
 }
 
-/// Opens the host's KVM.
-pub fn open_kvm() -> Result<Kvm> {
-    Kvm::new().map_err(|e| {
-        let mend = match e.errno() {
-            libc::ENOENT | libc::ENXIO | libc::ENODEV => {
-                "this host has no KVM: load kvm_intel or kvm_amd, and have virtualization switched on in the firmware"
-            }
-            libc::EACCES | libc::EPERM => "you may not use it: join the group kvm, or run as root",
-            _ => "see the kernel's messages",
-        };
-        Error::refused(format!("cannot open /dev/kvm ({e}): {mend}"))
-    })
-}
+pub use crate::dirty::kvm::open as open_kvm;
 
 /// What writes are followed by, and what it needs.
 enum Tracker {
@@ -468,21 +456,4 @@ fn register(vm: &Arc<VmFd>, memory: &Arc<GuestMemory>, config: &MachineConfig) -
     }
     // SAFETY: these are the slots as they were just registered, and the machine keeps memory and slots together.
     unsafe { KvmSlots::new(Arc::clone(vm), slots) }
-}
-
-/// Whether KVM's own threads may be asked for what a machine needs.
-pub fn check_capabilities(kvm: &Kvm) -> Result<()> {
-    for (cap, name) in [
-        (Cap::Irqchip, "interrupt controllers"),
-        (Cap::Pit2, "interval timer"),
-        (Cap::ImmediateExit, "immediate exit"),
-        (Cap::AdjustClock, "clock"),
-    ] {
-        if !kvm.check_extension(cap) {
-            return Err(Error::refused(format!(
-                "this host's KVM has no {name} for guests: a newer kernel is needed"
-            )));
-        }
-    }
-    Ok(())
 }

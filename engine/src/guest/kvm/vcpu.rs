@@ -11,6 +11,7 @@
 //! lost (Linux, virt/kvm/api.rst, 5: `immediate_exit`).
 
 use crate::dirty::kvm::KickVcpus;
+use crate::dirty::ring::KVM_EXIT_DIRTY_RING_FULL;
 use crate::error::{Error, Result};
 use crate::guest::Liveness;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -32,8 +33,6 @@ const LEAVE_MAX: Duration = Duration::from_secs(10);
 const ASK_MAX: Duration = Duration::from_secs(10);
 /// Exits that finishing a pending one may cause: an access of 16 bytes is two of 8.
 const PENDING_EXITS_MAX: usize = 16;
-/// KVM_EXIT_DIRTY_RING_FULL (Linux, include/uapi/linux/kvm.h).
-const EXIT_DIRTY_RING_FULL: u32 = 31;
 
 /// How a guest came to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -428,7 +427,7 @@ impl Worker {
             // Nothing is there: reads are all ones, as on a bus without a device.
             VcpuExit::MmioRead(_, data) => data.fill(0xff),
             VcpuExit::MmioWrite(..) | VcpuExit::IrqWindowOpen | VcpuExit::Intr => {}
-            VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL) => {
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
                 if let Err(e) = self.exits.ring_full(self.index) {
                     return Err(Ending::Failed(format!(
                         "the dirty ring of vCPU {}: {}",
