@@ -27,7 +27,7 @@ fn samples(arguments: &[&str]) -> (String, Value) {
 fn every_row_costs_something() {
     let (table, samples) = samples(&["--repeat", "3"]);
     let rows = samples["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 10);
     for row in rows {
         let name = row["name"].as_str().unwrap();
         let page_ns: Vec<_> =
