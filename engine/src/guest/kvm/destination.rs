@@ -72,7 +72,7 @@ impl DestinationGuest for KvmDestination {
         let (bytes, vcpus) = (machine.config().memory_bytes, machine.config().vcpus);
         let payload = state.payload.map(|options| PayloadPlan::new(options, bytes, vcpus)).transpose()?;
         machine.restore(&state)?;
-        let profile = machine.profile_of(&state);
+        let profile = Machine::profile_of(&state);
         self.loaded = Some(KvmSource::of(machine, profile, payload));
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::devices::Devices;
 use super::layout::layout;
 use super::serial::Console;
 use super::state::MachineState;
-use super::state::vcpu::{VcpuState, readable_msrs, tsc, tsc_offset};
+use super::state::vcpu::{VcpuState, XsaveBytes, readable_msrs, tsc, tsc_offset};
 use super::state::vm::{ClockState, VmState, target_of};
 use super::vcpu::{Pending, Vcpus};
 use crate::dirty::DirtySource;
@@ -271,13 +271,13 @@ impl Machine {
     /// The same of a guest that has come with this state, without asking KVM for each register once more: the guest
     /// stands still meanwhile.
     #[must_use]
-    pub fn profile_of(&self, state: &MachineState) -> CpuProfile {
+    pub fn profile_of(state: &MachineState) -> CpuProfile {
         let first = &state.vcpus[0];
         CpuProfile {
             cpuid: first.cpuid.clone(),
             msrs: first.msrs.iter().map(|msr| msr.index).collect(),
             tsc_khz: first.tsc_khz,
-            xsave_bytes: self.host.xsave_bytes(),
+            xsave_bytes: size_of_val(first.xsave.as_slice()) as u32,
         }
     }
 
@@ -315,15 +315,16 @@ impl Machine {
         self.vcpus.park()
     }
 
-    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read.
-    pub fn begin_save(&self, msrs: &Arc<[u32]>) -> Result<Saving> {
+    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read, `xsave_bytes`
+    /// is what the guest has had for vector registers since it was born.
+    pub fn begin_save(&self, msrs: &Arc<[u32]>, xsave_bytes: u32) -> Result<Saving> {
         let vm_state = VmState::save(&self.vm)?;
-        let xsave_bytes = self.host.xsave_bytes();
+        let xsave = XsaveBytes { guest: xsave_bytes, host: self.host.xsave_bytes() };
         let cpuids = self.cpuids();
         let vcpus = self.vcpus.ask_all(|index| {
             let (vm, msrs, cpuid) = (Arc::clone(&self.vm), Arc::clone(msrs), cpuids[index].clone());
             Box::new(move |vcpu: &mut VcpuFd| {
-                let state = VcpuState::save(vcpu, cpuid, &msrs, xsave_bytes)?;
+                let state = VcpuState::save(vcpu, cpuid, &msrs, xsave)?;
                 let clock = (index == 0).then(|| ClockState::read(&vm, vcpu)).transpose()?;
                 Ok((state, clock))
             })

@@ -150,6 +150,31 @@ fn saved(guest: &mut KvmSource) -> (MachineState, Vec<u8>) {
     (MachineState::decode(&blob).unwrap(), blob)
 }
 
+/// A guest in a new machine, loaded with this state and sealed, not running.
+fn restored(config: &MachineConfig, blob: &[u8]) -> KvmSource {
+    let mut destination = KvmDestination::new(config, Console::none()).unwrap();
+    let region = MemoryRegion::anonymous(blob.len().next_multiple_of(4096)).unwrap();
+    region.write(0, blob).unwrap();
+    destination.load(&region, blob.len()).unwrap();
+    destination.seal(false).unwrap();
+    destination.run(false).unwrap();
+    destination.into_source().unwrap()
+}
+
+#[test]
+fn vector_registers_stay_as_long_as_the_guests_first_host_had_them() {
+    if !kvm_is_here("vector_registers_stay_as_long_as_the_guests_first_host_had_them") {
+        return;
+    }
+    // A page, as on a processor without AVX-512.
+    const LESSER_WORDS: usize = 1024;
+    let config = config(1, TrackingChoice::Log);
+    let (mut state, _) = saved(&mut start(&config, Pattern::Random));
+    state.vcpus[0].xsave.truncate(LESSER_WORDS);
+    let mut guest = restored(&config, &state.encode().unwrap());
+    assert_eq!(saved(&mut guest).0.vcpus[0].xsave, state.vcpus[0].xsave);
+}
+
 #[test]
 fn a_restored_state_equals_the_saved_one_field_by_field() {
     if !kvm_is_here("a_restored_state_equals_the_saved_one_field_by_field") {
@@ -159,13 +184,7 @@ fn a_restored_state_equals_the_saved_one_field_by_field() {
     let mut guest = start(&config, Pattern::Random);
     write_and_check(&mut guest, 10);
     let (state, blob) = saved(&mut guest);
-    let mut destination = KvmDestination::new(&config, Console::none()).unwrap();
-    let region = MemoryRegion::anonymous(blob.len().next_multiple_of(4096)).unwrap();
-    region.write(0, &blob).unwrap();
-    destination.load(&region, blob.len()).unwrap();
-    destination.seal(false).unwrap();
-    destination.run(false).unwrap();
-    let (again, _) = saved(&mut destination.into_source().unwrap());
+    let (again, _) = saved(&mut restored(&config, &blob));
     assert_ne!(state.vcpus[0].regs, Default::default());
     let (state, again) = (without_time(state), without_time(again));
     for (first, second) in state.vcpus.iter().zip(&again.vcpus) {

@@ -182,6 +182,12 @@ impl PayloadPlan {
         self.shares.iter().map(|share| read_u64(memory, share.block + block::GAP_MAX as u64)).collect()
     }
 
+    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each page. The guest may
+    /// run.
+    pub fn last_ticks(&self, memory: &GuestMemory) -> Result<Vec<u64>> {
+        self.shares.iter().map(|share| read_u64(memory, share.block + block::LAST as u64)).collect()
+    }
+
     /// Begins to look for the longest gap anew. The guest may run, and is not tracked.
     pub fn forget_gaps(&self, memory: &GuestMemory) -> Result<()> {
         self.shares.iter().try_for_each(|share| write_u64(memory, share.block + block::GAP_MAX as u64, 0))

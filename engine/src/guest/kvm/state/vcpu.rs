@@ -35,6 +35,15 @@ const MSRS_MAX: usize = 256;
 const KVM_SET_DEVICE_ATTR: u64 = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: u64 = 0x4018_aee2;
 
+/// How long XSAVE areas are, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct XsaveBytes {
+    /// The guest's: what the host had that it was born on. It never grows, so that a guest can go back.
+    pub guest: u32,
+    /// This host's, not less: what its KVM writes.
+    pub host: u32,
+}
+
 /// Everything of a vCPU.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -70,8 +79,13 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
 
 impl VcpuState {
     /// Reads a parked vCPU. `cpuid` is what was set: KVM tells it with its own changes, which some hosts' KVM would
-    /// not take back. `msrs` are the registers to read, `xsave_bytes` is the size of its XSAVE area.
-    pub fn save(vcpu: &VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, msrs: &[u32], xsave_bytes: u32) -> Result<Self> {
+    /// not take back. `msrs` are the registers to read.
+    pub fn save(
+        vcpu: &VcpuFd,
+        cpuid: Vec<kvm_cpuid_entry2>,
+        msrs: &[u32],
+        xsave: XsaveBytes,
+    ) -> Result<Self> {
         let mp_state = vcpu.get_mp_state().map_err(failed("reading whether a vCPU runs"))?;
         Ok(Self {
             cpuid,
@@ -82,7 +96,7 @@ impl VcpuState {
             mp_state,
             regs: vcpu.get_regs().map_err(failed("reading a vCPU's registers"))?,
             sregs: vcpu.get_sregs().map_err(failed("reading a vCPU's segments and control registers"))?,
-            xsave: get_xsave(vcpu, xsave_bytes)?,
+            xsave: get_xsave(vcpu, xsave)?,
             xcrs: vcpu.get_xcrs().map_err(failed("reading a vCPU's extended control registers"))?,
             lapic: vcpu.get_lapic().map_err(failed("reading a local APIC"))?,
             msrs: get_msrs(vcpu, msrs)?,
@@ -118,12 +132,6 @@ impl VcpuState {
             TscTarget::Offset(offset) => set_tsc_offset(vcpu, offset),
             TscTarget::Value(value) => set_msrs(vcpu, &[msr(MSR_TSC, value)]),
         }
-    }
-
-    /// The value of one of its model-specific registers.
-    #[must_use]
-    pub fn msr(&self, index: u32) -> Option<u64> {
-        self.msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
     }
 }
 
@@ -210,13 +218,21 @@ fn xsave_extra_words(bytes: usize) -> usize {
     bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>())
 }
 
-fn get_xsave(vcpu: &VcpuFd, bytes: u32) -> Result<Vec<u32>> {
-    let mut area = Xsave::new(xsave_extra_words(bytes as usize))
-        .map_err(|_| Error::Guest(format!("an XSAVE area of {bytes} bytes is more than can be")))?;
+fn get_xsave(vcpu: &VcpuFd, bytes: XsaveBytes) -> Result<Vec<u32>> {
+    let mut area = Xsave::new(xsave_extra_words(bytes.host as usize))
+        .map_err(|_| Error::Guest(format!("an XSAVE area of {} bytes is more than can be", bytes.host)))?;
     // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that the kernel writes.
     unsafe { vcpu.get_xsave2(&mut area) }.map_err(failed("reading a vCPU's vector registers"))?;
     let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
     words.extend_from_slice(area.as_slice());
+    let beyond = words.split_off(words.len().min((bytes.guest as usize).div_ceil(size_of::<u32>())));
+    // What lies there belongs to extensions that the guest's CPUID does not have.
+    if beyond.iter().any(|&word| word != 0) {
+        return Err(Error::Guest(format!(
+            "a vCPU has vector registers beyond the {} bytes that are the guest's",
+            bytes.guest
+        )));
+    }
     Ok(words)
 }
 
