@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// For the guest to write its working memory once. After that measuring begins all the same.
 const WARM_UP_MAX: Duration = Duration::from_secs(20);
+/// For a guest that runs to write a page. The slowest writes one a second.
+const WRITE_ON_MAX: Duration = Duration::from_secs(10);
 /// What is written where is the same in every run.
 const SEED: u64 = 20_260_101;
 
@@ -63,6 +65,22 @@ impl Payload {
     }
 }
 
+impl Payload {
+    /// Waits until every vCPU has gone on by a page.
+    fn writes_on(&mut self) -> Result<()> {
+        let Some(guest) = self.guest.as_mut() else { return Ok(()) };
+        let before = guest.last_ticks()?;
+        let until = Instant::now() + WRITE_ON_MAX;
+        while guest.last_ticks()?.iter().zip(&before).any(|(now, before)| now == before) {
+            if Instant::now() >= until {
+                bail!("the guest has come and writes nothing for {WRITE_ON_MAX:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
 impl Laboratory for Payload {
     fn service(&self) -> Option<SocketAddr> {
         None
@@ -91,6 +109,7 @@ impl Laboratory for Payload {
         } else {
             Some(source)
         };
+        self.writes_on()?;
         Ok(Move { report })
     }
 
