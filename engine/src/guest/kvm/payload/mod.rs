@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   0x0000_7000  the program                     0x0011_0000  ledger of vCPU 0, of vCPU 1, ...
-//!   0x0010_0000  block of vCPU 0, a page each    ...          data: share of vCPU 0, of vCPU 1, ...
+//!   0x0010_0000  block of vCPU 0, a page each    at the end   data: share of vCPU 0, of vCPU 1, ...
 //! ```
 //!
 //! All words of a page are one number, made of the page's address and generation, and the ledger has the generation
@@ -107,7 +107,8 @@ impl PayloadPlan {
             )));
         }
         let ledger_bytes = (wanted * 4).next_multiple_of(PAGE_BYTES);
-        let data = LEDGER + vcpus * ledger_bytes;
+        // At the end of memory, so that a small working set too is in what lies above 4 GiB.
+        let data = memory_bytes - vcpus * wanted * PAGE_BYTES;
         let share = |vcpu: u64| Share {
             block: BLOCKS + vcpu * PAGE_BYTES,
             ledger: LEDGER + vcpu * ledger_bytes,
@@ -116,7 +117,7 @@ impl PayloadPlan {
         };
         let plan = Self { options, shares: (0..vcpus).map(share).collect() };
         // Ledgers are not spread around the hole.
-        if data > LOW_BYTES_MAX {
+        if LEDGER + vcpus * ledger_bytes > LOW_BYTES_MAX {
             return Err(Error::refused("a payload guest has at most 2 TiB of memory"));
         }
         Ok(plan)
