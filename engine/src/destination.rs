@@ -267,12 +267,13 @@ impl Reception {
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
         let staging_region = MemoryRegion::anonymous(STAGING_BYTES)?;
         let accept = expose(&memory, &touched, &state, &staging_region, target)?;
-        let prefault = Prefault::start(Arc::clone(&memory), memory.unmapped(&touched))?;
+        let prefault = Prefault::start(Arc::clone(&memory), &touched, guest.map_ahead())?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
 
         // Rounds.
         let prepare = self.wait_for_prepare(control, target, &prefault, guest, watch)?;
+        prefault.stop();
         let waiting = Instant::now();
         wait_for_fence(target, FenceTag(prepare.fence))?;
         let fence_us = waiting.elapsed().as_micros() as u64;

@@ -13,6 +13,7 @@ pub mod synthetic;
 use crate::dirty::DirtySource;
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use crate::page::PageRun;
 use crate::policy::FixedCosts;
 use pageferry_transport::MemoryRegion;
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct GuestDescription {
 
 /// Fails once the process that runs the guest has ended. Cheap enough for every batch.
 pub type Liveness = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// Maps a run of pages, within one slot, for a guest that does not run yet. An error means that it need not be tried again.
+pub type MapAhead = Arc<dyn Fn(PageRun) -> Result<()> + Send + Sync>;
 
 /// A guest that can be moved away.
 pub trait SourceGuest: Send {
@@ -134,6 +138,11 @@ pub trait DestinationGuest: Send {
 
     /// A check, usable from anywhere, that whoever will run the guest still lives.
     fn liveness(&self) -> Liveness;
+
+    /// Maps pages of populated memory for the guest before it is here; `None` where that cannot be done.
+    fn map_ahead(&self) -> Option<MapAhead> {
+        None
+    }
 
     /// Takes the device state from the first `len` bytes of `state`. All memory has arrived.
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()>;

@@ -6,7 +6,7 @@ use super::serial::Console;
 use super::source::KvmSource;
 use super::state::MachineState;
 use crate::error::{Error, Result};
-use crate::guest::{DestinationGuest, GuestDescription, Liveness};
+use crate::guest::{DestinationGuest, GuestDescription, Liveness, MapAhead};
 use crate::memory::GuestMemory;
 use pageferry_transport::MemoryRegion;
 use std::sync::Arc;
@@ -61,6 +61,10 @@ impl DestinationGuest for KvmDestination {
 
     fn liveness(&self) -> Liveness {
         Arc::clone(&self.liveness)
+    }
+
+    fn map_ahead(&self) -> Option<MapAhead> {
+        self.machine.as_ref().and_then(Machine::map_ahead)
     }
 
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {

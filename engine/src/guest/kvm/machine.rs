@@ -9,6 +9,7 @@
 use super::cpu::{self, CpuProfile, HostCpu};
 use super::devices::Devices;
 use super::layout::layout;
+use super::map_ahead::map_ahead;
 use super::serial::Console;
 use super::state::MachineState;
 use super::state::vcpu::{VcpuState, readable_msrs};
@@ -20,7 +21,7 @@ use crate::dirty::log::LogSource;
 use crate::dirty::probe::{self, Trust};
 use crate::dirty::ring::{RING_ENTRIES, RingSet, RingSource};
 use crate::error::{Error, Result};
-use crate::guest::{BlockDescription, GuestDescription};
+use crate::guest::{BlockDescription, GuestDescription, MapAhead};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::PAGE_BYTES;
 use crossbeam_channel::bounded;
@@ -290,6 +291,12 @@ impl Machine {
             Tracker::Ring(set) => Box::new(RingSource::start(Arc::clone(set), kick)?),
             Tracker::Log => Box::new(LogSource::start(Arc::clone(&self.slots), kick)?),
         })
+    }
+
+    /// Maps pages for a guest that is yet to come, where this host's KVM can.
+    #[must_use]
+    pub fn map_ahead(&self) -> Option<MapAhead> {
+        map_ahead(&self.slots, &self.vcpus)
     }
 
     /// Lets the guest run. `stood` if it stood still before: it is told, so that its watchdogs do not bark.

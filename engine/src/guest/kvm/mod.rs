@@ -5,6 +5,7 @@
 //!   source, destination    the engine's two traits
 //!   machine                VM, memory, slots;  vcpu  threads that run, park and are kicked;  devices  ports
 //!   state                  all of it but memory, read in one order and written in another;  cpu  what must be equal
+//!   map_ahead              the guest's pages, mapped before it comes
 //!   boot, long_mode, layout, acpi     how a Linux guest begins
 //!   payload                a guest of a few hundred bytes that checks itself
 //!   serial, spool, power   what a guest can reach through ports;  terminal  the operator's, for its serial port
@@ -18,6 +19,7 @@ pub mod devices;
 pub mod layout;
 pub mod long_mode;
 pub mod machine;
+mod map_ahead;
 pub mod payload;
 pub mod power;
 pub mod serial;
