@@ -14,6 +14,8 @@ pub mod progress;
 pub mod rdma;
 pub mod record;
 pub mod report;
+pub mod shaped;
+pub mod simulate;
 pub mod stats;
 pub mod watch;
 pub mod ways;

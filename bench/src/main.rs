@@ -14,6 +14,7 @@ use pageferry_bench::peers;
 use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::record::{Record, save};
+use pageferry_bench::simulate::{self, SimulateArgs};
 use pageferry_bench::ways::Way;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,8 @@ enum Command {
     Cost(CostArgs),
     /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
     Downtime(DowntimeArgs),
+    /// The engine's policy against modelled guests, hosts and cables; with --check beside real migrations.
+    Simulate(SimulateArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
 }
@@ -227,6 +230,7 @@ fn main() -> ExitCode {
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
+        Command::Simulate(args) => run_simulate(args),
         Command::Compare(args) => run_compare(&args),
     };
     match done {
@@ -263,6 +267,16 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
     let record = downtime::run(&options, &progress)?;
     progress.end();
     finish(&record, &args.out)
+}
+
+fn run_simulate(args: SimulateArgs) -> Result<()> {
+    let (options, out) = args.options();
+    options.prepare()?;
+    save::prepare(&out)?;
+    let progress = Progress::begin("simulate")?;
+    let record = simulate::run(&options, &progress)?;
+    progress.end();
+    finish(&record, &out)
 }
 
 fn run_compare(args: &CompareArgs) -> Result<()> {

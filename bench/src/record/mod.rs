@@ -15,6 +15,7 @@ pub mod show;
 
 pub use host::Host;
 
+use crate::simulate::Checked;
 use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
@@ -57,6 +58,12 @@ pub struct Record {
     /// Curves, of models and sweeps.
     #[serde(default)]
     pub curves: Vec<Plot>,
+    /// What is told best in rows.
+    #[serde(default)]
+    pub tables: Vec<Table>,
+    /// The model of a host and how far it was off, of `simulate`.
+    #[serde(default)]
+    pub model: Option<Checked>,
     /// The engine's report of each migration.
     pub migrations: Vec<Migration>,
     /// What failed. Never left out of a table.
@@ -144,6 +151,19 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
+/// Rows of words and numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// What it shows.
+    pub title: String,
+    /// What it must not be taken for.
+    pub caption: String,
+    /// Names of the columns.
+    pub head: Vec<String>,
+    /// A cell for each of them.
+    pub rows: Vec<Vec<String>>,
+}
+
 impl Figure {
     /// The samples of the turns that both have, side by side.
     #[must_use]
@@ -176,6 +196,8 @@ impl Record {
             figures: Vec::new(),
             distributions: Vec::new(),
             curves: Vec::new(),
+            tables: Vec::new(),
+            model: None,
             migrations: Vec::new(),
             failures: Vec::new(),
         })

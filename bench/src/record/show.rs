@@ -1,6 +1,6 @@
 //! A record as a table for a terminal.
 
-use super::Record;
+use super::{Record, Table};
 use crate::stats::bootstrap;
 use crate::stats::histogram::PERCENTILES;
 use std::fmt::Write;
@@ -29,6 +29,9 @@ impl Record {
             }
             let _ = writeln!(text, "max {} ms of {}", digits(distribution.max_ms), distribution.count);
         }
+        for table in &self.tables {
+            text += &table.show();
+        }
         for failure in &self.failures {
             let _ = writeln!(text, "FAILED: {}, turn {}: {}", failure.group, failure.turn + 1, failure.why);
         }
@@ -36,6 +39,24 @@ impl Record {
             text += "interrupted: what was measured until then is here\n";
         }
         text
+    }
+}
+
+impl Table {
+    /// In columns of a terminal.
+    fn show(&self) -> String {
+        let mut text = format!("\n{}\n", self.title);
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column)).chain(self.head.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.head.len()).map(width).collect();
+        for row in std::iter::once(&self.head).chain(&self.rows) {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            text += cells.collect::<Vec<_>>().join("  ").trim_end();
+            text += "\n";
+        }
+        text + &self.caption + "\n"
     }
 }
 

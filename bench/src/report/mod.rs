@@ -14,6 +14,7 @@ pub fn page(record: &Record) -> Result<String> {
     let sections = [
         sections::failures(record),
         sections::headlines(record)?,
+        sections::tables(record),
         sections::curves(record)?,
         sections::distributions(record)?,
         sections::slices(record),

@@ -93,6 +93,19 @@ pub(super) fn curves(record: &Record) -> Result<String> {
     Ok(html)
 }
 
+pub(super) fn tables(record: &Record) -> String {
+    let cell = |text: &String| format!("<td>{}</td>", escape(text));
+    let row = |cells: &Vec<String>| format!("<tr>{}</tr>", cells.iter().map(cell).collect::<String>());
+    let one = |t: &crate::record::Table| {
+        let head: Vec<String> = t.head.iter().map(|word| escape(word)).collect();
+        let head: Vec<&str> = head.iter().map(String::as_str).collect();
+        let rows: String = t.rows.iter().map(row).collect();
+        let caption = format!("<p class=\"quiet\">{}</p>\n", escape(&t.caption));
+        section(&escape(&t.title), &(table(&head, &rows) + &caption))
+    };
+    record.tables.iter().map(one).collect()
+}
+
 pub(super) fn distributions(record: &Record) -> Result<String> {
     if record.distributions.is_empty() {
         return Ok(String::new());
