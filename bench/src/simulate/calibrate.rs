@@ -3,7 +3,9 @@
 
 use super::model::{Cable, Costs, Line, blackout_us, round_us};
 use super::real::{Moved, Setting, move_once};
+use super::scale::SCANNERS;
 use crate::progress::Progress;
+use crate::record::{Migration, Record};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::{least_squares, median_of};
 use anyhow::{Context, Result, bail};
@@ -32,6 +34,8 @@ pub struct Calibration {
     pub costs: Costs,
     /// Device state of the synthetic guest, for each page that it writes.
     pub state_bytes: Line,
+    /// Threads that scanned page tables.
+    pub scanners: u32,
 }
 
 /// Migrations that calibrate makes with so many moves of each guest.
@@ -40,13 +44,13 @@ pub fn steps(moves: u32) -> u64 {
     u64::from(moves) * SETTINGS.len() as u64
 }
 
-/// Measures them. None if the run was interrupted.
-pub fn calibrate(moves: u32, progress: &Progress) -> Result<Option<Calibration>> {
+/// Measures them. None if the run was interrupted. The moves are kept in `record`.
+pub fn calibrate(moves: u32, record: &mut Record, progress: &Progress) -> Result<Option<Calibration>> {
     let mut moved: Vec<(Setting, Moved)> = Vec::new();
     for setting in SETTINGS {
         let shaped = Shaped::up(Rate(None))?;
         let mut guest = setting.start()?;
-        for _ in 0..moves {
+        for turn in 0..moves {
             if progress.is_interrupted() {
                 return Ok(None);
             }
@@ -55,6 +59,8 @@ pub fn calibrate(moves: u32, progress: &Progress) -> Result<Option<Calibration>>
                 bail!("a move without a shaped cable failed: {}", one.report.reason.unwrap_or_default());
             }
             guest = next;
+            let group = format!("unshaped, {setting}");
+            record.migrations.push(Migration { group, turn, report: one.report.clone() });
             moved.push((setting, one));
             progress.step();
         }
@@ -73,10 +79,12 @@ fn us(from: std::time::Instant, to: std::time::Instant) -> f64 {
     to.saturating_duration_since(from).as_secs_f64() * 1e6
 }
 
+/// What one move says of a line: one and the amount, and what it cost.
+type Row = dyn Fn(&Setting, &Moved) -> Option<([f64; 2], f64)>;
+
 fn fit(moved: &[(Setting, Moved)]) -> Calibration {
-    let rows = |of: &dyn Fn(&Setting, &Moved) -> Option<([f64; 2], f64)>| {
-        least_squares::costs(&moved.iter().filter_map(|(s, m)| of(s, m)).collect::<Vec<_>>())
-    };
+    let rows =
+        |of: &Row| least_squares::costs(&moved.iter().filter_map(|(s, m)| of(s, m)).collect::<Vec<_>>());
     let line = |[fixed, each]: [f64; 2]| Line { fixed, each };
     let fixed = |us: f64| Line { fixed: us, each: 0.0 };
 
@@ -142,7 +150,8 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
         let (guest, pages) = (setting.modelled(one.report.state_bytes as f64), last_pages(one)?);
         Some(one.report.blackout_us.total as f64 - blackout_us(&guest, &cable, &costs, pages))
     });
-    Calibration { costs, state_bytes }
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+    Calibration { costs, state_bytes, scanners: cores.min(SCANNERS) }
 }
 
 /// The harvest of the last round, before the two in the blackout.

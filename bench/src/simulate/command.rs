@@ -1,7 +1,7 @@
 //! `simulate` as it stands on the command line.
 
 use super::check::GBIT;
-use super::scale::{Assumed, Scenario};
+use super::scale::{Assumed, Scenario, Tracking};
 use super::{MOVES, SimulateOptions};
 use pageferry::cli::units::duration;
 use std::path::PathBuf;
@@ -40,6 +40,9 @@ pub struct SimulateArgs {
     /// Writes in MB a second.
     #[arg(long, value_name = "MB", requires = "memory", default_value_t = 4000.0)]
     rate: f64,
+    /// How its writes are followed.
+    #[arg(long, value_enum, requires = "memory", default_value = "scan")]
+    tracking: Tracking,
     /// vCPUs.
     #[arg(long, requires = "memory", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     vcpus: u32,
@@ -64,6 +67,7 @@ impl SimulateArgs {
             working_share: self.working,
             hot_share: self.hot,
             rate_mb: self.rate,
+            tracking: self.tracking,
             vcpus: self.vcpus,
             gbit: self.bandwidth,
             round_trip_us: ROUND_TRIP_US,

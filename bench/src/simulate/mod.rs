@@ -129,7 +129,7 @@ pub fn run(options: &SimulateOptions, progress: &Progress) -> Result<Record> {
         None => {
             let points = if options.check { options.gbit.len() * settings.len() } else { 0 };
             progress.expect(calibrate::steps(options.moves) + u64::from(options.moves) * points as u64);
-            let Some(calibration) = calibrate::calibrate(options.moves, progress)? else {
+            let Some(calibration) = calibrate::calibrate(options.moves, &mut record, progress)? else {
                 record.interrupted = true;
                 return Ok(record);
             };

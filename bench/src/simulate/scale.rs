@@ -2,6 +2,7 @@
 //! model's output and says so, with the range that the check has shown and with what lies beyond what was checked.
 
 use super::Checked;
+use super::calibrate::Calibration;
 use super::check::word;
 use super::guest::{Area, ModelledGuest};
 use super::model::{Cable, Costs, Engine, Outlook, outlook};
@@ -16,6 +17,20 @@ use serde::{Deserialize, Serialize};
 /// Repetitions of a row of `cost`, and memory for it.
 const COST: CostOptions = CostOptions { repeat: 5, memory_mib: 128, instructions: false };
 
+/// How writes are followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Tracking {
+    /// By the page tables, as of a QEMU: a harvest walks all memory.
+    Scan,
+    /// By KVM's dirty rings, as of a machine of our own: a harvest costs what was written.
+    Ring,
+}
+
+/// Threads that the engine scans page tables with on a host that has as many cores; walking is bound by the latency of
+/// memory, so they are taken to share it evenly.
+pub const SCANNERS: u32 = 8;
+
 /// A guest and a cable that are modelled, not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Scenario {
@@ -27,6 +42,8 @@ pub struct Scenario {
     pub hot_share: f64,
     /// Writes in MB a second that make a page dirty.
     pub rate_mb: f64,
+    /// See [`Tracking`].
+    pub tracking: Tracking,
     /// vCPUs.
     pub vcpus: u32,
     /// The cable, in Gb/s.
@@ -52,9 +69,9 @@ pub struct Assumed {
 
 impl Default for Assumed {
     fn default() -> Self {
-        // Pinning is a look at each page's table entry, some 100 ns; of a vCPU twenty ioctls of some microseconds at each end; its
-        // largest part is the registers of XSAVE.
-        Self { register_us_mib: 25.0, vcpu_us: 200.0, vcpu_bytes: 12_000.0 }
+        // Pinning is a look at each page's table entry, some 100 ns. A vCPU is twenty ioctls of some microseconds at each end, but
+        // their threads do it side by side. Its largest part are the registers of XSAVE.
+        Self { register_us_mib: 25.0, vcpu_us: 20.0, vcpu_bytes: 12_000.0 }
     }
 }
 
@@ -68,35 +85,52 @@ const DEVICE_BYTES: f64 = 400_000.0;
 #[must_use]
 pub fn scenarios(assumed: Assumed) -> Vec<Scenario> {
     let mut all = Vec::new();
-    for (memory_gib, vcpus) in [(64.0, 16), (256.0, 64), (1024.0, 256)] {
-        for rate_mb in [500.0, 4_000.0, 16_000.0] {
-            for gbit in [25.0, 100.0, 400.0] {
-                all.push(Scenario {
-                    memory_gib,
-                    working_share: 0.25,
-                    hot_share: 0.9,
-                    rate_mb,
-                    vcpus,
-                    gbit,
-                    round_trip_us: 10.0,
-                    downtime_us_max: 100_000,
-                    assumed,
-                });
+    for tracking in [Tracking::Scan, Tracking::Ring] {
+        for (memory_gib, vcpus) in [(64.0, 16), (256.0, 64), (1024.0, 256)] {
+            for rate_mb in [1_000.0, 10_000.0] {
+                for gbit in [100.0, 400.0] {
+                    all.push(Scenario {
+                        memory_gib,
+                        working_share: 0.25,
+                        hot_share: 0.9,
+                        rate_mb,
+                        tracking,
+                        vcpus,
+                        gbit,
+                        round_trip_us: 10.0,
+                        downtime_us_max: 100_000,
+                        assumed,
+                    });
+                }
             }
         }
     }
     all
 }
 
-/// What a page costs on this host's side of a NIC that needs no time: for a work request, and for a look at a page.
-/// Microseconds.
-pub fn page_costs() -> Result<(f64, f64)> {
+/// What a page costs this host's processor, in microseconds, with a NIC that needs no time.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PageCosts {
+    /// For a work request.
+    pub request_us: f64,
+    /// For a look whether it is zero.
+    pub zero_us: f64,
+    /// From KVM's ring to the dirty set.
+    pub ring_us: f64,
+}
+
+/// Measures them.
+pub fn page_costs() -> Result<PageCosts> {
     let cost = cost::run(COST).context("measuring what a page costs on this side of the NIC")?;
     let of = |name: &str| {
         let row = cost.rows.iter().find(|row| row.name == name);
         row.map(|row| row.page_ns.median() / 1e3).with_context(|| format!("there is no row {name}"))
     };
-    Ok((of("scattered-later-4")?, of("contiguous-first-4")?))
+    Ok(PageCosts {
+        request_us: of("scattered-later-4")?,
+        zero_us: of("contiguous-first-4")?,
+        ring_us: of("ring-scattered")?,
+    })
 }
 
 impl Scenario {
@@ -122,10 +156,14 @@ impl Scenario {
 
     /// By RDMA: the NICs carry the bytes, so the hosts' own rate of copying does not bound them; each request costs the
     /// engine's thread, and pages must be registered.
-    fn costs(&self, host: &Costs, (request_us, zero_us): (f64, f64)) -> Costs {
-        let mut costs = *host;
-        costs.round_us.each = request_us;
-        costs.zero_us = zero_us;
+    fn costs(&self, host: &Calibration, page: PageCosts) -> Costs {
+        let mut costs = host.costs;
+        match self.tracking {
+            Tracking::Scan => costs.harvest_us.each *= f64::from(host.scanners) / f64::from(SCANNERS),
+            Tracking::Ring => (costs.harvest_us.each, costs.harvest_dirty_us) = (0.0, page.ring_us),
+        }
+        costs.round_us.each = page.request_us;
+        costs.zero_us = page.zero_us;
         costs.register_us = self.assumed.register_us_mib * PAGE_BYTES as f64 / f64::from(1 << 20);
         costs.vcpu_us = self.assumed.vcpu_us;
         (costs.first_bytes_per_second, costs.bytes_per_second) = (f64::INFINITY, f64::INFINITY);
@@ -134,7 +172,7 @@ impl Scenario {
 
     /// Moves it.
     #[must_use]
-    pub fn outlook(&self, host: &Costs, page_costs: (f64, f64)) -> Outlook {
+    pub fn outlook(&self, host: &Calibration, page_costs: PageCosts) -> Outlook {
         let (guest, costs) = (self.guest(), self.costs(host, page_costs));
         let vcpus = f64::from(self.vcpus);
         let half_us = (costs.vcpu_us * vcpus / 2.0) as u64;
@@ -166,13 +204,14 @@ impl Scenario {
 
 /// The rows, each with its range.
 #[must_use]
-pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: (f64, f64)) -> Table {
+pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -> Table {
     let head =
         ["guest", "writes MB/s", "cable", "ends", "rounds", "total s", "blackout ms", "model's output"];
     let row = |s: &Scenario| {
-        let outlook = s.outlook(&checked.calibration.costs, page_costs);
+        let outlook = s.outlook(&checked.calibration, page_costs);
         vec![
             format!("{} GiB, {} vCPUs", s.memory_gib, s.vcpus),
+            if s.tracking == Tracking::Scan { "page tables" } else { "dirty rings" }.into(),
             digits(s.rate_mb),
             format!("{} Gb/s", s.gbit),
             word(outlook.ending).into(),
@@ -200,7 +239,7 @@ fn ranged(value: f64, errors: Option<(f64, f64)>) -> String {
     }
 }
 
-fn caption(checked: &Checked, assumed: Assumed, (request_us, zero_us): (f64, f64)) -> String {
+fn caption(checked: &Checked, assumed: Assumed, page: PageCosts) -> String {
     let range = match (checked.total_errors, checked.blackout_errors) {
         (Some(total), Some(blackout)) => format!(
             "In brackets: where reality would lie if the model were off here as far as it was in its check at worst ({:+.0} to {:+.0} % of \
@@ -216,11 +255,12 @@ fn caption(checked: &Checked, assumed: Assumed, (request_us, zero_us): (f64, f64
     };
     format!(
         "Output of a model: no such machine was at hand. A quarter of the memory is written, nine in ten writes go to a sixteenth of \
-         that; the limit is a blackout of 100 ms, by RDMA. {range} Measured on this host: harvests, messages, pause, resume, {:.0} ns a \
-         work request and {:.0} ns for a look at a page. Assumed, and measured by nobody here: registration of {} us a MiB, {} us and {} bytes \
-         of state a vCPU.",
-        request_us * 1e3,
-        zero_us * 1e3,
+that; the limit is a blackout of 100 ms, by RDMA. {range} Measured on this host: harvests, messages, pause, resume, {:.0} ns a \
+         work request, {:.0} ns for a look at a page, {:.0} ns for a page of a dirty ring. Page tables are taken to be walked by {SCANNERS} threads, which \
+         share the work evenly. Assumed, and measured by nobody here: registration of {} us a MiB, {} us and {} bytes of state a vCPU.",
+        page.request_us * 1e3,
+        page.zero_us * 1e3,
+        page.ring_us * 1e3,
         assumed.register_us_mib,
         assumed.vcpu_us,
         assumed.vcpu_bytes
@@ -229,7 +269,7 @@ fn caption(checked: &Checked, assumed: Assumed, (request_us, zero_us): (f64, f64
 
 /// Total and blackout over the dirty rate, for the largest guest.
 #[must_use]
-pub fn plots(checked: &Checked, assumed: Assumed, page_costs: (f64, f64)) -> Vec<Plot> {
+pub fn plots(checked: &Checked, assumed: Assumed, page_costs: PageCosts) -> Vec<Plot> {
     let Some(largest) = scenarios(assumed).pop() else { return Vec::new() };
     let rates: Vec<f64> = (0..=32).map(|n| 100.0 * 10f64.powf(f64::from(n) / 10.0)).collect();
     let series = |of: &dyn Fn(&Outlook) -> f64| -> Vec<Series> {
@@ -240,7 +280,7 @@ pub fn plots(checked: &Checked, assumed: Assumed, page_costs: (f64, f64)) -> Vec
                     .iter()
                     .map(|rate_mb| {
                         let scenario = Scenario { gbit, rate_mb: *rate_mb, ..largest };
-                        (*rate_mb, of(&scenario.outlook(&checked.calibration.costs, page_costs)))
+                        (*rate_mb, of(&scenario.outlook(&checked.calibration, page_costs)))
                     })
                     .collect(),
             })

@@ -58,9 +58,8 @@ fn solve<const N: usize>(rows: &[([f64; N], f64)], used: &[bool; N]) -> [f64; N]
         order.push((pivot, n));
         for r in (0..N).filter(|r| *r != pivot) {
             let factor = matrix[r][n] / matrix[pivot][n];
-            for m in 0..N {
-                matrix[r][m] -= factor * matrix[pivot][m];
-            }
+            let taken = matrix[pivot];
+            matrix[r].iter_mut().zip(taken).for_each(|(cell, taken)| *cell -= factor * taken);
             right[r] -= factor * right[pivot];
         }
     }
