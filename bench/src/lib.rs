@@ -17,5 +17,6 @@ pub mod report;
 pub mod shaped;
 pub mod simulate;
 pub mod stats;
+pub mod sweep;
 pub mod watch;
 pub mod ways;

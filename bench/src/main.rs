@@ -15,6 +15,7 @@ use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::record::{Record, save};
 use pageferry_bench::simulate::{self, SimulateArgs};
+use pageferry_bench::sweep::{self, SweepArgs};
 use pageferry_bench::ways::Way;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -43,6 +44,8 @@ enum Command {
     Downtime(DowntimeArgs),
     /// The engine's policy against modelled guests, hosts and cables; with --check beside real migrations.
     Simulate(SimulateArgs),
+    /// Dirty rate against bandwidth: where a guest stops converging, over shaped cables and by the model.
+    Sweep(SweepArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
 }
@@ -231,6 +234,7 @@ fn main() -> ExitCode {
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
         Command::Simulate(args) => run_simulate(args),
+        Command::Sweep(args) => run_sweep(args),
         Command::Compare(args) => run_compare(&args),
     };
     match done {
@@ -275,6 +279,16 @@ fn run_simulate(args: SimulateArgs) -> Result<()> {
     save::prepare(&out)?;
     let progress = Progress::begin("simulate")?;
     let record = simulate::run(&options, &progress)?;
+    progress.end();
+    finish(&record, &out)
+}
+
+fn run_sweep(args: SweepArgs) -> Result<()> {
+    let (options, out) = args.options();
+    options.prepare()?;
+    save::prepare(&out)?;
+    let progress = Progress::begin("sweep")?;
+    let record = sweep::run(&options, &progress)?;
     progress.end();
     finish(&record, &out)
 }

@@ -61,6 +61,9 @@ pub struct Record {
     /// What is told best in rows.
     #[serde(default)]
     pub tables: Vec<Table>,
+    /// Maps of two settings, of `sweep`.
+    #[serde(default)]
+    pub maps: Vec<Map>,
     /// The model of a host and how far it was off, of `simulate`.
     #[serde(default)]
     pub model: Option<Checked>,
@@ -164,6 +167,50 @@ pub struct Table {
     pub rows: Vec<Vec<String>>,
 }
 
+/// How migrations end over two settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Map {
+    /// What it shows.
+    pub title: String,
+    /// What it must not be taken for.
+    pub caption: String,
+    /// Name and unit of the horizontal setting.
+    pub x: String,
+    /// Its values.
+    pub columns: Vec<String>,
+    /// Name and unit of the vertical setting.
+    pub y: String,
+    /// Its values, from the top.
+    pub rows: Vec<String>,
+    /// A cell for each of them, row by row; as many as there were before an interruption.
+    pub cells: Vec<Cell>,
+}
+
+/// One place of a map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cell {
+    /// Column and row.
+    pub at: (usize, usize),
+    /// How it ended.
+    pub ending: CellEnding,
+    /// What stands in it, a line each.
+    pub lines: Vec<String>,
+}
+
+/// How a migration ended, as a map shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CellEnding {
+    /// Rounds shrank, and the blackout was predicted to be within the limit.
+    Converged,
+    /// They did not, and the guest was switched over all the same.
+    Forced,
+    /// They did not, and the guest stayed at the source.
+    Refused,
+    /// Something went wrong.
+    Failed,
+}
+
 impl Figure {
     /// The samples of the turns that both have, side by side.
     #[must_use]
@@ -197,6 +244,7 @@ impl Record {
             distributions: Vec::new(),
             curves: Vec::new(),
             tables: Vec::new(),
+            maps: Vec::new(),
             model: None,
             migrations: Vec::new(),
             failures: Vec::new(),

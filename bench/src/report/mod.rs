@@ -1,5 +1,6 @@
 //! A record as one page that needs nothing else: no script, no font, no picture from anywhere.
 
+mod map;
 pub mod plot;
 mod sections;
 
@@ -14,6 +15,7 @@ pub fn page(record: &Record) -> Result<String> {
     let sections = [
         sections::failures(record),
         sections::headlines(record)?,
+        map::maps(record),
         sections::tables(record),
         sections::curves(record)?,
         sections::distributions(record)?,

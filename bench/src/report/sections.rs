@@ -16,7 +16,7 @@ const SLICES: [&str; 7] = ["pause", "harvest", "push", "save", "load", "commit",
 /// Times longer than this many times their median would press all others to the axis.
 const STRETCH_MAX: f64 = 20.0;
 
-fn section(title: &str, body: &str) -> String {
+pub(super) fn section(title: &str, body: &str) -> String {
     if body.is_empty() { String::new() } else { format!("<section>\n<h2>{title}</h2>\n{body}</section>\n") }
 }
 

@@ -1,9 +1,10 @@
 //! The costs of this host, from migrations over a cable that is not shaped: none of what is measured here is checked
 //! against afterwards, and none of what is checked is used here.
 
-use super::model::{Cable, Costs, Line, blackout_us, round_us};
+use super::model::{Cable, Costs, Harvest, Line, blackout_us, round_us};
 use super::real::{Moved, Setting, move_once};
 use super::scale::SCANNERS;
+use super::traced::Harvested;
 use crate::progress::Progress;
 use crate::record::{Migration, Record};
 use crate::shaped::{Rate, Shaped};
@@ -26,6 +27,9 @@ const SETTINGS: [Setting; 4] = [
 
 /// A round of fewer bytes measures latency, not bandwidth.
 const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 1 << 20;
+
+/// Before and after the save.
+const HARVESTS_IN_BLACKOUT: usize = 2;
 
 /// What the host costs, and what of the modelled guests must be known besides.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -100,16 +104,6 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
     let load_us = line(rows(&|_, one| {
         Some(([1.0, one.report.state_bytes as f64], one.report.blackout_us.load as f64))
     }));
-    let harvests: Vec<([f64; 3], f64)> = (moved.iter())
-        .flat_map(|(setting, one)| {
-            let memory = setting.pages().0 as f64;
-            one.trace
-                .harvests
-                .iter()
-                .map(move |h| ([1.0, memory, h.pages as f64], h.took.as_secs_f64() * 1e6))
-        })
-        .collect();
-    let [harvest_fixed, harvest_each, harvest_dirty_us] = least_squares::costs(&harvests);
     let later: Vec<([f64; 2], f64)> = (moved.iter())
         .flat_map(|(_, one)| one.report.rounds.iter().skip(1))
         .map(|round| ([1.0, round.bytes as f64], round.elapsed_us as f64))
@@ -120,10 +114,11 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
         let bytes = round.bytes >= BANDWIDTH_SAMPLE_BYTES_MIN;
         bytes.then(|| round.bytes as f64 * 1e6 / (round.elapsed_us as f64 - round_fixed).max(1.0))
     });
+    let (harvest, last_harvest) = harvests(moved);
     let mut costs = Costs {
         setup_us,
-        harvest_us: Line { fixed: harvest_fixed, each: harvest_each },
-        harvest_dirty_us,
+        harvest,
+        last_harvest,
         // On one host the thread that posts and those that carry share the cores: what a request costs is in the rate.
         round_us: fixed(round_fixed),
         zero_us: 0.0,
@@ -142,7 +137,7 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
     let cable = Cable { bytes_per_second: f64::INFINITY, round_trip_us: 0.0 };
     let rest = |of: &dyn Fn(&Setting, &Moved) -> Option<f64>| median(moved, of).max(0.0);
     costs.arm_us = rest(&|setting, one| {
-        let (last, guest) = (last_harvest(one)?, setting.modelled(0.0));
+        let (last, guest) = (self::last_harvest(one)?, setting.modelled(0.0));
         let push = round_us(&guest, &cable, &costs, last.pages as f64);
         Some(us(last.begun + last.took, one.trace.paused?) - push)
     });
@@ -154,16 +149,35 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
     Calibration { costs, state_bytes, scanners: cores.min(SCANNERS) }
 }
 
+/// Harvests between rounds, and those in the blackout. The latter find few pages here, too few to tell what one of them costs:
+/// that is taken from the former.
+fn harvests(moved: &[(Setting, Moved)]) -> (Harvest, Harvest) {
+    let (mut between, mut last) = (Vec::new(), Vec::new());
+    for (setting, one) in moved {
+        let (memory, all) = (setting.pages().0 as f64, &one.trace.harvests);
+        let rounds = all.len().saturating_sub(HARVESTS_IN_BLACKOUT);
+        let took = |harvested: &Harvested| harvested.took.as_secs_f64() * 1e6;
+        between.extend(all[..rounds].iter().map(|h| ([1.0, memory, h.pages as f64], took(h))));
+        last.extend(all[rounds..].iter().map(|h| (memory, h.pages as f64, took(h))));
+    }
+    let [fixed, each, dirty_us] = least_squares::costs(&between);
+    let between = Harvest { memory_us: Line { fixed, each }, dirty_us };
+    let rows: Vec<([f64; 2], f64)> =
+        last.into_iter().map(|(memory, dirty, took)| ([1.0, memory], took - dirty * dirty_us)).collect();
+    let [fixed, each] = least_squares::costs(&rows);
+    (between, Harvest { memory_us: Line { fixed, each }, dirty_us })
+}
+
 /// The harvest of the last round, before the two in the blackout.
-fn last_harvest(one: &Moved) -> Option<super::traced::Harvested> {
+fn last_harvest(one: &Moved) -> Option<Harvested> {
     let harvests = &one.trace.harvests;
-    harvests.get(harvests.len().checked_sub(3)?).copied()
+    harvests.get(harvests.len().checked_sub(HARVESTS_IN_BLACKOUT + 1)?).copied()
 }
 
 /// Pages that were dirty when the guest was paused.
 pub(super) fn last_pages(one: &Moved) -> Option<f64> {
     let harvests = &one.trace.harvests;
-    let blackout = harvests.get(harvests.len().checked_sub(2)?..)?;
+    let blackout = harvests.get(harvests.len().checked_sub(HARVESTS_IN_BLACKOUT)?..)?;
     Some(blackout.iter().map(|harvest| harvest.pages as f64).sum())
 }
 
@@ -173,15 +187,18 @@ pub fn describe(calibration: &Calibration) -> String {
     let costs = &calibration.costs;
     format!(
         "This host, measured without shaping: {:.2} GB/s in the first round and {:.2} GB/s later, set-up {:.1} ms and {:.0} ns a \
-         touched page, a harvest {:.0} us and {:.2} ns a page of memory and {:.0} ns a dirty one, a round {:.0} us, pause {:.0} us, \
+         touched page, a harvest {:.0} us and {:.2} ns a page of memory and {:.0} ns a dirty one (in the blackout {:.0}, {:.2} and {:.0}), a round {:.0} us, pause {:.0} us, \
          save {:.0} us, load {:.0} us and {:.1} ns a byte of state, messages {:.0} us, resume {:.0} us.",
         costs.first_bytes_per_second / 1e9,
         costs.bytes_per_second / 1e9,
         costs.setup_us.fixed / 1e3,
         costs.setup_us.each * 1e3,
-        costs.harvest_us.fixed,
-        costs.harvest_us.each * 1e3,
-        costs.harvest_dirty_us * 1e3,
+        costs.harvest.memory_us.fixed,
+        costs.harvest.memory_us.each * 1e3,
+        costs.harvest.dirty_us * 1e3,
+        costs.last_harvest.memory_us.fixed,
+        costs.last_harvest.memory_us.each * 1e3,
+        costs.last_harvest.dirty_us * 1e3,
         costs.round_us.fixed,
         costs.pause_us.fixed,
         costs.save_us.fixed,

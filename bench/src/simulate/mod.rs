@@ -66,7 +66,9 @@ pub struct Checked {
 }
 
 impl Checked {
-    fn new(calibration: Calibration, points: &[Point]) -> Self {
+    /// Of these points.
+    #[must_use]
+    pub fn new(calibration: Calibration, points: &[Point]) -> Self {
         let range = |of: fn(&Point) -> f64| {
             let errors = points.iter().map(of).filter(|error| error.is_finite());
             errors.fold(None, |range: Option<(f64, f64)>, error| {

@@ -40,6 +40,15 @@ impl Line {
     }
 }
 
+/// What a harvest costs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Harvest {
+    /// Whatever there is, and for each page of memory: the page tables are read.
+    pub memory_us: Line,
+    /// For each page that it finds.
+    pub dirty_us: f64,
+}
+
 /// What carries the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Cable {
@@ -54,10 +63,10 @@ pub struct Cable {
 pub struct Costs {
     /// From the request to the first round, and for each touched page: connections, protection, the look at what was touched.
     pub setup_us: Line,
-    /// A harvest, and for each page of memory: the page tables are read.
-    pub harvest_us: Line,
-    /// For each page that a harvest finds.
-    pub harvest_dirty_us: f64,
+    /// A harvest between rounds, while the guest competes for cores and page tables.
+    pub harvest: Harvest,
+    /// One in the blackout.
+    pub last_harvest: Harvest,
     /// A round, and for each of its work requests, on the engine's one thread: from the first post to the fence's answer
     /// beside what the bytes need.
     pub round_us: Line,
@@ -145,7 +154,7 @@ pub fn outlook(guest: &ModelledGuest, cable: &Cable, costs: &Costs, engine: &Eng
         let index = rounds.len() as u32;
         let round_us = if index == 0 { host.first_round_us(dirty) } else { host.round_us(dirty) };
         let residue = |harvest_us: f64| guest.dirtied_pages((round_us + harvest_us) / 1e6);
-        let harvest_us = host.harvest_us(residue(0.0));
+        let harvest_us = host.harvest_us(&costs.harvest, residue(0.0));
         let left = residue(harvest_us);
         let finished = Finished {
             round: index,
@@ -230,22 +239,22 @@ impl Host<'_> {
         bytes / rate * 1e6
     }
 
-    fn harvest_us(&self, dirty: f64) -> f64 {
-        self.costs.harvest_us.of(self.guest.pages) + self.costs.harvest_dirty_us * dirty
+    fn harvest_us(&self, harvest: &Harvest, dirty: f64) -> f64 {
+        harvest.memory_us.of(self.guest.pages) + harvest.dirty_us * dirty
     }
 
     /// In the order of `Paused::drain`, `Drained::prepare` and `Prepared::commit`.
     fn blackout_us(&self, pages: f64) -> f64 {
         let (costs, guest) = (self.costs, self.guest);
         let vcpus = f64::from(guest.vcpus);
-        let posting = costs.pause_us.of(vcpus) + self.harvest_us(pages);
+        let posting = costs.pause_us.of(vcpus) + self.harvest_us(&costs.last_harvest, pages);
         // The last pages are under way while the state is saved; it goes behind them.
         let posted = posting + guest.requests(pages) * costs.round_us.each;
         let carried = posting + self.carried_us(pages);
         let saved = posted + costs.save_us.of(guest.state_bytes);
         let rate = self.cable.bytes_per_second.min(costs.bytes_per_second);
         let state_carried = carried.max(saved) + guest.state_bytes / rate * 1e6;
-        let fenced = state_carried.max(saved + self.harvest_us(0.0));
+        let fenced = state_carried.max(saved + self.harvest_us(&costs.last_harvest, 0.0));
         fenced
             + 2.0 * self.cable.round_trip_us
             + costs.load_us.of(guest.state_bytes)
@@ -268,10 +277,11 @@ mod tests {
     use super::*;
     use pageferry::policy::WhenStuck;
 
+    const HARVEST: Harvest = Harvest { memory_us: Line { fixed: 50.0, each: 0.001 }, dirty_us: 0.01 };
     const COSTS: Costs = Costs {
         setup_us: Line { fixed: 2000.0, each: 0.05 },
-        harvest_us: Line { fixed: 50.0, each: 0.001 },
-        harvest_dirty_us: 0.01,
+        harvest: HARVEST,
+        last_harvest: HARVEST,
         round_us: Line { fixed: 100.0, each: 0.2 },
         zero_us: 0.1,
         register_us: 0.0,

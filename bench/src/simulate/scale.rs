@@ -158,9 +158,13 @@ impl Scenario {
     /// engine's thread, and pages must be registered.
     fn costs(&self, host: &Calibration, page: PageCosts) -> Costs {
         let mut costs = host.costs;
-        match self.tracking {
-            Tracking::Scan => costs.harvest_us.each *= f64::from(host.scanners) / f64::from(SCANNERS),
-            Tracking::Ring => (costs.harvest_us.each, costs.harvest_dirty_us) = (0.0, page.ring_us),
+        for harvest in [&mut costs.harvest, &mut costs.last_harvest] {
+            match self.tracking {
+                Tracking::Scan => {
+                    harvest.memory_us.each *= f64::from(host.scanners) / f64::from(SCANNERS);
+                }
+                Tracking::Ring => (harvest.memory_us.each, harvest.dirty_us) = (0.0, page.ring_us),
+            }
         }
         costs.round_us.each = page.request_us;
         costs.zero_us = page.zero_us;
