@@ -1,6 +1,6 @@
 //! `pageferry-bench simulate` and the shaped cables under it: what it makes is gone afterwards, whatever happened.
 
-use pageferry_bench::record::Record;
+use pageferry_bench::record::{CellEnding, Record};
 use pageferry_tests::not_run;
 use rustix::process::{Pid, Signal, geteuid, kill_process};
 use std::io::Write;
@@ -141,4 +141,26 @@ fn a_record_that_is_none_of_a_model_is_refused_in_one_line() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && said.contains("no record of simulate"), "{said}");
     assert_eq!(said.trim().lines().count(), 1, "{said}");
+}
+
+#[test]
+fn a_sweep_fills_its_map_with_real_moves_and_the_model_beside_them() {
+    if !cables("a_sweep_fills_its_map_with_real_moves_and_the_model_beside_them") {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+    command.args(["sweep", "--quick", "--gbit", "1", "--rates", "10,1000", "--working", "32", "--out"]);
+    let output = command.arg(directory.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let record = the_record(directory.path());
+    assert_eq!(record.failures, []);
+    let [real, model, large @ ..] = record.maps.as_slice() else { panic!("{:?}", record.maps) };
+    for map in [real, model] {
+        // A gigabit carries 120 MB/s: one of these guests writes a tenth of that, the other eight times as much.
+        let ending = |row| map.cells.iter().find(|cell| cell.at == (0, row)).unwrap().ending;
+        assert_eq!((map.rows.as_slice(), map.cells.len()), (["1000".to_owned(), "10".into()].as_slice(), 2));
+        assert_eq!((ending(0), ending(1)), (CellEnding::Forced, CellEnding::Converged), "{}", map.title);
+    }
+    assert!(large.len() == 2 && large.iter().all(|map| map.title.contains("MODEL, not measured")));
 }

@@ -1,6 +1,6 @@
 //! A record as a table for a terminal.
 
-use super::{Record, Table};
+use super::{CellEnding, Map, Record, Table};
 use crate::stats::bootstrap;
 use crate::stats::histogram::PERCENTILES;
 use std::fmt::Write;
@@ -29,7 +29,8 @@ impl Record {
             }
             let _ = writeln!(text, "max {} ms of {}", digits(distribution.max_ms), distribution.count);
         }
-        for table in &self.tables {
+        let maps = self.maps.iter().map(Map::table);
+        for table in maps.chain(self.tables.iter().cloned()) {
             text += &table.show();
         }
         for failure in &self.failures {
@@ -39,6 +40,35 @@ impl Record {
             text += "interrupted: what was measured until then is here\n";
         }
         text
+    }
+}
+
+impl Map {
+    /// The same in rows and columns of words.
+    fn table(&self) -> Table {
+        let words = |row: usize, column: usize| {
+            let cell = self.cells.iter().find(|cell| cell.at == (column, row));
+            cell.map_or_else(String::new, |cell| {
+                let ending = match cell.ending {
+                    CellEnding::Converged => "",
+                    CellEnding::Forced => " forced",
+                    CellEnding::Refused => " refused",
+                    CellEnding::Failed => "failed",
+                };
+                cell.lines.join(" ") + ending
+            })
+        };
+        let row = |(row, name): (usize, &String)| {
+            let cells = (0..self.columns.len()).map(|column| words(row, column));
+            std::iter::once(name.clone()).chain(cells).collect()
+        };
+        let corner = format!("{} \\ {}", self.y, self.x);
+        Table {
+            title: self.title.clone(),
+            caption: self.caption.clone(),
+            head: std::iter::once(corner).chain(self.columns.iter().cloned()).collect(),
+            rows: self.rows.iter().enumerate().map(row).collect(),
+        }
     }
 }
 
@@ -76,7 +106,7 @@ pub fn digits(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Spec;
+    use crate::record::{Cell, Spec};
 
     #[test]
     fn failures_are_in_the_table() {
@@ -85,6 +115,25 @@ mod tests {
         record.fail("b", 1, "it is not installed");
         let text = record.show();
         assert!(text.contains("12.3") && text.contains("FAILED: b, turn 2: it is not installed"), "{text}");
+    }
+
+    #[test]
+    fn a_map_is_shown_with_its_endings() {
+        let cell = |at, ending| Cell { at, ending, lines: vec!["1 s".into(), "(5 ms)".into()] };
+        let map = Map {
+            title: "map".into(),
+            caption: "caption".into(),
+            x: "Gb/s".into(),
+            columns: vec!["1".into(), "10".into()],
+            y: "MB/s".into(),
+            rows: vec!["80".into(), "20".into()],
+            cells: vec![cell((0, 0), CellEnding::Forced), cell((1, 1), CellEnding::Converged)],
+        };
+        let text = map.table().show();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[1], "map");
+        assert!(lines[2].contains("MB/s \\ Gb/s") && lines[3].contains("1 s (5 ms) forced"), "{text}");
+        assert!(lines[4].ends_with("1 s (5 ms)") && lines[5] == "caption", "{text}");
     }
 
     #[test]

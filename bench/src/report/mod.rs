@@ -14,9 +14,9 @@ const STYLE: &str = include_str!("style.css");
 pub fn page(record: &Record) -> Result<String> {
     let sections = [
         sections::failures(record),
-        sections::headlines(record)?,
         map::maps(record),
         sections::tables(record),
+        sections::headlines(record)?,
         sections::curves(record)?,
         sections::distributions(record)?,
         sections::slices(record),

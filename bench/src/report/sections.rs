@@ -40,7 +40,9 @@ pub(super) fn failures(record: &Record) -> String {
 
 /// The figures that the run was made for, and beside them how they compare with those of the first group.
 pub(super) fn headlines(record: &Record) -> Result<String> {
-    let several = record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
+    // Places of a map or of a check are no ways that are compared.
+    let ways = record.maps.is_empty() && record.tables.is_empty();
+    let several = ways && record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
     let mut rows = String::new();
     for figure in record.figures.iter().filter(|f| f.headline) {
         let first = record.figures.iter().find(|f| f.name == figure.name).filter(|f| f.group != figure.group);

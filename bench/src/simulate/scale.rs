@@ -209,8 +209,17 @@ impl Scenario {
 /// The rows, each with its range.
 #[must_use]
 pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -> Table {
-    let head =
-        ["guest", "writes MB/s", "cable", "ends", "rounds", "total s", "blackout ms", "model's output"];
+    let head = [
+        "guest",
+        "tracked by",
+        "writes MB/s",
+        "cable",
+        "ends",
+        "rounds",
+        "total s",
+        "blackout ms",
+        "model's output",
+    ];
     let row = |s: &Scenario| {
         let outlook = s.outlook(&checked.calibration, page_costs);
         vec![
