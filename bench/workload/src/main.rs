@@ -7,6 +7,7 @@
 //! hold up the workers.
 
 use pageferry_workload::disk::{self, Disk};
+use pageferry_workload::echo;
 use pageferry_workload::pages::PAGE_BYTES;
 use pageferry_workload::params::Params;
 use pageferry_workload::pulse::{Gaps, Pulse};
@@ -99,6 +100,10 @@ impl Workload {
             let (stats, news) = (Arc::clone(&stats), sender.clone());
             spawn(&format!("disk {index}"), move || worker.run(&stats, &inbox, &news))?;
             orders.push(order);
+        }
+        if params.echo > 0 {
+            let socket = echo::open(params.echo).map_err(|e| format!("pf.echo={}: {e}", params.echo))?;
+            spawn("echo", move || echo::run(&socket))?;
         }
         spawn("console", move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {

@@ -35,6 +35,8 @@ pub struct Params {
     /// `pf.ports`: 0 keeps the pulse away from I/O ports, which nested virtualization in emulation lets nobody
     /// but the kernel use. Gaps are then known without the time in which the guest was stopped.
     pub ports: u32,
+    /// `pf.echo`: UDP port on which datagrams are answered; 0 is none.
+    pub echo: u16,
 }
 
 impl Default for Params {
@@ -49,20 +51,21 @@ impl Default for Params {
             disk: 0,
             tick_us: 500,
             ports: 1,
+            echo: 0,
         }
     }
 }
 
 impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports } = self;
+        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports, echo } = self;
         write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
             Pattern::Random => f.write_str("random")?,
             Pattern::Hot(percent) => write!(f, "hot:{percent}")?,
         }
-        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports}")
+        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports} pf.echo={echo}")
     }
 }
 
@@ -88,6 +91,7 @@ impl Params {
                 "pf.disk" => params.disk = number(0, 64)?,
                 "pf.tick_us" => params.tick_us = number(100, 100_000)?,
                 "pf.ports" => params.ports = number(0, 1)?,
+                "pf.echo" => params.echo = number(0, 65_535)? as u16,
                 "pf.pattern" => {
                     params.pattern = pattern(value).ok_or_else(|| {
                         format!("{word}: not one of sequential, random, hot:PERCENT (1 to 99)")
