@@ -1,6 +1,7 @@
 //! One QEMU with the test guest, started by hand or under `pageferry receive`, and what the host sees of
 //! its guest: console lines, heartbeats, QMP events.
 
+use crate::downtime::network::Network;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::qemu::qmp::Qmp;
 use pageferry_workload::heartbeat::GapMeter;
@@ -81,6 +82,8 @@ pub struct Yard {
     pub options: GuestOptions,
     /// Runtime directory, sockets.
     pub directory: PathBuf,
+    /// A card for each QEMU, where the guest is on a network.
+    pub network: Option<Network>,
     /// Bytes of COM2 of whichever QEMU runs the guest.
     pub beats: Arc<Mutex<GapMeter>>,
     count: u32,
@@ -92,7 +95,7 @@ impl Yard {
         let directory = std::env::temp_dir().join(format!("pageferry-bench-{}", std::process::id()));
         std::fs::create_dir_all(&directory)?;
         std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-        Ok(Self { options, directory, beats: Arc::new(Mutex::new(GapMeter::new())), count: 0 })
+        Ok(Self { options, directory, network: None, beats: Arc::new(Mutex::new(GapMeter::new())), count: 0 })
     }
 
     /// Starts one more QEMU. `memory` is the file to use as its memory; none makes a new one. `prealloc`
@@ -190,13 +193,15 @@ impl Yard {
         }
         add("-kernel", o.kernel.display().to_string());
         add("-initrd", o.initrd.display().to_string());
+        let network = self.network.as_ref().map(Network::parameters).unwrap_or_default();
         add(
             "-append",
             format!(
-                "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.touch={} pf.rate={}",
+                "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.touch={} pf.rate={}{network}",
                 o.working_mib, o.touched_mib, o.rate_mb
             ),
         );
+        words.extend(self.network.iter().flat_map(|network| network.card(self.count)));
         words
     }
 

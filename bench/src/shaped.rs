@@ -66,11 +66,25 @@ pub struct Shaped {
     pub rate: Rate,
 }
 
+/// A name that no other run has, and by which a later one knows whether this is over.
+fn new_name() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("bench-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Moves the calling thread to a namespace, for good: sockets that it makes from now on are there, and so are threads
+/// and processes that it starts.
+fn enter(namespace: &str) -> Result<()> {
+    let path = format!("{NAMESPACES}/{namespace}");
+    let file = File::open(&path).with_context(|| format!("opening the network namespace {path}"))?;
+    move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
+        .with_context(|| format!("moving a thread into {path}"))
+}
+
 impl Shaped {
     /// Makes them.
     pub fn up(rate: Rate) -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("bench-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let name = new_name();
         let words = rate.0.map_or_else(|| "none".into(), |bits| format!("{bits}bit"));
         script(&["up", &words, &name])?;
         Ok(Self { name, rate })
@@ -88,21 +102,52 @@ impl Shaped {
         format!("pf-{}-{}", self.name, if end == End::Source { "a" } else { "b" })
     }
 
-    /// Moves the calling thread to an end, for good: sockets that it makes from now on are there, and so are threads
-    /// that it starts.
+    /// Moves the calling thread to an end, for good; threads that it starts follow it.
     pub fn enter(&self, end: End) -> Result<()> {
-        let path = format!("{NAMESPACES}/{}", self.namespace(end));
-        let file = File::open(&path).with_context(|| format!("opening the network namespace {path}"))?;
-        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
-            .with_context(|| format!("moving a thread into {path}"))
+        enter(&self.namespace(end))
     }
 }
 
 impl Drop for Shaped {
     fn drop(&mut self) {
-        if let Err(e) = script(&["down", &self.name]) {
-            eprintln!("pageferry-bench: {e:#}");
-        }
+        down(&self.name);
+    }
+}
+
+/// A namespace with a bridge that guests in QEMU can join by taps: one switch, of which a guest that moves changes the port.
+#[derive(Debug)]
+pub struct Bridge {
+    name: String,
+}
+
+impl Bridge {
+    /// Taps at the bridge, as the script makes them.
+    pub const TAPS: u32 = 16;
+    /// The guest's address and prefix.
+    pub const GUEST: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 88, 0, 10), 24);
+
+    /// Makes it.
+    pub fn up() -> Result<Self> {
+        let name = new_name();
+        script(&["bridge", &name])?;
+        Ok(Self { name })
+    }
+
+    /// Moves the calling thread to the bridge, for good; threads and processes that it starts follow it.
+    pub fn enter(&self) -> Result<()> {
+        enter(&format!("pf-{}-a", self.name))
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        down(&self.name);
+    }
+}
+
+fn down(name: &str) {
+    if let Err(e) = script(&["down", name]) {
+        eprintln!("pageferry-bench: {e:#}");
     }
 }
 

@@ -1,6 +1,7 @@
-//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within;
-//! it has no network, so no client asks it.
+//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within; a
+//! client asks it over a bridge ([`super::network`]), where this user may make one.
 
+use super::network::Network;
 use super::{Laboratory, Move, MoveOptions};
 use crate::machine::{Begin, GUEST_MAX, GuestOptions, Machine, Yard};
 use crate::ways::ferry;
@@ -19,6 +20,7 @@ pub struct Linux {
     machine: Option<Machine>,
     yard: Yard,
     downtime_max: Duration,
+    no_network: Option<String>,
 }
 
 impl Linux {
@@ -45,11 +47,18 @@ impl Linux {
             touched_mib: 0,
             rate_mb: options.rate_mb,
         })?;
+        let no_network = match Network::up() {
+            Ok(network) => {
+                yard.network = Some(network);
+                None
+            }
+            Err(e) => Some(format!("No client asks the guest over a network: {e:#}.")),
+        };
         let mut machine = yard
             .start(Begin::Boot, None, false)
             .context("starting QEMU; scripts/setup --bench installs what is missing")?;
         machine.wait_line("WORKLOAD READY", GUEST_MAX).context("the guest did not boot")?;
-        Ok(Self { machine: Some(machine), yard, downtime_max: options.downtime_max })
+        Ok(Self { machine: Some(machine), yard, downtime_max: options.downtime_max, no_network })
     }
 }
 
@@ -60,7 +69,11 @@ fn made(path: &Path, mend: &str) -> Result<PathBuf> {
 
 impl Laboratory for Linux {
     fn service(&self) -> Option<SocketAddr> {
-        None
+        self.yard.network.as_ref().map(|_| Network::service())
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.no_network.clone()
     }
 
     fn move_once(&mut self) -> Result<Move> {

@@ -15,6 +15,7 @@
 
 pub mod client;
 mod linux;
+pub mod network;
 mod payload;
 pub mod service;
 mod synthetic;
@@ -122,6 +123,11 @@ pub(crate) trait Laboratory {
     /// Where the guest answers datagrams, if it does.
     fn service(&self) -> Option<SocketAddr>;
 
+    /// What the reader must know of this guest, in one line.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
     /// Moves the guest once. An error means that there is no guest any more; a move that failed and left it at the
     /// source is one whose report says so.
     fn move_once(&mut self) -> Result<Move>;
@@ -185,6 +191,10 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
     );
     let mut record = Record::begin("downtime", title, options)?;
     notes(&mut record, options);
+    if let Some(remark) = laboratory.remark() {
+        eprintln!("pageferry-bench: {remark}");
+        record.notes.push(remark);
+    }
     let client = match laboratory.service() {
         Some(service) => Some(Client::start(service, ASK_EVERY)?),
         None => None,
@@ -303,8 +313,8 @@ fn ms(us: u64) -> f64 {
 fn notes(record: &mut Record, options: &MoveOptions) {
     if options.guest == Guest::Linux {
         record.notes.push(
-            "The Linux guest has no network: its own heartbeats over a serial line are what a client could see at best. \
-             Under TCG the guest's code is translated anew where it arrives, which \
+            "The Linux guest answers its client over a bridge that both QEMUs join by taps: the client's gap has in it what the bridge \
+             takes to learn the guest's new port. Its own heartbeats go over a serial line. Under TCG the guest's code is translated anew where it arrives, which \
              is part of its gap and of no blackout."
                 .into(),
         );
