@@ -173,7 +173,7 @@ fn script(arguments: &[&str]) -> Result<()> {
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         match said.lines().rfind(|line| line.starts_with("shaped: ")) {
-            Some(line) => bail!("a shaped link: {}", line.trim_start_matches("shaped: ")),
+            Some(line) => bail!("scripts/{line}"),
             None => bail!("scripts/shaped {} failed ({}): {:?}", arguments.join(" "), output.status, said),
         }
     }

@@ -190,7 +190,7 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
         options.working_mib
     );
     let mut record = Record::begin("downtime", title, options)?;
-    notes(&mut record, options);
+    notes(&mut record, options, laboratory.service().is_some());
     if let Some(remark) = laboratory.remark() {
         eprintln!("pageferry-bench: {remark}");
         record.notes.push(remark);
@@ -310,14 +310,20 @@ fn ms(us: u64) -> f64 {
     us as f64 / 1e3
 }
 
-fn notes(record: &mut Record, options: &MoveOptions) {
+fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
     if options.guest == Guest::Linux {
         record.notes.push(
-            "The Linux guest answers its client over a bridge that both QEMUs join by taps: the client's gap has in it what the bridge \
-             takes to learn the guest's new port. Its own heartbeats go over a serial line. Under TCG the guest's code is translated anew where it arrives, which \
-             is part of its gap and of no blackout."
+            "Under TCG the Linux guest's code is translated anew where it arrives, which is part of its gap and of its client's, and of no \
+             blackout. Its heartbeats go over a serial line."
                 .into(),
         );
+        if has_client {
+            record.notes.push(
+                "Its client asks over a bridge that both QEMUs join by taps: its gap has in it what the bridge takes to learn the \
+                 guest's new port."
+                    .into(),
+            );
+        }
     }
     record.notes.push(
         "Blackout: from before the vCPUs are told to stop until the source hears that they run. Guest gap: the longest \
