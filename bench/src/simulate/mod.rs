@@ -63,6 +63,10 @@ pub struct Checked {
     pub blackout_errors: Option<(f64, f64)>,
     /// Points of the check.
     pub points: usize,
+    /// Lowest and highest rate of a cable among them, in Gb/s.
+    pub gbit: (f64, f64),
+    /// Largest guest among them, in MiB.
+    pub memory_mib_max: u32,
 }
 
 impl Checked {
@@ -81,6 +85,10 @@ impl Checked {
             total_errors: range(|p| p.errors().0),
             blackout_errors: range(|p| p.errors().1),
             points: points.len(),
+            gbit: points.iter().fold((points.first().map_or(0.0, |p| p.gbit), 0.0), |(low, high), p| {
+                (low.min(p.gbit), high.max(p.gbit))
+            }),
+            memory_mib_max: points.iter().map(|p| p.setting.memory_mib).max().unwrap_or(0),
         }
     }
 }
@@ -152,7 +160,7 @@ pub fn run(options: &SimulateOptions, progress: &Progress) -> Result<Record> {
         let scenarios =
             options.scenario.map_or_else(|| scale::scenarios(options.assumed), |scenario| vec![scenario]);
         record.tables.push(scale::table(&scenarios, &checked, page_costs));
-        record.curves = scale::plots(&checked, options.assumed, page_costs);
+        record.curves = scenarios.last().map(|s| scale::plots(s, &checked, page_costs)).unwrap_or_default();
     }
     record.model = Some(checked);
     notes(&mut record);

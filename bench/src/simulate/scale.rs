@@ -27,6 +27,17 @@ pub enum Tracking {
     Ring,
 }
 
+impl Tracking {
+    /// In words.
+    #[must_use]
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Scan => "page tables",
+            Self::Ring => "dirty rings",
+        }
+    }
+}
+
 /// Threads that the engine scans page tables with on a host that has as many cores; walking is bound by the latency of
 /// memory, so they are taken to share it evenly.
 pub const SCANNERS: u32 = 8;
@@ -224,7 +235,7 @@ pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -
         let outlook = s.outlook(&checked.calibration, page_costs);
         vec![
             format!("{} GiB, {} vCPUs", s.memory_gib, s.vcpus),
-            if s.tracking == Tracking::Scan { "page tables" } else { "dirty rings" }.into(),
+            s.tracking.words().into(),
             digits(s.rate_mb),
             format!("{} Gb/s", s.gbit),
             word(outlook.ending).into(),
@@ -236,7 +247,7 @@ pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -
     };
     Table {
         title: "The model at the size of a data centre".into(),
-        caption: caption(checked, scenarios.first().map(|s| s.assumed).unwrap_or_default(), page_costs),
+        caption: scenarios.first().map(|s| caption(checked, s, page_costs)).unwrap_or_default(),
         head: head.map(Into::into).into(),
         rows: scenarios.iter().map(row).collect(),
     }
@@ -252,25 +263,34 @@ fn ranged(value: f64, errors: Option<(f64, f64)>) -> String {
     }
 }
 
-fn caption(checked: &Checked, assumed: Assumed, page: PageCosts) -> String {
+/// What the rows have in common, and what they rest on.
+fn caption(checked: &Checked, scenario: &Scenario, page: PageCosts) -> String {
     let range = match (checked.total_errors, checked.blackout_errors) {
         (Some(total), Some(blackout)) => format!(
-            "In brackets: where reality would lie if the model were off here as far as it was in its check at worst ({:+.0} to {:+.0} % of \
-             the total, {:+.0} to {:+.0} % of the blackout, {} points of 1 to 10 Gb/s and up to 1 GiB by TCP). Whether it is off \
-             further so far beyond that nobody has measured.",
+            "In brackets: where reality would lie if the model were off here as far as it was in its check at worst ({:+.0} to \
+             {:+.0} % of the total, {:+.0} to {:+.0} % of the blackout, {} points of {} to {} Gb/s and up to {} MiB, by TCP). Whether it is \
+             off further so far beyond that nobody has measured.",
             total.0 * 100.0,
             total.1 * 100.0,
             blackout.0 * 100.0,
             blackout.1 * 100.0,
-            checked.points
+            checked.points,
+            checked.gbit.0,
+            checked.gbit.1,
+            checked.memory_mib_max
         ),
         _ => "The model was not checked in this run: simulate --check says how far it is off.".into(),
     };
+    let assumed = scenario.assumed;
     format!(
-        "Output of a model: no such machine was at hand. A quarter of the memory is written, nine in ten writes go to a sixteenth of \
-that; the limit is a blackout of 100 ms, by RDMA. {range} Measured on this host: harvests, messages, pause, resume, {:.0} ns a \
-         work request, {:.0} ns for a look at a page, {:.0} ns for a page of a dirty ring. Page tables are taken to be walked by {SCANNERS} threads, which \
-         share the work evenly. Assumed, and measured by nobody here: registration of {} us a MiB, {} us and {} bytes of state a vCPU.",
+        "Output of a model: no such machine was at hand. {:.0} % of the memory is written, and {:.0} % of the writes go to a sixteenth of \
+         that; the limit is a blackout of {} ms, by RDMA. {range} Measured on this host: harvests, messages, pause, resume, {:.0} ns a work \
+         request, {:.0} ns for a look at a page, {:.0} ns for a page of a dirty ring. Page tables are taken to be walked by {SCANNERS} \
+         threads, which share the work evenly. Assumed, and measured by nobody here: registration of {} us a MiB, {} us and {} bytes of \
+         state a vCPU. A switchover can be forced below the limit: the policy counts two harvests as slow as those between rounds.",
+        scenario.working_share * 100.0,
+        scenario.hot_share * 100.0,
+        digits(scenario.downtime_us_max as f64 / 1e3),
         page.request_us * 1e3,
         page.zero_us * 1e3,
         page.ring_us * 1e3,
@@ -280,10 +300,9 @@ that; the limit is a blackout of 100 ms, by RDMA. {range} Measured on this host:
     )
 }
 
-/// Total and blackout over the dirty rate, for the largest guest.
+/// Total and blackout of this guest over its dirty rate.
 #[must_use]
-pub fn plots(checked: &Checked, assumed: Assumed, page_costs: PageCosts) -> Vec<Plot> {
-    let Some(largest) = scenarios(assumed).pop() else { return Vec::new() };
+pub fn plots(guest: &Scenario, checked: &Checked, page_costs: PageCosts) -> Vec<Plot> {
     let rates: Vec<f64> = (0..=32).map(|n| 100.0 * 10f64.powf(f64::from(n) / 10.0)).collect();
     let series = |of: &dyn Fn(&Outlook) -> f64| -> Vec<Series> {
         [25.0, 100.0, 200.0, 400.0]
@@ -292,7 +311,7 @@ pub fn plots(checked: &Checked, assumed: Assumed, page_costs: PageCosts) -> Vec<
                 points: rates
                     .iter()
                     .map(|rate_mb| {
-                        let scenario = Scenario { gbit, rate_mb: *rate_mb, ..largest };
+                        let scenario = Scenario { gbit, rate_mb: *rate_mb, ..*guest };
                         (*rate_mb, of(&scenario.outlook(&checked.calibration, page_costs)))
                     })
                     .collect(),
@@ -301,7 +320,12 @@ pub fn plots(checked: &Checked, assumed: Assumed, page_costs: PageCosts) -> Vec<
     };
     let plot = |what: &str, y: &str, series: Vec<Series>| {
         Plot {
-        title: format!("{what} of a guest of 1 TiB and 256 vCPUs: a model's output"),
+        title: format!(
+            "MODEL, not measured: {what} of a guest of {} GiB and {} vCPUs, tracked by {}",
+            guest.memory_gib,
+            guest.vcpus,
+            guest.tracking.words()
+        ),
         caption: "Output of a model, not measured; see the table above for its range and for what is assumed. A step \
                   is where rounds stop shrinking and the guest is switched over all the same."
             .into(),
@@ -313,7 +337,7 @@ pub fn plots(checked: &Checked, assumed: Assumed, page_costs: PageCosts) -> Vec<
     }
     };
     vec![
-        plot("Blackout", "milliseconds", series(&|o| o.blackout_us / 1e3)),
-        plot("Total", "seconds", series(&|o| o.total_us / 1e6)),
+        plot("blackout", "milliseconds", series(&|o| o.blackout_us / 1e3)),
+        plot("total", "seconds", series(&|o| o.total_us / 1e6)),
     ]
 }

@@ -277,7 +277,14 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
             cells.push(model_cell((column, row), &outlook));
         }
     }
-    let by = if tracking == Tracking::Scan { "page tables" } else { "dirty rings" };
+    let by = tracking.words();
+    let harvests = match tracking {
+        Tracking::Scan => {
+            " The policy counts two harvests as slow as those between rounds, so it forces some switchovers whose blackout would \
+             have been within the limit."
+        }
+        Tracking::Ring => "",
+    };
     let range = match (checked.total_errors, checked.blackout_errors) {
         (Some(total), Some(blackout)) => format!(
             "Where it was checked it was off by {:+.0} to {:+.0} % of the total and {:+.0} to {:+.0} % of the blackout.",
@@ -294,7 +301,7 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
         title: format!("MODEL, not measured: 1 TiB and 256 vCPUs by RDMA, tracked by {by}"),
         caption: format!(
             "Output of a model: total time and, in brackets, blackout; the limit is 1 s. A quarter of the memory is written, nine in \
-             ten writes go to a sixteenth of that. {range} Registration and vCPU state are assumed."
+             ten writes go to a sixteenth of that. {range} Registration and vCPU state are assumed.{harvests}"
         ),
         x: "cable, Gb/s".into(),
         columns: MODEL_GBIT.iter().map(f64::to_string).collect(),
