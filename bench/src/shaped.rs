@@ -33,6 +33,11 @@ impl Rate {
         Self(Some((gbit * 1e9) as u64))
     }
 
+    /// As the script takes it.
+    fn words(self) -> String {
+        self.0.map_or_else(|| "none".into(), |bits| format!("{bits}bit"))
+    }
+
     /// Bytes of payload a second; endless without a rate.
     #[must_use]
     pub fn payload_bytes_per_second(self) -> f64 {
@@ -62,8 +67,6 @@ pub enum End {
 #[derive(Debug)]
 pub struct Shaped {
     name: String,
-    /// Its rate.
-    pub rate: Rate,
 }
 
 /// A name that no other run has, and by which a later one knows whether this is over.
@@ -85,9 +88,13 @@ impl Shaped {
     /// Makes them.
     pub fn up(rate: Rate) -> Result<Self> {
         let name = new_name();
-        let words = rate.0.map_or_else(|| "none".into(), |bits| format!("{bits}bit"));
-        script(&["up", &words, &name])?;
-        Ok(Self { name, rate })
+        script(&["up", &rate.words(), &name])?;
+        Ok(Self { name })
+    }
+
+    /// Gives the cable another rate.
+    pub fn reshape(&self, rate: Rate) -> Result<()> {
+        script(&["rate", &rate.words(), &self.name])
     }
 
     /// The address of an end.

@@ -164,3 +164,31 @@ fn a_sweep_fills_its_map_with_real_moves_and_the_model_beside_them() {
     }
     assert!(large.len() == 2 && large.iter().all(|map| map.title.contains("MODEL, not measured")));
 }
+
+#[test]
+fn qemu_s_own_ways_are_swept_over_the_same_cable() {
+    const NAME: &str = "qemu_s_own_ways_are_swept_over_the_same_cable";
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    if !repository.join(".cache/guest/initramfs.gz").is_file() {
+        return not_run(NAME, "there is no guest: scripts/guest-image makes it");
+    }
+    if !cables(NAME) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+    command.current_dir(repository).args(["sweep", "--qemu", "--gbit", "2", "--rates", "10", "--moves", "1"]);
+    let output = command.arg("--out").arg(directory.path()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let record = the_record(directory.path());
+    assert_eq!(record.failures, []);
+    for title in ["QEMU, measured", "QEMU multifd, measured"] {
+        let map = record.maps.iter().find(|map| map.title == title).unwrap();
+        // 2 Gb/s carry twenty times what this guest writes.
+        assert_eq!(map.cells.iter().map(|cell| cell.ending).collect::<Vec<_>>(), [CellEnding::Converged]);
+    }
+    // What a booted Linux has touched takes 2 Gb/s a tenth of a second at least, so the cable was shaped for QEMU, too.
+    for group in ["QEMU, 2 Gb/s, 10 MB/s", "QEMU multifd, 2 Gb/s, 10 MB/s"] {
+        assert!(record.figure(group, "total").unwrap().samples.median() > 100.0, "{group}");
+    }
+}

@@ -29,6 +29,9 @@ pub struct SweepArgs {
     /// Moves at each place. [default: 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     moves: Option<u32>,
+    /// QEMU's own ways as well, with a Linux guest. Some minutes more.
+    #[arg(long, conflicts_with = "quick")]
+    qemu: bool,
     /// Take the model's costs, and how far it was off, from a record of `simulate --check`.
     #[arg(long, value_name = "RECORD.json")]
     from: Option<PathBuf>,
@@ -50,6 +53,7 @@ impl SweepArgs {
             downtime_us_max: u64::try_from(self.downtime_max.as_micros()).unwrap_or(u64::MAX),
             moves: self.moves.unwrap_or(MOVES[usize::from(self.quick)]),
             quick: self.quick,
+            qemu: self.qemu,
             from: self.from,
         };
         (options, self.out)

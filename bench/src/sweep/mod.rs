@@ -3,6 +3,7 @@
 //! at hand reaches ([`crate::simulate`]).
 
 mod command;
+mod qemu;
 
 pub use command::SweepArgs;
 
@@ -21,6 +22,7 @@ use anyhow::{Context, Result, bail};
 use pageferry::report::Outcome;
 use serde::Serialize;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Cables, in Gb/s.
 pub const GBIT: [f64; 4] = [1.0, 2.0, 5.0, 10.0];
@@ -64,6 +66,8 @@ pub struct SweepOptions {
     pub moves: u32,
     /// Within two minutes.
     pub quick: bool,
+    /// Whether QEMU's own ways are swept, too.
+    pub qemu: bool,
     /// A record of `simulate` whose calibration and check are taken for the model.
     pub from: Option<PathBuf>,
 }
@@ -83,6 +87,9 @@ impl SweepOptions {
         if self.working_mib == 0 || self.working_mib > self.memory_mib {
             bail!("--working {} must be 1 to --memory {}", self.working_mib, self.memory_mib);
         }
+        if self.qemu {
+            qemu::check()?;
+        }
         shaped::sweep().context("sweep moves guests between two network namespaces")
     }
 
@@ -92,6 +99,28 @@ impl SweepOptions {
             working_mib: self.working_mib,
             rate_mb,
             downtime_us_max: self.downtime_us_max,
+        }
+    }
+}
+
+impl SweepOptions {
+    /// Dirty rates with the busiest guest on top, as a chart has it.
+    fn rates(&self) -> Vec<u32> {
+        let mut rates = self.rates_mb.clone();
+        rates.sort_unstable_by(|a, b| b.cmp(a));
+        rates
+    }
+
+    /// A map of all places, still empty.
+    fn map(&self, title: &str, caption: String) -> Map {
+        Map {
+            title: title.into(),
+            caption,
+            x: "cable, Gb/s".into(),
+            columns: self.gbit.iter().map(f64::to_string).collect(),
+            y: "MB/s written".into(),
+            rows: self.rates().iter().map(u32::to_string).collect(),
+            cells: Vec::new(),
         }
     }
 }
@@ -106,7 +135,8 @@ pub fn run(options: &SweepOptions, progress: &Progress) -> Result<Record> {
     let places = options.gbit.len() as u64 * options.rates_mb.len() as u64;
     let calibration_moves = CALIBRATION_MOVES[usize::from(options.quick)];
     let calibration_steps = if options.from.is_some() { 0 } else { calibrate::steps(calibration_moves) };
-    progress.expect(calibration_steps + places * u64::from(options.moves));
+    let qemu_steps = if options.qemu { places * qemu::Way::ALL.len() as u64 } else { 0 };
+    progress.expect(calibration_steps + places * u64::from(options.moves) + qemu_steps);
     let checked = match &options.from {
         Some(path) => Record::read(path)?
             .model
@@ -121,6 +151,10 @@ pub fn run(options: &SweepOptions, progress: &Progress) -> Result<Record> {
     };
     let (real, model) = maps(options, &checked.calibration, &mut record, progress)?;
     record.maps.extend([real, model]);
+    if options.qemu && !record.interrupted {
+        let by_qemu = qemu_maps(options, &mut record, progress);
+        record.maps.extend(by_qemu);
+    }
     if !record.interrupted {
         let page_costs = scale::page_costs()?;
         record.maps.extend([Tracking::Scan, Tracking::Ring].map(|by| large(by, &checked, page_costs)));
@@ -139,19 +173,8 @@ fn maps(
     progress: &Progress,
 ) -> Result<(Map, Map)> {
     let limit = digits(options.downtime_us_max as f64 / 1e3);
-    // The busiest guest on top, as a chart has it.
-    let mut rates = options.rates_mb.clone();
-    rates.sort_unstable_by(|a, b| b.cmp(a));
-    let map = |title: &str, caption: String| Map {
-        title: title.into(),
-        caption,
-        x: "cable, Gb/s".into(),
-        columns: options.gbit.iter().map(f64::to_string).collect(),
-        y: "MB/s written".into(),
-        rows: rates.iter().map(u32::to_string).collect(),
-        cells: Vec::new(),
-    };
-    let mut real = map(
+    let rates = options.rates();
+    let mut real = options.map(
         "pageferry, measured",
         format!(
             "Total time and blackout, medians of {} real moves over a shaped cable. Converged: the blackout was predicted to be \
@@ -160,7 +183,7 @@ fn maps(
             options.moves
         ),
     );
-    let mut model = map(
+    let mut model = options.map(
         "The model of the same moves",
         "Output of the model for these guests and cables. It knows this host's costs from moves without shaping, and nothing of \
          the moves above."
@@ -190,6 +213,72 @@ fn maps(
         }
     }
     Ok((real, model))
+}
+
+/// QEMU's own ways over the same cables. One guest boots for each dirty rate, and goes from end to end.
+fn qemu_maps(options: &SweepOptions, record: &mut Record, progress: &Progress) -> Vec<Map> {
+    let caption = format!(
+        "QEMU's own migration of a Linux guest of {} MiB that writes at this rate over {} MiB, with a downtime-limit of {} ms and no bound on \
+         bandwidth; one move at each place. It is another guest than the one above, under TCG, so compare where it stops converging and \
+         not its times. Refused: cancelled after {} s without convergence.",
+        options.memory_mib,
+        options.working_mib,
+        digits(options.downtime_us_max as f64 / 1e3),
+        qemu::PATIENCE.as_secs()
+    );
+    let mut maps =
+        qemu::Way::ALL.map(|way| options.map(&format!("{}, measured", way.name()), caption.clone()));
+    for (row, rate_mb) in options.rates().into_iter().enumerate() {
+        if let Err(e) = qemu_row(options, row, rate_mb, &mut maps, record, progress) {
+            record.fail(&format!("QEMU, {rate_mb} MB/s"), 0, format!("{e:#}"));
+        }
+    }
+    maps.into()
+}
+
+fn qemu_row(
+    options: &SweepOptions,
+    row: usize,
+    rate_mb: u32,
+    maps: &mut [Map],
+    record: &mut Record,
+    progress: &Progress,
+) -> Result<()> {
+    if progress.is_interrupted() {
+        record.interrupted = true;
+        return Ok(());
+    }
+    let shaped = Shaped::up(Rate(None))?;
+    let size = qemu::GuestSize { memory_mib: options.memory_mib, working_mib: options.working_mib, rate_mb };
+    let mut guest = qemu::Traveller::boot(&shaped, size)?;
+    for (column, gbit) in options.gbit.iter().enumerate() {
+        shaped.reshape(Rate::gbit(*gbit))?;
+        for (way, map) in qemu::Way::ALL.into_iter().zip(&mut *maps) {
+            if progress.is_interrupted() {
+                record.interrupted = true;
+                return Ok(());
+            }
+            let group = format!("{}, {}, {rate_mb} MB/s", way.name(), Rate::gbit(*gbit));
+            let at = (column, row);
+            let took = guest.travel(way, Duration::from_micros(options.downtime_us_max));
+            map.cells.push(match &took {
+                Ok(Some(took)) => {
+                    record.sample(&group, TOTAL, 0, took.total_ms);
+                    record.sample(&group, BLACKOUT, 0, took.blackout_ms);
+                    let lines = lines(took.total_ms * 1e3, took.blackout_ms * 1e3);
+                    Cell { at, ending: CellEnding::Converged, lines }
+                }
+                Ok(None) => {
+                    let lines = vec![format!("> {} s", qemu::PATIENCE.as_secs())];
+                    Cell { at, ending: CellEnding::Refused, lines }
+                }
+                Err(_) => Cell { at, ending: CellEnding::Failed, lines: Vec::new() },
+            });
+            took.with_context(|| group)?;
+            progress.step();
+        }
+    }
+    guest.verdict().context("after all moves")
 }
 
 fn moved(setting: &Setting, rate: Rate, moves: u32, progress: &Progress) -> Result<Vec<Moved>> {
@@ -340,6 +429,7 @@ mod tests {
             downtime_us_max: 1,
             moves: 1,
             quick: true,
+            qemu: false,
             from: None,
         };
         let bad = [
