@@ -40,7 +40,7 @@ const CALIBRATION_MOVES: [u32; 2] = [4, 2];
 const MODEL_GBIT: [f64; 7] = [10.0, 25.0, 40.0, 100.0, 200.0, 300.0, 400.0];
 const MODEL_RATES_MB: [f64; 7] = [100_000.0, 50_000.0, 20_000.0, 10_000.0, 5_000.0, 1_000.0, 200.0];
 
-/// The blackout that is allowed there. By page tables two harvests of a TiB alone take most of half of it.
+/// The blackout that is allowed there. By page tables two harvests of a TiB alone take a good part of it.
 const LARGE_DOWNTIME_US_MAX: u64 = 1_000_000;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
@@ -367,13 +367,6 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
         }
     }
     let by = tracking.words();
-    let harvests = match tracking {
-        Tracking::Scan => {
-            " The policy counts two harvests as slow as those between rounds, so it forces some switchovers whose blackout would \
-             have been within the limit."
-        }
-        Tracking::Ring => "",
-    };
     let range = match (checked.total_errors, checked.blackout_errors) {
         (Some(total), Some(blackout)) => format!(
             "Where it was checked it was off by {:+.0} to {:+.0} % of the total and {:+.0} to {:+.0} % of the blackout.",
@@ -390,7 +383,7 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
         title: format!("MODEL, not measured: 1 TiB and 256 vCPUs by RDMA, tracked by {by}"),
         caption: format!(
             "Output of a model: total time and, in brackets, blackout; the limit is 1 s. A quarter of the memory is written, nine in \
-             ten writes go to a sixteenth of that. {range} Registration and vCPU state are assumed.{harvests}"
+             ten writes go to a sixteenth of that. {range} Registration and vCPU state are assumed."
         ),
         x: "cable, Gb/s".into(),
         columns: MODEL_GBIT.iter().map(f64::to_string).collect(),
