@@ -2,12 +2,14 @@
 
 pub mod bulk;
 pub mod compare;
+pub mod console;
 pub mod cost;
 pub mod cpu;
 pub mod downtime;
 pub mod floor;
 pub mod machine;
 pub mod memory;
+pub mod microvm;
 pub mod peers;
 pub mod process;
 pub mod progress;

@@ -1,7 +1,7 @@
 //! `pageferry-bench`: measures, in turns within one run, and prints medians and ranges.
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use pageferry::cli::units::duration;
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::Transport;
@@ -9,12 +9,10 @@ use pageferry_bench::bulk::{self, BulkOptions};
 use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::downtime::{self, Guest, MoveOptions};
-use pageferry_bench::machine::GuestOptions;
-use pageferry_bench::peers;
+use pageferry_bench::peers::{self, args::PeersArgs};
 use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::record::{Record, save};
-use pageferry_bench::ways::Way;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -172,54 +170,6 @@ struct BulkArgs {
     out: Option<PathBuf>,
 }
 
-#[derive(Debug, clap::Args)]
-struct PeersArgs {
-    /// A preset; the other options change it.
-    #[arg(long, value_enum, default_value_t)]
-    scenario: Scenario,
-    /// Repetitions of each way.
-    #[arg(long, default_value_t = 7)]
-    repetitions: u32,
-    /// Ways to compare. [default: all]
-    #[arg(long, value_enum, value_delimiter = ',')]
-    ways: Vec<Way>,
-    /// The guest's kernel.
-    #[arg(long, default_value = ".cache/guest/vmlinuz")]
-    kernel: PathBuf,
-    /// The guest's initramfs.
-    #[arg(long, default_value = ".cache/guest/initramfs.gz")]
-    initrd: PathBuf,
-    /// Guest memory in MiB.
-    #[arg(long)]
-    memory: Option<u32>,
-    /// Memory written over and over, in MiB.
-    #[arg(long)]
-    working: Option<u32>,
-    /// Memory filled once, in MiB.
-    #[arg(long)]
-    touched: Option<u32>,
-    /// Writes in MB a second; 0 is as fast as the guest can.
-    #[arg(long)]
-    rate: Option<u32>,
-    /// Lanes that pageferry is asked for. [default: its own]
-    #[arg(long)]
-    lanes: Option<u8>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Scenario {
-    /// Nearly all memory touched, destination preallocated.
-    #[default]
-    Dense,
-    /// Half of the memory touched, destination cold.
-    Half,
-    /// A guest that writes as fast as it can, destination preallocated.
-    Busy,
-}
-
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Peers(args) => run_peers(args),
@@ -331,32 +281,11 @@ fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<
 }
 
 fn run_peers(args: PeersArgs) -> Result<()> {
-    let (touched, working, rate, preallocated) = match args.scenario {
-        Scenario::Dense => (784, 64, 40, true),
-        Scenario::Half => (448, 64, 40, false),
-        Scenario::Busy => (384, 64, 0, true),
-    };
-    let pageferry = std::env::current_exe()?.with_file_name("pageferry");
-    for file in [&args.kernel, &args.initrd] {
-        if !file.is_file() {
-            bail!("{} is not there: scripts/guest-image makes it", file.display());
-        }
-    }
-    if !pageferry.is_file() {
-        bail!("{} is not there: cargo build --release -p pageferry", pageferry.display());
-    }
-    let guest = GuestOptions {
-        kernel: args.kernel,
-        initrd: args.initrd,
-        pageferry,
-        lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
-        memory_mib: args.memory.unwrap_or(1024),
-        working_mib: args.working.unwrap_or(working),
-        touched_mib: args.touched.unwrap_or(touched),
-        rate_mb: args.rate.unwrap_or(rate),
-    };
-    let ways = if args.ways.is_empty() { Way::value_variants().to_vec() } else { args.ways };
-    let peers = peers::run(guest, preallocated, &ways, args.repetitions)?;
-    print!("{}", peers.show());
-    write_samples(args.out.as_deref(), &peers)
+    let out = args.out.clone();
+    let options = args.options()?;
+    save::prepare(&out)?;
+    let progress = Progress::begin("peers")?;
+    let record = peers::run(&options, &progress)?;
+    progress.end();
+    finish(&record, &out)
 }

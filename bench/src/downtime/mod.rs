@@ -14,7 +14,7 @@
 //! real guest, what it needs to get going again.
 
 pub mod client;
-mod linux;
+pub(crate) mod linux;
 mod payload;
 pub mod service;
 mod synthetic;

@@ -10,6 +10,7 @@
 //! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.
 
 mod host;
+pub mod ratio;
 pub mod save;
 pub mod show;
 
@@ -19,6 +20,7 @@ use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
 use pageferry::report::MigrationReport;
+use ratio::Ratio;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -54,6 +56,9 @@ pub struct Record {
     pub figures: Vec<Figure>,
     /// Distributions of times.
     pub distributions: Vec<Distribution>,
+    /// How groups compare.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
     /// Curves, of models and sweeps.
     #[serde(default)]
     pub curves: Vec<Plot>,
@@ -175,6 +180,7 @@ impl Record {
             notes: Vec::new(),
             figures: Vec::new(),
             distributions: Vec::new(),
+            ratios: Vec::new(),
             curves: Vec::new(),
             migrations: Vec::new(),
             failures: Vec::new(),

@@ -29,6 +29,12 @@ impl Record {
             }
             let _ = writeln!(text, "max {} ms of {}", digits(distribution.max_ms), distribution.count);
         }
+        for r in &self.ratios {
+            let interval = r
+                .interval
+                .map_or_else(String::new, |i| format!(" ({} to {})", digits(i.low), digits(i.high)));
+            let _ = writeln!(text, "{}, {} by {}: {}x{interval}", r.figure, r.of, r.to, digits(r.ratio));
+        }
         for failure in &self.failures {
             let _ = writeln!(text, "FAILED: {}, turn {}: {}", failure.group, failure.turn + 1, failure.why);
         }

@@ -70,16 +70,25 @@ pub fn ratio(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
 /// slowed both down together does not widen the interval. Samples without a partner are left out.
 #[must_use]
 pub fn ratio_in_turns(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
-    let turns = a.0.len().min(b.0.len());
+    ratio_to_least(a, std::slice::from_ref(b), level)
+}
+
+/// The same of `median(a)` to the least of the medians of `others`, which is found anew for each drawing: which of them
+/// is the least is not certain either.
+#[must_use]
+pub fn ratio_to_least(a: &Samples, others: &[Samples], level: f64) -> Option<Interval> {
+    let turns = others.iter().map(|b| b.0.len()).min()?.min(a.0.len());
     (turns >= SAMPLES_MIN).then(|| {
         let mut random = Random::new(SEED);
-        let (mut from_a, mut from_b) = (vec![0.0; turns], vec![0.0; turns]);
+        let (mut drawn, mut from) = (vec![0; turns], vec![0.0; turns]);
         interval(level, || {
-            for place in 0..turns {
-                let turn = random.below(turns);
-                (from_a[place], from_b[place]) = (a.0[turn], b.0[turn]);
-            }
-            median_of(&mut from_a) / median_of(&mut from_b)
+            drawn.fill_with(|| random.below(turns));
+            let mut median = |samples: &Samples| {
+                from.iter_mut().zip(&drawn).for_each(|(place, turn)| *place = samples.0[*turn]);
+                median_of(&mut from)
+            };
+            let least = others.iter().map(&mut median).fold(f64::INFINITY, f64::min);
+            median(a) / least
         })
     })
 }
