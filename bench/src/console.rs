@@ -1,7 +1,7 @@
 //! What the test guest says on its console: lines, and between them the heartbeats of a guest that has no other port
 //! for them.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use pageferry_workload::heartbeat::{GapMeter, SHARED_BEAT};
 use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -47,16 +47,30 @@ impl Console {
         mut sense: impl FnMut() -> Result<()>,
     ) -> Result<String> {
         let deadline = Instant::now() + wait;
+        let mut last = None;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left.min(LOOK_EVERY)) {
+            let why = match self.lines.recv_timeout(left.min(LOOK_EVERY)) {
                 Ok(line) if is_trouble(&line) => bail!("the guest says: {line}"),
                 Ok(line) if line.contains(text) => return Ok(line),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) if left > LOOK_EVERY => sense()?,
-                Err(RecvTimeoutError::Timeout) => bail!("the guest did not say {text:?} within {wait:?}"),
-                Err(RecvTimeoutError::Disconnected) => bail!("the guest's console closed before {text:?}"),
-            }
+                Ok(line) => {
+                    last = Some(line).filter(|line| !line.is_empty()).or(last);
+                    continue;
+                }
+                Err(RecvTimeoutError::Timeout) if left > LOOK_EVERY => match sense() {
+                    Ok(()) => continue,
+                    Err(e) => e,
+                },
+                Err(RecvTimeoutError::Timeout) => anyhow!("the guest did not say {text:?} within {wait:?}"),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let closed = anyhow!("the guest's console closed before it said {text:?}");
+                    sense().err().unwrap_or(closed)
+                }
+            };
+            return Err(match last {
+                Some(last) => anyhow!("{why:#}; the guest's last line was {last:?}"),
+                None => why,
+            });
         }
     }
 

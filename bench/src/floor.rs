@@ -44,8 +44,8 @@ pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
     let total_s = begun.elapsed().as_secs_f64();
     let blackout_ms = blackout_ms(source, &mut destination)?;
     std::thread::sleep(AFTERMATH);
-    let gap_ms = yard.gap_ms();
+    let (gap_ms, gap_began_ms) = (yard.gap_ms(), yard.gap_began_ms(begun));
     *source = destination;
     source.console.settle(1, START_MAX)?;
-    Ok(Sample { total_s, blackout_ms, gap_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
+    Ok(Sample { total_s, blackout_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
 }

@@ -4,7 +4,7 @@
 use crate::console::{Beats, Console};
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::qemu::qmp::Qmp;
-use pageferry_workload::heartbeat::GapMeter;
+use pageferry_workload::heartbeat::{Gap, GapMeter};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -302,8 +302,19 @@ impl Yard {
     /// The longest time between two heartbeats since they were reset, in milliseconds.
     #[must_use]
     pub fn gap_ms(&self) -> f64 {
-        let beats = self.beats.lock().unwrap_or_else(PoisonError::into_inner);
-        beats.largest().map_or(f64::NAN, |gap| gap.length.as_secs_f64() * 1e3)
+        self.largest_gap().map_or(f64::NAN, |gap| gap.length.as_secs_f64() * 1e3)
+    }
+
+    /// How long after this moment that gap began, in milliseconds. A gap that began long before the end of a move is not
+    /// its blackout.
+    #[must_use]
+    pub fn gap_began_ms(&self, begun: Instant) -> f64 {
+        self.largest_gap()
+            .map_or(f64::NAN, |gap| gap.from.saturating_duration_since(begun).as_secs_f64() * 1e3)
+    }
+
+    fn largest_gap(&self) -> Option<Gap> {
+        self.beats.lock().unwrap_or_else(PoisonError::into_inner).largest()
     }
 
     /// Forgets the heartbeats so far.

@@ -51,6 +51,8 @@ pub struct Sample {
     pub blackout_ms: f64,
     /// Longest time between two heartbeats of the guest (one a millisecond) as the host saw them.
     pub gap_ms: f64,
+    /// How long after the request that gap began, in milliseconds.
+    pub gap_began_ms: f64,
     /// CPU seconds of both monitors and of pageferry, without the threads that run the guest.
     pub cpu_s: f64,
     /// Bytes sent, in MiB, as the mover itself counts them.
@@ -126,11 +128,7 @@ pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Re
     };
     std::thread::sleep(AFTERMATH);
     sample.gap_ms = yard.gap_ms();
-    if is_verbose() {
-        let beats = yard.beats.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let from = beats.largest().map(|gap| gap.from.saturating_duration_since(begun));
-        eprintln!("largest gap began {from:?} after the request");
-    }
+    sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
     source.console.settle(1, START_MAX)?;
     Ok((sample, report))
@@ -203,6 +201,7 @@ fn of_report(report: &MigrationReport, cpu_s: f64) -> Sample {
         total_s: report.total_us as f64 / 1e6,
         blackout_ms: report.blackout_us.total as f64 / 1e3,
         gap_ms: f64::NAN,
+        gap_began_ms: f64::NAN,
         cpu_s,
         sent_mib: report.bytes_written as f64 / f64::from(1 << 20),
     }
@@ -219,12 +218,14 @@ pub fn move_microvm(
     let destination = Microvm::start(yard, tracking, Some(address))?;
     source.console.settle(STEADY_LINES, START_MAX)?;
     yard.reset_beats();
+    let begun = Instant::now();
     let meter = Meter::start(vec![source.pid(), destination.pid()]);
     let to = destination.listens.clone().context("the destination does not listen")?;
     let report = request(yard, &source.name, &to, false, terms.downtime_max)?;
     let mut sample = of_report(&report, meter.stop());
     std::thread::sleep(AFTERMATH);
     sample.gap_ms = yard.gap_ms();
+    sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
     source.console.settle(1, START_MAX)?;
     Ok((sample, Some(report)))
@@ -328,6 +329,7 @@ fn by_qemu(
         total_s,
         blackout_ms: (resumed.at_us.saturating_sub(stopped.at_us)) as f64 / 1e3,
         gap_ms: f64::NAN,
+        gap_began_ms: f64::NAN,
         cpu_s,
         sent_mib: info["ram"]["transferred"].as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20),
     })

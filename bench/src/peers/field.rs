@@ -1,7 +1,7 @@
 //! All that take part in a run, and their turns.
 
 use super::lineage::{Lineage, MicrovmLineage, QemuLineage};
-use super::{BLACKOUT, CPU, GAP, PeersOptions, SENT, TOTAL};
+use super::{BLACKOUT, CPU, GAP, GAP_BEGAN, PeersOptions, SENT, TOTAL};
 use crate::machine::Accel;
 use crate::progress::Progress;
 use crate::record::{Migration, Record};
@@ -11,6 +11,9 @@ use pageferry::guest::kvm::machine::TrackingChoice;
 
 /// So many failures of a way in a row, and it is left out of the turns that follow.
 const FAILURES_IN_A_ROW_MAX: u32 = 2;
+
+/// Attempts to boot a guest. Nothing is measured meanwhile, and KVM inside an emulator loses one now and then.
+const BOOTS_MAX: u32 = 2;
 
 /// A way as it has its turns.
 pub(super) struct Peer {
@@ -74,13 +77,20 @@ impl Field {
         })
     }
 
-    /// Boots all guests at once, and holds each when it is there. The ways of one that does not boot have failed for good:
-    /// to try again and again would take minutes each time.
+    /// Boots one guest after the other, and holds each when it is there. The ways of one that does not boot have failed for
+    /// good: to try again and again would take minutes each time.
     pub(super) fn boot(&mut self, record: &mut Record, progress: &Progress) {
-        progress.say("booting");
-        let started: Vec<Result<()>> = self.lineages.iter_mut().map(|lineage| lineage.start()).collect();
-        for (index, started) in started.into_iter().enumerate() {
-            let booted = started.and_then(|()| self.lineages[index].wait_booted(&|| go_on(progress)));
+        for index in 0..self.lineages.len() {
+            progress.say("booting");
+            let mut booted = self.boot_one(index, progress);
+            for attempt in 1..BOOTS_MAX {
+                let Err(e) = &booted else { break };
+                if progress.is_interrupted() {
+                    break;
+                }
+                record.notes.push(format!("Boot {attempt} of a guest failed and was repeated: {e:#}."));
+                booted = self.boot_one(index, progress);
+            }
             let Err(e) = booted.and_then(|()| self.hold(index, true)) else { continue };
             self.lineages[index].forget();
             if progress.is_interrupted() {
@@ -93,6 +103,12 @@ impl Field {
                 peer.failures_in_a_row = FAILURES_IN_A_ROW_MAX;
             }
         }
+    }
+
+    fn boot_one(&mut self, index: usize, progress: &Progress) -> Result<()> {
+        let lineage = &mut self.lineages[index];
+        lineage.start()?;
+        lineage.wait_booted(&|| go_on(progress))
     }
 
     /// One turn of every way, and a look at every guest.
@@ -124,6 +140,7 @@ impl Field {
                 record.sample(&group, GAP, turn, sample.gap_ms);
                 record.sample(&group, CPU, turn, sample.cpu_s);
                 record.sample(&group, SENT, turn, sample.sent_mib);
+                record.sample(&group, GAP_BEGAN, turn, sample.gap_began_ms);
                 record.migrations.extend(report.map(|report| Migration { group, turn, report }));
             }
             Err(_) if progress.is_interrupted() && !self.lineages[lineage].is_there() => {
@@ -138,14 +155,10 @@ impl Field {
 
     /// Moves the guest, booted anew if an earlier turn lost it, and holds it again.
     fn moved(&mut self, index: usize, way: Way, progress: &Progress) -> Result<Moved> {
-        let lineage = &mut self.lineages[index];
-        let ready = if lineage.is_there() {
+        let ready = if self.lineages[index].is_there() {
             self.hold(index, false)
         } else {
-            lineage
-                .start()
-                .and_then(|()| lineage.wait_booted(&|| go_on(progress)))
-                .context("booting another guest")
+            self.boot_one(index, progress).context("booting another guest")
         };
         let moved = ready.and_then(|()| self.lineages[index].move_by(way));
         if moved.is_err() {

@@ -29,6 +29,7 @@ const TOTAL: Spec = Spec::headline("total", "ms");
 const BLACKOUT: Spec = Spec::headline("blackout", "ms");
 const GAP: Spec = Spec::headline("guest gap", "ms");
 const CPU: Spec = Spec::headline("CPU", "s");
+const GAP_BEGAN: Spec = Spec::fact("gap began after request", "ms");
 const SENT: Spec = Spec::fact("sent", "MiB");
 
 /// What is moved, by which ways and how often.
