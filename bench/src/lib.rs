@@ -16,6 +16,7 @@ pub mod progress;
 pub mod rdma;
 pub mod record;
 pub mod report;
+mod said;
 pub mod stats;
 pub mod watch;
 pub mod ways;

@@ -2,18 +2,18 @@
 //! its guest: console lines, heartbeats, QMP events.
 
 use crate::console::{Beats, Console};
+use crate::said::Said;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::qemu::qmp::Qmp;
 use pageferry_workload::heartbeat::{Gap, GapMeter};
 use serde_json::json;
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -144,6 +144,7 @@ pub struct Machine {
     /// The guest's console.
     pub console: Console,
     process: Child,
+    said: Said,
     /// Whether `process` is a supervisor and not QEMU itself.
     supervised: bool,
 }
@@ -184,7 +185,7 @@ impl Yard {
                 let mut command = Command::new(&self.options.pageferry);
                 let listen = SocketAddr::new(address, 0).to_string();
                 command.args(["receive", &name, "--insecure", "--listen", &listen, "--"]);
-                command.args(qemu).stderr(Stdio::piped());
+                command.args(qemu);
                 command
             }
             _ => {
@@ -201,6 +202,7 @@ impl Yard {
         let process = command
             .env("PAGEFERRY_RUNTIME_DIR", &self.directory)
             .stdin(Stdio::null())
+            .stderr(Stdio::piped())
             // Ctrl-C is for the bench alone: QEMU would end by it, and the guest with it.
             .process_group(0)
             .spawn()
@@ -209,12 +211,10 @@ impl Yard {
         let supervised = matches!(begin, Begin::Receive(_));
         let mut starting = Starting { process: Some(process), supervised, qemu: None };
         let process = starting.process.as_mut().context("it was started")?;
-        let listens = match process.stderr.take() {
-            Some(stderr) => Some(listening(stderr, "waits for a guest on ")?),
-            None => None,
-        };
+        let said = Said::of(process.stderr.take().context("its errors were piped")?);
+        let listens = if supervised { Some(said.wait("waits for a guest on ", START_MAX)?) } else { None };
         let deadline = Instant::now() + START_MAX;
-        let mut qmp = Qmp::over(connect(&at("qmp1"), process)?.into(), &at("qmp1"), deadline)?;
+        let mut qmp = Qmp::over(connect(&at("qmp1"), process, &said)?.into(), &at("qmp1"), deadline)?;
         let pid =
             if supervised { qemu_of(&self.directory, &name, &self.options.pageferry)? } else { process.id() };
         starting.qemu = supervised.then_some(pid);
@@ -226,9 +226,9 @@ impl Yard {
         )
         .or_else(|e| if supervised { Ok(json!(null)) } else { Err(e) })?;
         if self.options.accel == Accel::Tcg {
-            self.listen_to_beats(&at("beats"), process)?;
+            self.listen_to_beats(&at("beats"), process, &said)?;
         }
-        let stream = connect(&at("console"), process)?;
+        let stream = connect(&at("console"), process, &said)?;
         let console = Console::open(stream.try_clone()?, Box::new(stream), Arc::clone(&self.beats));
         let process = starting.process.take().context("it was started")?;
         Ok(Machine {
@@ -240,6 +240,7 @@ impl Yard {
             memory,
             console,
             process,
+            said,
             supervised,
         })
     }
@@ -287,8 +288,8 @@ impl Yard {
         words
     }
 
-    fn listen_to_beats(&self, path: &Path, process: &mut Child) -> Result<()> {
-        let mut stream = connect(path, process)?;
+    fn listen_to_beats(&self, path: &Path, process: &mut Child, said: &Said) -> Result<()> {
+        let mut stream = connect(path, process, said)?;
         let beats = Arc::clone(&self.beats);
         std::thread::spawn(move || {
             let mut bytes = [0; 256];
@@ -338,14 +339,14 @@ impl Machine {
 
     /// Waits until the guest has booted and writes; `sense` may give it up.
     pub fn wait_booted(&mut self, mut sense: impl FnMut() -> Result<()>) -> Result<()> {
-        let (process, qmp) = (&mut self.process, &mut self.qmp);
+        let (process, qmp, said) = (&mut self.process, &mut self.qmp, &self.said);
         self.console.wait_while("WORKLOAD READY", GUEST_MAX, || {
             if let Some(status) = process.try_wait()? {
-                bail!("its QEMU ended ({status})");
+                bail!("its QEMU ended ({status}){}", said.first());
             }
             let status = qmp.execute("query-status", json!({}), Instant::now() + START_MAX)?;
             if status["running"] != json!(true) {
-                bail!("QEMU says that it is not running any more: {}", status["status"]);
+                bail!("QEMU says that it is not running any more: {}{}", status["status"], said.first());
             }
             sense()
         })?;
@@ -415,7 +416,7 @@ fn end(process: &mut Child, qemu: Option<u32>) {
 }
 
 /// Connects to a socket that QEMU is about to open: the path appears an instant before anybody listens.
-fn connect(path: &Path, process: &mut Child) -> Result<UnixStream> {
+fn connect(path: &Path, process: &mut Child, said: &Said) -> Result<UnixStream> {
     let deadline = Instant::now() + START_MAX;
     loop {
         match UnixStream::connect(path) {
@@ -426,32 +427,9 @@ fn connect(path: &Path, process: &mut Child) -> Result<UnixStream> {
             Err(_) => {}
         }
         if let Some(status) = process.try_wait()? {
-            bail!("a QEMU ended while it started ({status})");
+            bail!("a QEMU ended while it started ({status}){}", said.first());
         }
         std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-/// Reads what a supervisor says until it says this, and returns what comes after it in that line. What it says instead
-/// is the error.
-pub(crate) fn listening(stderr: ChildStderr, wanted: &'static str) -> Result<String> {
-    let (sender, found) = channel();
-    std::thread::spawn(move || {
-        let mut last = String::new();
-        for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
-            if let Some((_, rest)) = line.split_once(wanted) {
-                let _ = sender.send(Ok(rest.to_owned()));
-            } else if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
-                eprintln!("{line}");
-            }
-            last = line;
-        }
-        let _ = sender.send(Err(last));
-    });
-    match found.recv_timeout(START_MAX) {
-        Ok(Ok(rest)) => Ok(rest),
-        Ok(Err(last)) => bail!("it did not start: {last}"),
-        Err(_) => bail!("it did not say {wanted:?} within {START_MAX:?}"),
     }
 }
 

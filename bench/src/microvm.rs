@@ -2,7 +2,8 @@
 //! own monitor.
 
 use crate::console::Console;
-use crate::machine::{GUEST_MAX, START_MAX, Yard, listening, next_name};
+use crate::machine::{GUEST_MAX, START_MAX, Yard, next_name};
+use crate::said::Said;
 use anyhow::{Context, Result, bail};
 use pageferry::guest::kvm::machine::TrackingChoice;
 use rustix::process::{Pid, Signal, kill_process};
@@ -21,6 +22,7 @@ pub struct Microvm {
     /// The guest's.
     pub console: Console,
     process: Child,
+    said: Said,
 }
 
 impl Microvm {
@@ -53,12 +55,12 @@ impl Microvm {
         let stderr = process.stderr.take().context("its errors were piped")?;
         let console = Console::open(stdout, Box::new(stdin), Arc::clone(&yard.beats));
         // From here on dropping it ends the process.
-        let mut microvm = Self { name, listens: None, console, process };
-        let told = listening(
-            stderr,
-            if listen.is_some() { "waits for a guest on " } else { "runs in this process" },
-        )?;
-        microvm.listens = listen.map(|_| told);
+        let mut microvm = Self { name, listens: None, console, process, said: Said::of(stderr) };
+        if listen.is_some() {
+            microvm.listens = Some(microvm.said.wait("waits for a guest on ", START_MAX)?);
+        } else {
+            microvm.said.wait("runs in this process", START_MAX)?;
+        }
         Ok(microvm)
     }
 
@@ -70,10 +72,10 @@ impl Microvm {
 
     /// Waits until the guest has booted and writes; `sense` may give it up.
     pub fn wait_booted(&mut self, mut sense: impl FnMut() -> Result<()>) -> Result<()> {
-        let process = &mut self.process;
+        let (process, said) = (&mut self.process, &self.said);
         self.console.wait_while("WORKLOAD READY", GUEST_MAX, || {
             if let Some(status) = process.try_wait()? {
-                bail!("its monitor ended ({status})");
+                bail!("its monitor ended ({status}){}", said.last());
             }
             sense()
         })?;

@@ -24,6 +24,7 @@ use anyhow::{Context, Result, bail};
 use field::{Field, Peer};
 use pageferry::guest::kvm::machine::{TrackingChoice, open_kvm};
 use serde::Serialize;
+use std::net::TcpListener;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
 const BLACKOUT: Spec = Spec::headline("blackout", "ms");
@@ -61,6 +62,10 @@ impl PeersOptions {
                 self.guest.touched_mib,
                 self.guest.memory_mib
             );
+        }
+        if let Some(address) = self.terms.rdma_address {
+            TcpListener::bind((address, 0))
+                .with_context(|| format!("--rdma-address {address} is no address of this host"))?;
         }
         match self.guest.accel {
             Accel::Tcg if self.ways.contains(&Way::Microvm) => {

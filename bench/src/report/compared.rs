@@ -6,22 +6,18 @@ use crate::record::ratio::Ratio;
 use crate::record::show::digits;
 use crate::record::{Figure, Record};
 
-/// With so many groups or more, a list of all figures is hard to compare.
-const GROUPS_MIN: usize = 3;
-
 /// A row a group, a column a headline. A group of which nothing succeeded has its row too.
 pub(super) fn side_by_side(record: &Record) -> String {
-    let groups = record.groups();
-    let headlines = names(record.figures.iter().filter(|f| f.headline).map(column));
-    if groups.len() < GROUPS_MIN || headlines.len() < 2 {
+    if !record.is_comparison() {
         return String::new();
     }
+    let headlines = record.headlines();
     let mut rows = String::new();
-    for group in groups {
+    for group in record.groups() {
         let failed = record.failures.iter().filter(|f| f.group == group).count();
         rows += &format!("<tr><td>{}</td>", escape(group));
-        for headline in &headlines {
-            let figure = record.figures.iter().find(|f| f.group == group && column(f) == *headline);
+        for (name, _) in &headlines {
+            let figure = record.figure(group, name);
             rows += &figure.map_or_else(|| "<td class=\"n\">-</td>".into(), cell);
         }
         rows += &match failed {
@@ -29,16 +25,13 @@ pub(super) fn side_by_side(record: &Record) -> String {
             _ => format!("<td class=\"failed\">{failed} failed</td></tr>"),
         };
     }
-    let heads: Vec<String> = headlines.iter().map(|name| escape(name)).collect();
+    let heads: Vec<String> =
+        headlines.iter().map(|(name, unit)| escape(format!("{name} {unit}").trim_end())).collect();
     let mut head = vec!["what"];
     head.extend(heads.iter().map(String::as_str));
     head.push("");
     let note = "<p class=\"quiet\">Median, and smallest and largest.</p>\n";
     section("Side by side", &format!("{}{note}", table(&head, &rows)))
-}
-
-fn column(figure: &Figure) -> String {
-    format!("{} {}", figure.name, figure.unit).trim_end().to_owned()
 }
 
 fn cell(figure: &Figure) -> String {
