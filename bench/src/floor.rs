@@ -46,6 +46,6 @@ pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
     std::thread::sleep(AFTERMATH);
     let (gap_ms, gap_began_ms) = (yard.gap_ms(), yard.gap_began_ms(begun));
     *source = destination;
-    source.console.settle(1, START_MAX)?;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
     Ok(Sample { total_s, blackout_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
 }

@@ -72,9 +72,9 @@ struct DowntimeArgs {
     /// Writes in MB a second; 0 is as fast as the guest can.
     #[arg(long, default_value_t = 40)]
     rate: u32,
-    /// How writes of the payload guest are followed.
-    #[arg(long, value_enum, default_value = "auto")]
-    tracking: TrackingChoice,
+    /// How writes of the payload guest are followed; for more than one, each has a guest of its own, in turns.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
+    tracking: Vec<TrackingChoice>,
     /// Threads that write; vCPUs of the payload guest.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: u32,
@@ -201,7 +201,7 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         working_mib: args.working,
         rate_mb: args.rate,
         threads: args.threads,
-        tracking: args.tracking,
+        tracking: args.tracking.clone(),
         transport: args.transport,
         address: args.address,
         lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),

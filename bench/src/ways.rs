@@ -130,7 +130,7 @@ pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Re
     sample.gap_ms = yard.gap_ms();
     sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
-    source.console.settle(1, START_MAX)?;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
     Ok((sample, report))
 }
 
@@ -227,7 +227,7 @@ pub fn move_microvm(
     sample.gap_ms = yard.gap_ms();
     sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
-    source.console.settle(1, START_MAX)?;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
     Ok((sample, Some(report)))
 }
 
