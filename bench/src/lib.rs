@@ -5,6 +5,7 @@ pub mod compare;
 pub mod console;
 pub mod cost;
 pub mod cpu;
+pub mod dirty;
 pub mod downtime;
 pub mod floor;
 pub mod machine;

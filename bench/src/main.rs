@@ -8,6 +8,7 @@ use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, BulkOptions};
 use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
+use pageferry_bench::dirty::{self, args::DirtyArgs};
 use pageferry_bench::downtime::{self, Guest, MoveOptions};
 use pageferry_bench::peers::{self, args::PeersArgs};
 use pageferry_bench::progress::Progress;
@@ -38,6 +39,8 @@ enum Command {
     Cost(CostArgs),
     /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
     Downtime(DowntimeArgs),
+    /// What following a guest's writes costs, for the migration and for the guest.
+    Dirty(DirtyArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
 }
@@ -177,6 +180,7 @@ fn main() -> ExitCode {
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
+        Command::Dirty(args) => run_dirty(args),
         Command::Compare(args) => run_compare(&args),
     };
     match done {
@@ -213,6 +217,16 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
     let record = downtime::run(&options, &progress)?;
     progress.end();
     finish(&record, &args.out)
+}
+
+fn run_dirty(args: DirtyArgs) -> Result<()> {
+    let out = args.out.clone();
+    let options = args.options()?;
+    save::prepare(&out)?;
+    let progress = Progress::begin("dirty")?;
+    let record = dirty::run(&options, &progress)?;
+    progress.end();
+    finish(&record, &out)
 }
 
 fn run_compare(args: &CompareArgs) -> Result<()> {

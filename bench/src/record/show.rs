@@ -52,13 +52,19 @@ impl Record {
         let groups = self.groups();
         let width = groups.iter().map(|group| group.chars().count()).max().unwrap_or(0).max(20) + 2;
         let mut text = format!("{:<width$}", "median [range]");
-        for (name, unit) in self.headlines() {
-            text += &format!("{:>24}", format!("{name} {unit}").trim_end());
+        let heads: Vec<String> = self
+            .headlines()
+            .iter()
+            .map(|(name, unit)| format!("{name} {unit}").trim_end().to_owned())
+            .collect();
+        let widths: Vec<usize> = heads.iter().map(|head| head.chars().count().max(22) + 2).collect();
+        for (head, width) in heads.iter().zip(&widths) {
+            text += &format!("{head:>width$}");
         }
         text += "\n";
         for group in groups {
             text += &format!("{group:<width$}");
-            for (name, _) in self.headlines() {
+            for ((name, _), width) in self.headlines().into_iter().zip(&widths) {
                 let shown = self.figure(group, name).map_or_else(
                     || "-".into(),
                     |f| {
@@ -66,7 +72,7 @@ impl Record {
                         format!("{} [{}..{}]", digits(s.median()), digits(s.min()), digits(s.max()))
                     },
                 );
-                text += &format!("{shown:>24}");
+                text += &format!("{shown:>width$}");
             }
             text += "\n";
         }
