@@ -1,11 +1,11 @@
 //! `pageferry-bench`: measures, in turns within one run, and prints medians and ranges.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use pageferry::cli::units::duration;
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::Transport;
-use pageferry_bench::bulk::{self, BulkOptions};
+use pageferry_bench::bulk::{self, args::BulkArgs};
 use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::dirty::{self, args::DirtyArgs};
@@ -127,9 +127,9 @@ struct RdmaArgs {
     /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best counts.
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-Q 16", "-l 16 -Q 16"])]
     perftest: Vec<String>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -146,37 +146,15 @@ struct CostArgs {
     /// One repetition of one row, for a tool that counts what it does.
     #[arg(long, hide = true, value_name = "ROW")]
     once: Option<Row>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-struct BulkArgs {
-    /// Connections of the link and of the pump.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    lanes: u8,
-    /// Repetitions of each way.
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
-    repeat: u32,
-    /// Bytes of each repetition.
-    #[arg(long, default_value_t = 2 << 30, value_parser = clap::value_parser!(u64).range(1..))]
-    total: u64,
-    /// Bytes of each write of the link: 4096 for scattered pages, with a gap after each.
-    #[arg(long, default_value_t = 1 << 20)]
-    run: usize,
-    /// Bytes of memory at each end of the link and of the pump.
-    #[arg(long, default_value_t = 256 << 20)]
-    region: usize,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Peers(args) => run_peers(args),
-        Command::Bulk(args) => run_bulk(&args),
+        Command::Bulk(args) => run_bulk(args),
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
@@ -212,27 +190,28 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         downtime_max: args.downtime_max,
         planted_pause: args.plant_pause,
     };
-    save::prepare(&args.out)?;
-    let progress = Progress::begin("downtime")?;
-    let record = downtime::run(&options, &progress)?;
-    progress.end();
-    finish(&record, &args.out)
+    measure("downtime", &args.out, |progress| downtime::run(&options, progress))
 }
 
 fn run_dirty(args: DirtyArgs) -> Result<()> {
     let out = args.out.clone();
     let options = args.options()?;
-    save::prepare(&out)?;
-    let progress = Progress::begin("dirty")?;
-    let record = dirty::run(&options, &progress)?;
-    progress.end();
-    finish(&record, &out)
+    measure("dirty", &out, |progress| dirty::run(&options, progress))
 }
 
 fn run_compare(args: &CompareArgs) -> Result<()> {
     let (before, after) = (Record::read(&args.before)?, Record::read(&args.after)?);
     print!("{}", compare(&before, &after)?.show());
     Ok(())
+}
+
+/// Runs a command that leaves a record.
+fn measure(what: &str, out: &Path, run: impl FnOnce(&Progress) -> Result<Record>) -> Result<()> {
+    save::prepare(out)?;
+    let progress = Progress::begin(what)?;
+    let record = run(&progress)?;
+    progress.end();
+    finish(&record, out)
 }
 
 /// Shows a record and writes it. A run of which nothing succeeded is a failure, with its record kept all the same.
@@ -246,18 +225,10 @@ fn finish(record: &Record, out: &Path) -> Result<()> {
     }
 }
 
-fn run_bulk(args: &BulkArgs) -> Result<()> {
-    let options = BulkOptions {
-        lanes: args.lanes.into(),
-        repeat: args.repeat,
-        total_bytes: args.total,
-        run_bytes: args.run,
-        region_bytes: args.region,
-    };
-    options.check()?;
-    let bulk = bulk::run(options)?;
-    print!("{}", bulk.show());
-    write_samples(args.out.as_deref(), &bulk)
+fn run_bulk(args: BulkArgs) -> Result<()> {
+    let out = args.out.clone();
+    let options = args.options()?;
+    measure("bulk", &out, |progress| bulk::run(&options, progress))
 }
 
 fn run_rdma(args: RdmaArgs) -> Result<()> {
@@ -271,9 +242,7 @@ fn run_rdma(args: RdmaArgs) -> Result<()> {
         memory_mib: args.memory,
         perftest: args.perftest,
     };
-    let bench = rdma::run(options)?;
-    print!("{}", bench.show());
-    write_samples(args.out.as_deref(), &bench)
+    measure("rdma", &args.out, |progress| rdma::run(&options, progress))
 }
 
 fn run_cost(args: &CostArgs) -> Result<()> {
@@ -283,23 +252,11 @@ fn run_cost(args: &CostArgs) -> Result<()> {
     }
     let options =
         CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };
-    let cost = cost::run(options)?;
-    print!("{}", cost.show());
-    write_samples(args.out.as_deref(), &cost)
-}
-
-fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<()> {
-    let Some(out) = out else { return Ok(()) };
-    std::fs::write(out, serde_json::to_vec_pretty(samples)?)
-        .with_context(|| format!("writing {}", out.display()))
+    measure("cost", &args.out, |progress| cost::run(options, progress))
 }
 
 fn run_peers(args: PeersArgs) -> Result<()> {
     let out = args.out.clone();
     let options = args.options()?;
-    save::prepare(&out)?;
-    let progress = Progress::begin("peers")?;
-    let record = peers::run(&options, &progress)?;
-    progress.end();
-    finish(&record, &out)
+    measure("peers", &out, |progress| peers::run(&options, progress))
 }

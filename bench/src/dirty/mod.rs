@@ -1,8 +1,8 @@
 //! What it costs to know which pages a guest writes: for the migration, a harvest; for the guest, its slower writes.
 //!
 //! ```text
-//!   a turn of one guest    |  not followed: writes a second  |  start  | harvest  harvest  ...  harvest |  end  |
-//!                                                                        followed: writes a second
+//!   a turn of one guest    |  warm up  |  not followed: writes a second  |  start  | harvest  ...  harvest |  end  |
+//!                                                                                    followed: writes a second
 //! ```
 //!
 //! Three trackers, for two kinds of guest ([`subject`]). `pagemap` follows threads of this process, as pageferry follows a QEMU;
@@ -202,6 +202,8 @@ impl Row {
 
 fn one(subject: &mut dyn Subject, options: &DirtyOptions) -> Result<Turn> {
     subject.hold(false)?;
+    // When tracking ends KVM drops what it had mapped piece by piece, and the guest's next touch of each page is a fault.
+    std::thread::sleep(options.window);
     let free = rate(subject, |_| {
         std::thread::sleep(options.window);
         Ok(())

@@ -299,6 +299,12 @@ impl Spec {
         Self { name, unit, better: Better::Lower, headline: false }
     }
 
+    /// A rate that the run was made for.
+    #[must_use]
+    pub const fn rate(name: &'static str, unit: &'static str) -> Self {
+        Self { name, unit, better: Better::Higher, headline: true }
+    }
+
     /// Something that only describes.
     #[must_use]
     pub const fn fact(name: &'static str, unit: &'static str) -> Self {

@@ -1,6 +1,6 @@
 //! Ratios of medians within one run, taken turn by turn.
 
-use super::{Figure, Record};
+use super::{Better, Figure, Record};
 use crate::stats::Samples;
 use crate::stats::bootstrap::{self, Interval};
 use serde::{Deserialize, Serialize};
@@ -55,14 +55,14 @@ fn to_best(our: &Figure, theirs: &[&Figure], label: &str) -> Option<Ratio> {
         Samples(turns.iter().filter_map(value).collect())
     };
     let (ours, all): (Samples, Vec<Samples>) = (at(our), theirs.iter().map(|figure| at(figure)).collect());
-    let least = all.iter().map(Samples::median).min_by(f64::total_cmp)?;
-    let ratio = ours.median() / least;
+    let best = if our.better == Better::Higher { f64::max } else { f64::min };
+    let ratio = ours.median() / all.iter().map(Samples::median).fold(f64::NAN, best);
     ratio.is_finite().then(|| Ratio {
         figure: our.name.clone(),
         of: our.group.clone(),
         to: label.into(),
         ratio,
-        interval: bootstrap::ratio_to_least(&ours, &all, bootstrap::LEVEL),
+        interval: bootstrap::ratio_to_best(&ours, &all, best, bootstrap::LEVEL),
     })
 }
 
@@ -88,6 +88,19 @@ mod tests {
         assert_eq!(found, [("best", 75.0), ("slow", 50.0), ("fast", 75.0)]);
         let interval = ratios[0].interval.unwrap();
         assert!((interval.low - 0.75).abs() < 1e-9 && (interval.high - 0.75).abs() < 1e-9, "{interval:?}");
+    }
+
+    #[test]
+    fn of_a_rate_the_highest_is_the_best() {
+        let mut record = Record::begin("bulk", "a test".into(), &1).unwrap();
+        for turn in 0..3 {
+            for (group, rate) in [("ours", 30.0), ("slow", 20.0), ("fast", 60.0)] {
+                record.sample(group, Spec::rate("goodput", "MB/s"), turn, rate);
+            }
+        }
+        let ratios = compare_groups(&record, &["ours"], &["slow", "fast"], Some("best"));
+        assert_eq!((ratios[0].to.as_str(), ratios[0].ratio), ("best", 0.5));
+        assert_eq!(ratios[0].interval.unwrap().low, 0.5);
     }
 
     #[test]

@@ -70,13 +70,18 @@ pub fn ratio(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
 /// slowed both down together does not widen the interval. Samples without a partner are left out.
 #[must_use]
 pub fn ratio_in_turns(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
-    ratio_to_least(a, std::slice::from_ref(b), level)
+    ratio_to_best(a, std::slice::from_ref(b), f64::min, level)
 }
 
-/// The same of `median(a)` to the least of the medians of `others`, which is found anew for each drawing: which of them
-/// is the least is not certain either.
+/// The same of `median(a)` to the best of the medians of `others`, which is found anew for each drawing: which of them
+/// is the best is not certain either. `best` is the better of two.
 #[must_use]
-pub fn ratio_to_least(a: &Samples, others: &[Samples], level: f64) -> Option<Interval> {
+pub fn ratio_to_best(
+    a: &Samples,
+    others: &[Samples],
+    best: fn(f64, f64) -> f64,
+    level: f64,
+) -> Option<Interval> {
     let turns = others.iter().map(|b| b.0.len()).min()?.min(a.0.len());
     (turns >= SAMPLES_MIN).then(|| {
         let mut random = Random::new(SEED);
@@ -87,8 +92,9 @@ pub fn ratio_to_least(a: &Samples, others: &[Samples], level: f64) -> Option<Int
                 from.iter_mut().zip(&drawn).for_each(|(place, turn)| *place = samples.0[*turn]);
                 median_of(&mut from)
             };
-            let least = others.iter().map(&mut median).fold(f64::INFINITY, f64::min);
-            median(a) / least
+            // The better of a number and none is the number.
+            let found = others.iter().map(&mut median).fold(f64::NAN, best);
+            median(a) / found
         })
     })
 }
