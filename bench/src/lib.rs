@@ -1,6 +1,7 @@
 //! The downtime laboratory: the same guest moved in several ways, and the same bytes, in turns within one run.
 
 pub mod bulk;
+pub mod collect;
 pub mod compare;
 pub mod console;
 pub mod cost;
@@ -19,5 +20,6 @@ pub mod record;
 pub mod report;
 mod said;
 pub mod stats;
+pub mod summary;
 pub mod watch;
 pub mod ways;

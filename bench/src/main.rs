@@ -6,6 +6,7 @@ use pageferry::cli::units::duration;
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, args::BulkArgs};
+use pageferry_bench::collect::{CollectOptions, collect};
 use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::dirty::{self, args::DirtyArgs};
@@ -14,6 +15,7 @@ use pageferry_bench::peers::{self, args::PeersArgs};
 use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::record::{Record, save};
+use pageferry_bench::summary::summary;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,6 +45,10 @@ enum Command {
     Dirty(DirtyArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
+    /// A record of reports of `pageferry migrate --json`, such as those of moves between two hosts.
+    Collect(CollectArgs),
+    /// Records as tables in Markdown.
+    Summary(SummaryArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -53,6 +59,26 @@ struct CompareArgs {
     /// That of after.
     #[arg(value_name = "B.json")]
     after: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct CollectArgs {
+    /// What was moved, in one line.
+    #[arg(long, default_value = "moves made elsewhere")]
+    title: String,
+    /// Files with a report each, in the order of their turns.
+    #[arg(value_name = "REPORT.json", required = true)]
+    reports: Vec<PathBuf>,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct SummaryArgs {
+    /// Records, as runs wrote them.
+    #[arg(value_name = "RECORD.json", required = true)]
+    records: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -160,6 +186,8 @@ fn main() -> ExitCode {
         Command::Downtime(args) => run_downtime(&args),
         Command::Dirty(args) => run_dirty(args),
         Command::Compare(args) => run_compare(&args),
+        Command::Collect(args) => run_collect(args),
+        Command::Summary(args) => run_summary(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -202,6 +230,18 @@ fn run_dirty(args: DirtyArgs) -> Result<()> {
 fn run_compare(args: &CompareArgs) -> Result<()> {
     let (before, after) = (Record::read(&args.before)?, Record::read(&args.after)?);
     print!("{}", compare(&before, &after)?.show());
+    Ok(())
+}
+
+fn run_collect(args: CollectArgs) -> Result<()> {
+    save::prepare(&args.out)?;
+    let record = collect(&CollectOptions { title: args.title, reports: args.reports })?;
+    finish(&record, &args.out)
+}
+
+fn run_summary(args: &SummaryArgs) -> Result<()> {
+    let records = args.records.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>>>()?;
+    print!("{}", summary(&records));
     Ok(())
 }
 

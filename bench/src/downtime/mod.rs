@@ -56,6 +56,7 @@ const CLIENT_GAP: Spec = Spec::headline("client gap", "ms");
 const PREDICTED: Spec = Spec::fact("predicted blackout", "ms");
 const ROUNDS: Spec = Spec::fact("rounds", "");
 const SENT: Spec = Spec::fact("sent", "MiB");
+const GOODPUT: Spec = Spec::fact("goodput of the first round", "MB/s");
 const LOST: Spec = Spec::fact("requests lost", "");
 
 /// A slice of a blackout: its name, and where it is in the report.
@@ -317,8 +318,7 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
         record.migrations.push(Migration { group, turn, report });
         return Ok(false);
     }
-    record.sample(&group, TOTAL, turn, ms(report.total_us));
-    record.sample(&group, BLACKOUT, turn, ms(report.blackout_us.total));
+    engine_figures(record, &group, turn, &report);
     record.sample(&group, GUEST_GAP, turn, party.laboratory.guest_gap_ms());
     if let Some(client) = client {
         match client.end(ANSWER_MAX) {
@@ -330,15 +330,24 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
             Err(e) => record.fail(&group, turn, format!("{e:#}")),
         }
     }
-    for (spec, slice) in SLICES {
-        record.sample(&group, spec, turn, ms(slice(&report.blackout_us)));
-    }
-    record.sample(&group, PREDICTED, turn, ms(report.predicted_blackout_us));
-    record.sample(&group, ROUNDS, turn, report.rounds.len() as f64);
-    record.sample(&group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
     party.group.clone_from(&group);
     record.migrations.push(Migration { group, turn, report });
     Ok(true)
+}
+
+/// What the engine says of a move.
+pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report: &MigrationReport) {
+    record.sample(group, TOTAL, turn, ms(report.total_us));
+    record.sample(group, BLACKOUT, turn, ms(report.blackout_us.total));
+    for (spec, slice) in SLICES {
+        record.sample(group, spec, turn, ms(slice(&report.blackout_us)));
+    }
+    record.sample(group, PREDICTED, turn, ms(report.predicted_blackout_us));
+    record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
+    record.sample(group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
+    // Of the first round, which is all of memory: later ones are too short to say much.
+    let first = report.rounds.first().filter(|round| round.elapsed_us > 0 && round.bytes > 0);
+    record.sample(group, GOODPUT, turn, first.map_or(f64::NAN, |r| r.bytes as f64 / r.elapsed_us as f64));
 }
 
 fn distributions(record: &mut Record, parties: &[Party]) -> Result<()> {

@@ -81,7 +81,8 @@ impl Record {
 
     fn figure_by_figure(&self) -> String {
         let mut text = format!("{:<40}{:>10}{:>22}{:>24}\n", "", "median", "95 % of medians", "range");
-        for figure in &self.figures {
+        let (headlines, others): (Vec<_>, Vec<_>) = self.figures.iter().partition(|f| f.headline);
+        for figure in headlines.into_iter().chain(others) {
             let name = format!("{}, {} {}", figure.group, figure.name, figure.unit);
             let interval = bootstrap::median(&figure.samples, bootstrap::LEVEL)
                 .map_or_else(|| "too few".into(), |i| format!("{} to {}", digits(i.low), digits(i.high)));
