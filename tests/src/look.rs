@@ -33,6 +33,22 @@ pub fn wait_gone(pid: u32) {
     crate::eventually(&format!("process {pid} ends"), SOON, || (!alive(pid)).then_some(()));
 }
 
+/// Processor time that the vCPUs of a `pageferry microvm` have had; nothing if it is gone.
+#[must_use]
+pub fn vcpu_time(pid: u32) -> Option<Duration> {
+    let mut total = Duration::ZERO;
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let read = |file: &str| fs::read_to_string(thread.path().join(file)).ok();
+        // Nanoseconds on a processor are the first of its figures (Linux, Documentation/scheduler/sched-stats.rst).
+        if read("comm").is_some_and(|name| name.starts_with("vcpu "))
+            && let Some(ns) = read("schedstat").and_then(|text| text.split(' ').next()?.parse().ok())
+        {
+            total += Duration::from_nanos(ns);
+        }
+    }
+    alive(pid).then_some(total)
+}
+
 /// Sends a signal; a process that is gone already is no error.
 pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {

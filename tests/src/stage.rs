@@ -85,6 +85,12 @@ impl Stage {
         self.path("held")
     }
 
+    fn hold_at(&self, point: &str, command: &mut Command) {
+        if !point.is_empty() {
+            command.env("PAGEFERRY_HOLD", format!("{point}:{HOLD_MS}:{}", self.hold_file().display()));
+        }
+    }
+
     /// Lets every held point go, for now and for later.
     pub fn release(&self) {
         let _ = std::fs::remove_file(self.hold_file());
@@ -175,13 +181,14 @@ impl Stage {
     }
 
     /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin and stdout are the
-    /// guest's serial port.
+    /// guest's serial port. `hold` names a point, or none.
     ///
     /// # Panics
     /// If it does not start.
     #[must_use]
-    pub fn microvm(&self, name: &str, arguments: &[&str]) -> (Supervisor, Console) {
+    pub fn microvm(&self, name: &str, arguments: &[&str], hold: &str) -> (Supervisor, Console) {
         let mut command = self.command(&["microvm", name]);
+        self.hold_at(hold, &mut command);
         let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
         let words = Words::of(child.stderr.take().expect("piped"));
         let shown = Words::of(child.stdout.take().expect("piped"));
@@ -212,9 +219,7 @@ impl Stage {
             command.arg("--").args(qemu.split(' ').filter(|word| !word.is_empty()));
             command.args(monitor_options(&monitor));
         }
-        if !hold.is_empty() {
-            command.env("PAGEFERRY_HOLD", format!("{hold}:{HOLD_MS}:{}", self.hold_file().display()));
-        }
+        self.hold_at(hold, &mut command);
         let mut child = command.stdout(Stdio::null()).spawn().expect("the binary starts");
         let words = Words::of(child.stderr.take().expect("piped"));
         let name = name.to_owned();

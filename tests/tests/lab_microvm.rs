@@ -5,7 +5,7 @@ use pageferry::supervisor::api::State;
 use pageferry::supervisor::hosted::Vmm;
 use pageferry_tests::console::{BOOT_MAX, Linux};
 use pageferry_tests::stage::Stage;
-use pageferry_tests::{SOON, refuse_outside_the_lab};
+use pageferry_tests::{SOON, binary, refuse_outside_the_lab};
 use rustix::process::Signal;
 use std::net::SocketAddr;
 use std::process::Command;
@@ -31,13 +31,13 @@ fn load_kvm() {
 fn moved_by(transport: &str, listen: &str) {
     load_kvm();
     let stage = Stage::new();
-    let (mut here, console) = stage.microvm("src", &words(&GUEST.microvm(None)));
+    let (mut here, console) = stage.microvm("src", &words(&GUEST.microvm(None)), "");
     console.wait_ready();
     let status = here.status().expect("it answers");
     assert_eq!((status.state, status.vmm, status.pid), (State::Hosting, Vmm::Kvm, Some(here.pid())));
     let mut written = console.progress_since(0);
 
-    let (there, mut next) = stage.microvm("dst", &words(&GUEST.microvm(Some(listen))));
+    let (there, mut next) = stage.microvm("dst", &words(&GUEST.microvm(Some(listen))), "");
     let to: SocketAddr = there.address();
     let more = ["--transport", transport, "--verify", "--insecure", "--downtime-max", "10s"];
     let ended =
@@ -80,7 +80,7 @@ fn a_linux_finds_all_that_it_was_given() {
     let stage = Stage::new();
     let arguments: Vec<String> =
         GUEST.microvm(None).into_iter().map(|word| word.replace(" quiet", " loglevel=7")).collect();
-    let (_here, console) = stage.microvm("vm", &words(&arguments));
+    let (_here, console) = stage.microvm("vm", &words(&arguments), "");
     let _ = console.wait(0, "Brought up 1 node, 2 CPUs", BOOT_MAX);
     console.wait_ready();
 }
@@ -91,10 +91,22 @@ fn a_signal_ends_a_guest_and_says_so() {
     load_kvm();
     let stage = Stage::new();
     let (mut here, _console) =
-        stage.microvm("vm", &["--payload", "--memory", "16M", "--payload-rate", "100"]);
+        stage.microvm("vm", &["--payload", "--memory", "16M", "--payload-rate", "100"], "");
     here.signal(Signal::TERM);
     assert_eq!(here.end(), Some(0));
     here.words.wait("lives in this process and ends with it", SOON);
     let list = stage.done(&["list"]);
     assert!(list.stderr.contains("no guests on this host"), "{}", list.stderr);
+}
+
+#[test]
+#[ignore = "runs in the lab machine: scripts/test lab"]
+fn the_example_of_an_embedder_moves_its_guest_by_the_rings() {
+    load_kvm();
+    let example = binary().with_file_name("examples").join("embed");
+    assert!(example.exists(), "build it first: cargo build -p pageferry --example embed");
+    let ran = Command::new(example).output().expect("it starts");
+    let (said, failed) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    assert!(ran.status.success(), "{said}{failed}");
+    assert!(said.contains("dirty pages by the rings") && said.contains("outcome: Completed"), "{said}");
 }

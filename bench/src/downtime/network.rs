@@ -13,6 +13,7 @@
 use crate::shaped::Bridge;
 use anyhow::Result;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where the guest answers.
 const PORT: u16 = 7007;
@@ -24,6 +25,7 @@ const MAC: &str = "52:54:00:70:66:01";
 #[derive(Debug)]
 pub struct Network {
     _bridge: Bridge,
+    cards: AtomicU32,
 }
 
 impl Network {
@@ -31,7 +33,7 @@ impl Network {
     pub fn up() -> Result<Self> {
         let bridge = Bridge::up()?;
         bridge.enter()?;
-        Ok(Self { _bridge: bridge })
+        Ok(Self { _bridge: bridge, cards: AtomicU32::new(0) })
     }
 
     /// Where the guest answers datagrams.
@@ -40,10 +42,10 @@ impl Network {
         (Bridge::GUEST.0, PORT).into()
     }
 
-    /// Words of a QEMU's command line, for the `count`th QEMU of a run. Taps are used again: two QEMUs are there at a time.
+    /// Words of one more QEMU's command line. Taps are used again: two QEMUs are there at a time.
     #[must_use]
-    pub fn card(&self, count: u32) -> [String; 4] {
-        let tap = count % Bridge::TAPS;
+    pub fn card(&self) -> [String; 4] {
+        let tap = self.cards.fetch_add(1, Ordering::Relaxed) % Bridge::TAPS;
         [
             "-netdev".into(),
             format!("tap,id=net0,ifname=tap{tap},script=no,downscript=no"),

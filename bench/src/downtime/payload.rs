@@ -7,7 +7,7 @@ use pageferry::destination::{Reception, Served};
 use pageferry::doorway::Doorway;
 use pageferry::guest::SourceGuest;
 use pageferry::guest::kvm::destination::KvmDestination;
-use pageferry::guest::kvm::machine::MachineConfig;
+use pageferry::guest::kvm::machine::{MachineConfig, TrackingChoice};
 use pageferry::guest::kvm::payload::{Pattern, PayloadOptions};
 use pageferry::guest::kvm::serial::Console;
 use pageferry::guest::kvm::source::{Boot, KvmSource};
@@ -23,6 +23,8 @@ use std::time::{Duration, Instant};
 const CONNECT_MAX: Duration = Duration::from_secs(30);
 /// For the guest to write its working memory once. After that measuring begins all the same.
 const WARM_UP_MAX: Duration = Duration::from_secs(20);
+/// For a guest that runs to write a page. The slowest writes one a second.
+const WRITE_ON_MAX: Duration = Duration::from_secs(10);
 /// What is written where is the same in every run.
 const SEED: u64 = 20_260_101;
 
@@ -35,7 +37,7 @@ pub struct Payload {
 
 impl Payload {
     /// Boots the guest, and waits until it has written about as many pages as it has.
-    pub fn start(options: MoveOptions) -> Result<Self> {
+    pub fn start(options: MoveOptions, tracking: TrackingChoice) -> Result<Self> {
         debug_assert_eq!(options.guest, Guest::Payload);
         let each = f64::from(options.rate_mb) * 1e6 / PAGE_BYTES as f64 / f64::from(options.threads);
         if options.rate_mb > 0 && each < 1.0 {
@@ -53,13 +55,29 @@ impl Payload {
             seed: SEED,
         };
         let mut config = MachineConfig::new(u64::from(options.memory_mib) << 20, options.threads);
-        config.tracking = options.tracking;
+        config.tracking = tracking;
         let mut guest = KvmSource::start(&config, &Boot::Payload(payload), Console::none())?;
         let until = Instant::now() + WARM_UP_MAX;
         while Instant::now() < until && guest.check()?.pages_written.iter().sum::<u64>() < working_set_pages {
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(Self { guest: Some(guest), config, options })
+    }
+}
+
+impl Payload {
+    /// Waits until every vCPU has gone on by a page.
+    fn writes_on(&mut self) -> Result<()> {
+        let Some(guest) = self.guest.as_mut() else { return Ok(()) };
+        let before = guest.last_ticks()?;
+        let until = Instant::now() + WRITE_ON_MAX;
+        while guest.last_ticks()?.iter().zip(&before).any(|(now, before)| now == before) {
+            if Instant::now() >= until {
+                bail!("the guest has come and writes nothing for {WRITE_ON_MAX:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 }
 
@@ -91,6 +109,7 @@ impl Laboratory for Payload {
         } else {
             Some(source)
         };
+        self.writes_on()?;
         Ok(Move { report })
     }
 
@@ -107,6 +126,17 @@ impl Laboratory for Payload {
         let guest = self.guest.as_mut().context("the guest was lost by a move")?;
         guest.check()?;
         Ok(())
+    }
+
+    fn hold(&mut self, held: bool) -> Result<()> {
+        let guest = self.guest.as_mut().context("the guest was lost by a move")?;
+        if held {
+            guest.pause()?;
+            return Ok(());
+        }
+        guest.resume()?;
+        // Its first look at the clock finds how long it was held, and is none of a move's gaps.
+        self.writes_on()
     }
 }
 

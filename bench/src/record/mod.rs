@@ -10,6 +10,7 @@
 //! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.
 
 mod host;
+pub mod ratio;
 pub mod save;
 pub mod show;
 
@@ -20,6 +21,7 @@ use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
 use pageferry::report::MigrationReport;
+use ratio::Ratio;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -55,6 +57,9 @@ pub struct Record {
     pub figures: Vec<Figure>,
     /// Distributions of times.
     pub distributions: Vec<Distribution>,
+    /// How groups compare.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
     /// Curves, of models and sweeps.
     #[serde(default)]
     pub curves: Vec<Plot>,
@@ -242,6 +247,7 @@ impl Record {
             notes: Vec::new(),
             figures: Vec::new(),
             distributions: Vec::new(),
+            ratios: Vec::new(),
             curves: Vec::new(),
             tables: Vec::new(),
             maps: Vec::new(),
@@ -361,6 +367,12 @@ impl Spec {
     #[must_use]
     pub const fn part(name: &'static str, unit: &'static str) -> Self {
         Self { name, unit, better: Better::Lower, headline: false }
+    }
+
+    /// A rate that the run was made for.
+    #[must_use]
+    pub const fn rate(name: &'static str, unit: &'static str) -> Self {
+        Self { name, unit, better: Better::Higher, headline: true }
     }
 
     /// Something that only describes.

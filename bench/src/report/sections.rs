@@ -20,7 +20,7 @@ pub(super) fn section(title: &str, body: &str) -> String {
     if body.is_empty() { String::new() } else { format!("<section>\n<h2>{title}</h2>\n{body}</section>\n") }
 }
 
-fn table(head: &[&str], rows: &str) -> String {
+pub(super) fn table(head: &[&str], rows: &str) -> String {
     let head: String = head.iter().map(|word| format!("<th>{word}</th>")).collect();
     format!(
         "<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
@@ -114,7 +114,8 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
     }
     let several = record.groups().len() > 1;
     let headline = |name: &str| record.figures.iter().any(|f| f.headline && f.name == name);
-    let mut drawn: Vec<Line> = Vec::new();
+    // A plot a figure where there are several groups: all in one would hide one another.
+    let mut plots: Vec<(&str, Vec<Line>)> = Vec::new();
     let mut rows = String::new();
     for d in &record.distributions {
         write!(rows, "<tr><td>{}</td><td>{}</td>", escape(&d.group), escape(&d.name))?;
@@ -125,10 +126,14 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
         write!(rows, "<td class=\"n\">{}</td><td class=\"n\">{}</td></tr>", digits(d.max_ms), d.count)?;
         // The total is another order of time, and a part is in the whole.
         if d.name != "total" && (headline(&d.name) || !record.figures.iter().any(|f| f.name == d.name)) {
-            let name = if several { format!("{}, {}", d.group, d.name) } else { d.name.clone() };
+            let (title, name) = if several { (d.name.as_str(), &d.group) } else { ("", &d.name) };
             let mut points = vec![(0.0, d.counts_us.first().map_or(0.0, |(us, _)| *us as f64 / 1e3))];
             points.extend(d.curve());
-            drawn.push(Line { name, points });
+            let line = Line { name: name.clone(), points };
+            match plots.iter_mut().find(|plot| plot.0 == title) {
+                Some(plot) => plot.1.push(line),
+                None => plots.push((title, vec![line])),
+            }
         }
     }
     let axes = Axes {
@@ -138,7 +143,7 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
         y_scale: Scale::Powers,
     };
     let head = ["what", "", "p50 ms", "p90", "p99", "p99.9", "longest", "of"];
-    let plot = lines(&axes, &drawn)?;
+    let plot = titled(&axes, &plots)?;
     let note =
         "<p class=\"quiet\">A percentile that so few samples cannot tell from the longest is left out.</p>\n";
     Ok(section("Distributions", &format!("{plot}{}{note}", table(&head, &rows))))
@@ -176,18 +181,36 @@ pub(super) fn turns(record: &Record) -> Result<String> {
         .figures
         .iter()
         .filter(|f| f.headline && f.name != "total" && f.unit == "ms" && f.turns.len() > 2);
-    let drawn: Vec<Line> = shown
-        .map(|f| Line {
-            name: format!("{}, {}", f.group, f.name),
-            points: f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect(),
-        })
-        .collect();
-    let mut all: Vec<f64> = drawn.iter().flat_map(|line| line.points.iter().map(|p| p.1)).collect();
+    let mut plots: Vec<(&str, Vec<Line>)> = Vec::new();
+    let several = record.groups().len() > 1;
+    for f in shown {
+        let (title, name) = if several { (f.name.as_str(), &f.group) } else { ("", &f.name) };
+        let points = f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect();
+        let line = Line { name: name.clone(), points };
+        match plots.iter_mut().find(|plot| plot.0 == title) {
+            Some(plot) => plot.1.push(line),
+            None => plots.push((title, vec![line])),
+        }
+    }
+    let mut all: Vec<f64> =
+        plots.iter().flat_map(|plot| &plot.1).flat_map(|line| line.points.iter().map(|p| p.1)).collect();
     let highest = all.iter().copied().fold(0.0, f64::max);
     let wide = highest > STRETCH_MAX * crate::stats::median_of(&mut all);
     let y_scale = if wide { Scale::Powers } else { Scale::Even };
     let axes = Axes { x: "turn", x_scale: Scale::Even, y: "milliseconds", y_scale };
-    Ok(section("Turn by turn", &lines(&axes, &drawn)?))
+    Ok(section("Turn by turn", &titled(&axes, &plots)?))
+}
+
+/// One plot after another, each under its title if it has one.
+fn titled(axes: &Axes<'_>, plots: &[(&str, Vec<Line>)]) -> Result<String> {
+    let mut html = String::new();
+    for (title, drawn) in plots {
+        if !title.is_empty() {
+            writeln!(html, "<h3>{}</h3>", escape(title))?;
+        }
+        html += &lines(axes, drawn)?;
+    }
+    Ok(html)
 }
 
 /// The migrations in the middle and at the end of the blackouts: rates over time.

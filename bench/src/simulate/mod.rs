@@ -156,11 +156,18 @@ pub fn run(options: &SimulateOptions, progress: &Progress) -> Result<Record> {
         }
     };
     if !record.interrupted {
-        let page_costs = scale::page_costs()?;
-        let scenarios =
-            options.scenario.map_or_else(|| scale::scenarios(options.assumed), |scenario| vec![scenario]);
-        record.tables.push(scale::table(&scenarios, &checked, page_costs));
-        record.curves = scenarios.last().map(|s| scale::plots(s, &checked, page_costs)).unwrap_or_default();
+        match scale::page_costs(progress)? {
+            Some(page_costs) => {
+                let scenarios = match options.scenario {
+                    Some(scenario) => vec![scenario],
+                    None => scale::scenarios(options.assumed),
+                };
+                record.tables.push(scale::table(&scenarios, &checked, page_costs));
+                let plots = scenarios.last().map(|s| scale::plots(s, &checked, page_costs));
+                record.curves = plots.unwrap_or_default();
+            }
+            None => record.interrupted = true,
+        }
     }
     record.model = Some(checked);
     notes(&mut record);

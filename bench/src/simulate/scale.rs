@@ -7,6 +7,7 @@ use super::check::word;
 use super::guest::{Area, ModelledGuest};
 use super::model::{Cable, Costs, Engine, Outlook, outlook};
 use crate::cost::{self, CostOptions};
+use crate::progress::Progress;
 use crate::record::show::digits;
 use crate::record::{Plot, Series, Table};
 use anyhow::{Context, Result};
@@ -130,18 +131,21 @@ pub struct PageCosts {
     pub ring_us: f64,
 }
 
-/// Measures them.
-pub fn page_costs() -> Result<PageCosts> {
-    let cost = cost::run(COST).context("measuring what a page costs on this side of the NIC")?;
+/// Measures them. None if the run was interrupted.
+pub fn page_costs(progress: &Progress) -> Result<Option<PageCosts>> {
+    let cost = cost::run(COST, progress).context("measuring what a page costs on this side of the NIC")?;
+    if cost.interrupted {
+        return Ok(None);
+    }
     let of = |name: &str| {
-        let row = cost.rows.iter().find(|row| row.name == name);
-        row.map(|row| row.page_ns.median() / 1e3).with_context(|| format!("there is no row {name}"))
+        let row = cost.figures.iter().find(|figure| figure.group == name);
+        row.map(|row| row.samples.median() / 1e3).with_context(|| format!("there is no row {name}"))
     };
-    Ok(PageCosts {
+    Ok(Some(PageCosts {
         request_us: of("scattered-later-4")?,
         zero_us: of("contiguous-first-4")?,
         ring_us: of("ring-scattered")?,
-    })
+    }))
 }
 
 impl Scenario {

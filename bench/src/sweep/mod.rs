@@ -156,8 +156,14 @@ pub fn run(options: &SweepOptions, progress: &Progress) -> Result<Record> {
         record.maps.extend(by_qemu);
     }
     if !record.interrupted {
-        let page_costs = scale::page_costs()?;
-        record.maps.extend([Tracking::Scan, Tracking::Ring].map(|by| large(by, &checked, page_costs)));
+        match scale::page_costs(progress)? {
+            Some(page_costs) => {
+                record
+                    .maps
+                    .extend([Tracking::Scan, Tracking::Ring].map(|by| large(by, &checked, page_costs)));
+            }
+            None => record.interrupted = true,
+        }
     }
     record.model = Some(checked);
     notes(&mut record, options);

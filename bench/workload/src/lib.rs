@@ -8,7 +8,7 @@
 //!    |                              (and a slow sweep over all pages of the plot)
 //!    +-- disk 0..D:   reads and writes a disk past the page cache, checks what came ([`disk`]); none by default
 //!    +-- echo:        answers datagrams ([`echo`]); none by default
-//!    +-- pulse: guest clock gaps, stopped time by the RTC, one heartbeat byte a millisecond on COM2
+//!    +-- pulse: guest clock gaps, stopped time by the RTC, one heartbeat byte a millisecond on COM2, or on the console
 //! ```
 //!
 //! # What a lost page looks like

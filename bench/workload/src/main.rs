@@ -10,7 +10,7 @@ use pageferry_workload::disk::{self, Disk};
 use pageferry_workload::echo;
 use pageferry_workload::pages::PAGE_BYTES;
 use pageferry_workload::params::Params;
-use pageferry_workload::pulse::{Gaps, Pulse};
+use pageferry_workload::pulse::{ConsoleBeats, Gaps, Pulse};
 use pageferry_workload::worker::{self, News, Share, Stats, SweepNow};
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -75,7 +75,8 @@ impl Workload {
         let (stats, gaps) = (Arc::<Stats>::default(), Arc::<Gaps>::default());
         let (pulse_gaps, tick) = (Arc::clone(&gaps), Duration::from_micros(params.tick_us.into()));
         let ports = params.ports == 1;
-        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest && ports).run())?;
+        let console = console_beats(params, in_guest)?;
+        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest && ports, console).run())?;
         let mut orders = Vec::new();
         for (index, share) in shares(params).into_iter().enumerate() {
             let (order, inbox) = channel();
@@ -234,6 +235,14 @@ impl Workload {
             ms(&self.gaps.stopped_total)
         )
     }
+}
+
+fn console_beats(params: &Params, in_guest: bool) -> Result<Option<ConsoleBeats>, String> {
+    if params.beat_us == 0 || !in_guest {
+        return Ok(None);
+    }
+    let opened = ConsoleBeats::open(Duration::from_micros(params.beat_us.into()));
+    opened.map(Some).map_err(|e| format!("the console for pf.beat_us={}: {e}", params.beat_us))
 }
 
 fn disk_workers(params: &Params) -> Result<Vec<disk::Worker>, String> {

@@ -9,7 +9,7 @@ use pageferry::dirty::kvm::{KvmSlot, KvmSlots};
 use pageferry::dirty::probe::{self, Trust};
 use pageferry::dirty::ring::{RING_ENTRIES, RingSet};
 use pageferry::guest::kvm::cpu::{self, CpuProfile, HostCpu};
-use pageferry::guest::kvm::state::vcpu::{VcpuState, readable_msrs, tsc, tsc_offset};
+use pageferry::guest::kvm::state::vcpu::{VcpuState, readable_msrs};
 use pageferry::guest::kvm::state::vm::ClockState;
 use pageferry::guest::kvm::vcpu::{Ending, Exits, Vcpus};
 use pageferry::guest::{BlockDescription, GuestDescription};
@@ -139,8 +139,9 @@ impl Vm {
     /// All state of the parked vCPU. `profile` is what the guest was told of its processor.
     pub fn save(&self, profile: &CpuProfile) -> Result<Vec<u8>> {
         let (fd, profile) = (Arc::clone(&self.fd), profile.clone());
+        let xsave = self.host.xsave_area(profile.xsave_bytes);
         let state = self.vcpus.ask(0, move |vcpu| {
-            let state = VcpuState::save(vcpu, profile.cpuid, &profile.msrs, profile.xsave_bytes)?;
+            let state = VcpuState::save(vcpu, profile.cpuid, &profile.msrs, xsave)?;
             Ok((state, ClockState::read(&fd, vcpu)?))
         })?;
         postcard::to_stdvec(&state).map_err(|e| Error::Guest(format!("the state cannot be encoded: {e}")))
@@ -150,11 +151,11 @@ impl Vm {
     pub fn restore(&self, bytes: &[u8]) -> Result<()> {
         let (state, clock): (VcpuState, ClockState) = postcard::from_bytes(bytes)
             .map_err(|e| Error::Guest(format!("the state that arrived cannot be read: {e}")))?;
-        let (fd, xsave_bytes) = (Arc::clone(&self.fd), self.host.xsave_bytes());
+        let (fd, xsave) = (Arc::clone(&self.fd), self.host.xsave_area(self.host.xsave_bytes()));
         self.vcpus.ask(0, move |vcpu| {
             // The guest's clocks go on by the time that it stood still.
-            let target = clock.start(&fd, state.tsc_khz, (tsc(vcpu)?, tsc_offset(vcpu)))?;
-            state.restore(vcpu, target, xsave_bytes)
+            let target = clock.start(&fd, state.tsc_khz, vcpu)?;
+            state.restore(vcpu, &[], target, xsave)
         })
     }
 

@@ -3,12 +3,21 @@
 mod kvm;
 mod rdma;
 
+use super::units;
 use crate::supervisor::runtime::RuntimeDir;
 use std::fs;
 use std::process::Command;
 
 /// Oldest QEMU that tells where its memory lies.
 const QEMU_MAJOR_MIN: u32 = 8;
+
+/// `pageferry doctor`.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Look with a guest of this much memory in mind (64G): does it fit, may RDMA lock that much.
+    #[arg(long, value_name = "SIZE", value_parser = units::size)]
+    memory: Option<u64>,
+}
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,19 +36,19 @@ struct Finding {
 
 /// Prints every finding; 0 if a guest can be moved from and to this host, 1 if not.
 #[must_use]
-pub fn main() -> u8 {
+pub fn main(args: &DoctorArgs) -> u8 {
     let mut findings = vec![
         kernel(),
         tracking(),
         io_uring(),
         tracing_permission(),
         qemu(),
-        memory(),
+        memory(available_bytes(), args.memory),
         huge_pages(),
         runtime(),
     ];
     findings.extend(kvm::findings());
-    findings.extend(rdma::findings());
+    findings.extend(rdma::findings(args.memory));
     for Finding { grade, topic, text } in &findings {
         let mark = match grade {
             Grade::Good => "ok  ",
@@ -133,14 +142,28 @@ fn qemu() -> Finding {
     }
 }
 
-fn memory() -> Finding {
-    let available = read("/proc/meminfo").and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:").map(str::to_owned))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
-    });
-    match available {
-        Some(kib) => good("memory", format!("{} MiB available for a guest that is received", kib >> 10)),
-        None => note("memory", "/proc/meminfo does not tell what is available"),
+fn available_bytes() -> Option<u64> {
+    let text = read("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+}
+
+/// `guest` is what a guest that is asked about has.
+fn memory(available: Option<u64>, guest: Option<u64>) -> Finding {
+    const TOPIC: &str = "memory";
+    match (available, guest) {
+        (None, _) => note(TOPIC, "/proc/meminfo does not tell what is available"),
+        (Some(available), Some(guest)) if guest > available => note(
+            TOPIC,
+            format!(
+                "{} available, and a guest of {} that is received takes all of its memory in the end: free some, or send it elsewhere",
+                units::bytes(available),
+                units::bytes(guest)
+            ),
+        ),
+        (Some(available), _) => {
+            good(TOPIC, format!("{} available for a guest that is received", units::bytes(available)))
+        }
     }
 }
 
@@ -166,5 +189,19 @@ fn runtime() -> Finding {
     match RuntimeDir::open() {
         Ok(_) => good("runtime directory", "is there and yours"),
         Err(e) => bad("runtime directory", e.chain()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_does_not_fit_is_told_with_both_sizes() {
+        assert_eq!(memory(Some(8 << 30), None).grade, Grade::Good);
+        assert_eq!(memory(Some(8 << 30), Some(8 << 30)).grade, Grade::Good);
+        let finding = memory(Some(8 << 30), Some(9 << 30));
+        assert_eq!(finding.grade, Grade::Note);
+        assert!(finding.text.contains("8.00 GiB") && finding.text.contains("9.00 GiB"), "{}", finding.text);
     }
 }

@@ -87,7 +87,7 @@ enum Command {
         choice: SettleChoice,
     },
     /// Show what this host can do, one line a finding, with the mend.
-    Doctor,
+    Doctor(doctor::DoctorArgs),
     /// Move a small Linux guest on this host and check every page of it.
     Demo(demo::DemoArgs),
     /// Print a completion script for a shell.
@@ -226,7 +226,7 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Status { name, json } => client::status(&name, json),
         Command::Cancel { name } => client::simple(&name, &api::Request::Cancel),
         Command::Settle { name, choice } => client::simple(&name, &api::Request::Settle { run: choice.run }),
-        Command::Doctor => Ok(doctor::main()),
+        Command::Doctor(args) => Ok(doctor::main(&args)),
         Command::Demo(args) => demo::main(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pageferry", &mut std::io::stdout());

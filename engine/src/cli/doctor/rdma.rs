@@ -1,6 +1,6 @@
 //! What this host can do with RDMA. Nothing here is bad: without RDMA a guest moves by TCP.
 
-use super::{Finding, good, note};
+use super::{Finding, good, note, units};
 use crate::error::chain;
 use pageferry_transport::rdma::device::{
     self, Device, Gid, GidKind, Port, PortState, Protocol, Unavailable, Unusable,
@@ -13,8 +13,10 @@ const PORT: &str = "RDMA port";
 const BY_TCP: &str = "guests move by TCP";
 /// GIDs that are shown of one port; a host with many VLANs or containers has hundreds.
 const GIDS_SHOWN: usize = 6;
+/// What is registered beside a guest's memory: its state, the staging region, buffers of the queues.
+const BESIDE_THE_GUEST_BYTES: u64 = 20 << 20;
 
-pub(super) fn findings() -> Vec<Finding> {
+pub(super) fn findings(guest_bytes: Option<u64>) -> Vec<Finding> {
     let found = match device::devices() {
         Ok(found) => found,
         Err(why) => return vec![unavailable(why, &device::kernel_devices())],
@@ -33,7 +35,7 @@ pub(super) fn findings() -> Vec<Finding> {
         }
     }
     findings.push(connection_manager(device::connection_manager()));
-    findings.push(memory_lock(device::memory_lock_limit()));
+    findings.push(memory_lock(device::memory_lock_limit(), guest_bytes));
     findings.push(peer_memory(&device::peer_memory()));
     findings
 }
@@ -175,16 +177,35 @@ fn connection_manager(opened: io::Result<()>) -> Finding {
     }
 }
 
-fn memory_lock(limit_bytes: Option<u64>) -> Finding {
+/// `guest` is what a guest that is asked about has. RDMA registers that and a few buffers.
+fn memory_lock(limit_bytes: Option<u64>, guest: Option<u64>) -> Finding {
     const TOPIC: &str = "memory lock";
-    match limit_bytes {
-        None => good(TOPIC, "no limit: RDMA can register a guest of any size"),
-        Some(bytes) => note(
+    const MEND: &str =
+        "ulimit -l unlimited, LimitMEMLOCK=infinity (systemd), memlock in limits.conf, or CAP_IPC_LOCK";
+    let needed = guest.map(|bytes| bytes.saturating_add(BESIDE_THE_GUEST_BYTES));
+    match (limit_bytes, needed) {
+        (None, _) => good(TOPIC, "no limit: RDMA can register a guest of any size"),
+        (Some(limit), Some(needed)) if needed <= limit => good(
             TOPIC,
             format!(
-                "{} at most, but RDMA registers all memory that a guest has touched, and larger guests move by TCP: ulimit -l \
-                 unlimited, LimitMEMLOCK=infinity (systemd), memlock in limits.conf, or CAP_IPC_LOCK",
-                size(bytes)
+                "{} at most; a guest of this size takes {} to be registered",
+                size(limit),
+                units::bytes(needed)
+            ),
+        ),
+        (Some(limit), Some(needed)) => note(
+            TOPIC,
+            format!(
+                "{} at most, and a guest of this size takes {} to be registered, so it moves by TCP: {MEND}",
+                size(limit),
+                units::bytes(needed)
+            ),
+        ),
+        (Some(limit), None) => note(
+            TOPIC,
+            format!(
+                "{} at most, but RDMA registers all memory that a guest has touched, and larger guests move by TCP: {MEND}",
+                size(limit)
             ),
         ),
     }
@@ -263,7 +284,7 @@ mod tests {
 
     #[test]
     fn this_host_gets_an_answer_and_is_not_unfit_for_want_of_rdma() {
-        let findings = findings();
+        let findings = findings(None);
         assert!(!findings.is_empty());
         assert!(findings.iter().all(|finding| finding.grade != Grade::Bad), "{findings:?}");
     }
@@ -339,14 +360,19 @@ mod tests {
 
     #[test]
     fn a_limit_on_locked_memory_is_noted_with_its_size() {
-        assert_eq!(memory_lock(None).grade, Grade::Good);
-        let finding = memory_lock(Some(8 << 20));
+        assert_eq!(memory_lock(None, Some(1 << 40)).grade, Grade::Good);
+        let finding = memory_lock(Some(8 << 20), None);
         assert_eq!(finding.grade, Grade::Note);
         assert!(
             finding.text.starts_with("8 MiB at most") && finding.text.contains("ulimit -l"),
             "{}",
             finding.text
         );
+        let fits = memory_lock(Some(1 << 30), Some(512 << 20));
+        assert_eq!(fits.grade, Grade::Good);
+        // The guest's memory is not all that is registered.
+        let not = memory_lock(Some(1 << 30), Some(1 << 30));
+        assert!(not.grade == Grade::Note && not.text.contains("takes 1.02 GiB"), "{}", not.text);
     }
 
     #[test]

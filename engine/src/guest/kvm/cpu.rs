@@ -49,6 +49,27 @@ pub struct HostCpu {
     xsave_bytes: u32,
 }
 
+/// How long XSAVE areas are. Made by [`HostCpu`] alone, as KVM reads and writes as many bytes as it says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct XsaveArea {
+    host_bytes: u32,
+    guest_bytes: u32,
+}
+
+impl XsaveArea {
+    /// What this host's KVM reads and writes.
+    #[must_use]
+    pub fn host_bytes(self) -> usize {
+        self.host_bytes as usize
+    }
+
+    /// What the guest has of it: what the host had that it was born on. It never grows, so that a guest can go back.
+    #[must_use]
+    pub fn guest_bytes(self) -> usize {
+        self.guest_bytes as usize
+    }
+}
+
 impl HostCpu {
     /// Asks KVM; `tsc_khz` is what a new vCPU has.
     pub fn read(kvm: &Kvm, tsc_khz: u32) -> Result<Self> {
@@ -81,6 +102,12 @@ impl HostCpu {
     #[must_use]
     pub fn xsave_bytes(&self) -> u32 {
         self.xsave_bytes
+    }
+
+    /// The areas of a guest that has so many bytes ([`CpuProfile::xsave_bytes`]).
+    #[must_use]
+    pub fn xsave_area(&self, guest_bytes: u32) -> XsaveArea {
+        XsaveArea { host_bytes: self.xsave_bytes, guest_bytes: guest_bytes.min(self.xsave_bytes) }
     }
 
     /// CPUID for a new guest's vCPU: what is supported, but for nested virtualization.

@@ -66,13 +66,13 @@ impl DestinationGuest for KvmDestination {
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {
         let mut blob = vec![0; len];
         state.read(0, &mut blob)?;
-        let state = MachineState::decode(&blob)?;
+        let state = Arc::new(MachineState::decode(&blob)?);
         let machine =
             self.machine.take().ok_or_else(|| Error::Guest("a state for a machine that has one".into()))?;
         let (bytes, vcpus) = (machine.config().memory_bytes, machine.config().vcpus);
         let payload = state.payload.map(|options| PayloadPlan::new(options, bytes, vcpus)).transpose()?;
         machine.restore(&state)?;
-        let profile = machine.profile_of(&state);
+        let profile = Machine::profile_of(&state);
         self.loaded = Some(KvmSource::of(machine, profile, payload));
         Ok(())
     }

@@ -11,7 +11,7 @@ use super::devices::Devices;
 use super::layout::layout;
 use super::serial::Console;
 use super::state::MachineState;
-use super::state::vcpu::{VcpuState, readable_msrs, tsc, tsc_offset};
+use super::state::vcpu::{VcpuState, readable_msrs};
 use super::state::vm::{ClockState, VmState, target_of};
 use super::vcpu::{Pending, Vcpus};
 use crate::dirty::DirtySource;
@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::guest::{BlockDescription, GuestDescription};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::PAGE_BYTES;
+use crossbeam_channel::bounded;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
 use pageferry_transport::Access;
@@ -31,6 +32,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// This machine's type, with its version: raised when a guest would see another machine.
@@ -271,13 +273,13 @@ impl Machine {
     /// The same of a guest that has come with this state, without asking KVM for each register once more: the guest
     /// stands still meanwhile.
     #[must_use]
-    pub fn profile_of(&self, state: &MachineState) -> CpuProfile {
+    pub fn profile_of(state: &MachineState) -> CpuProfile {
         let first = &state.vcpus[0];
         CpuProfile {
             cpuid: first.cpuid.clone(),
             msrs: first.msrs.iter().map(|msr| msr.index).collect(),
             tsc_khz: first.tsc_khz,
-            xsave_bytes: self.host.xsave_bytes(),
+            xsave_bytes: size_of_val(first.xsave.as_slice()) as u32,
         }
     }
 
@@ -315,15 +317,16 @@ impl Machine {
         self.vcpus.park()
     }
 
-    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read.
-    pub fn begin_save(&self, msrs: &Arc<[u32]>) -> Result<Saving> {
+    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read, `xsave_bytes`
+    /// is what the guest has had for vector registers since it was born.
+    pub fn begin_save(&self, msrs: &Arc<[u32]>, xsave_bytes: u32) -> Result<Saving> {
         let vm_state = VmState::save(&self.vm)?;
-        let xsave_bytes = self.host.xsave_bytes();
+        let xsave = self.host.xsave_area(xsave_bytes);
         let cpuids = self.cpuids();
         let vcpus = self.vcpus.ask_all(|index| {
             let (vm, msrs, cpuid) = (Arc::clone(&self.vm), Arc::clone(msrs), cpuids[index].clone());
             Box::new(move |vcpu: &mut VcpuFd| {
-                let state = VcpuState::save(vcpu, cpuid, &msrs, xsave_bytes)?;
+                let state = VcpuState::save(vcpu, cpuid, &msrs, xsave)?;
                 let clock = (index == 0).then(|| ClockState::read(&vm, vcpu)).transpose()?;
                 Ok((state, clock))
             })
@@ -332,7 +335,7 @@ impl Machine {
     }
 
     /// Gives a new machine the state of another.
-    pub fn restore(&self, state: &MachineState) -> Result<()> {
+    pub fn restore(&self, state: &Arc<MachineState>) -> Result<()> {
         if state.vcpus.len() != self.vcpus.len() {
             return Err(Error::Guest(format!(
                 "a state of {} vCPUs for a machine of {}",
@@ -340,17 +343,33 @@ impl Machine {
                 self.vcpus.len()
             )));
         }
-        let first = &state.vcpus[0];
-        let here = self.vcpus.ask(0, |vcpu| Ok((tsc(vcpu)?, tsc_offset(vcpu))))?;
-        let target = state.clock.start(&self.vm, first.tsc_khz, here)?;
-        let xsave_bytes = self.host.xsave_bytes();
-        self.vcpus
-            .ask_all(|index| {
-                let vcpu_state = state.vcpus[index].clone();
-                let target = target_of(target, &vcpu_state, first);
-                Box::new(move |vcpu: &mut VcpuFd| vcpu_state.restore(vcpu, target, xsave_bytes))
+        let xsave = self.host.xsave_area(self.host.xsave_bytes());
+        let cpuids = Arc::new(self.cpuids().clone());
+        // vCPU 0 sets the clock and tells the others, so that its thread is woken once only: the guest stands still.
+        let (teller, told) = bounded(self.vcpus.len());
+        let mut teller = Some(teller);
+        let restoring = self.vcpus.ask_all(|index| {
+            let (vm, state, cpuids) = (Arc::clone(&self.vm), Arc::clone(state), Arc::clone(&cpuids));
+            let (teller, told) = (teller.take(), told.clone());
+            Box::new(move |vcpu: &mut VcpuFd| {
+                let (own, first) = (&state.vcpus[index], &state.vcpus[0]);
+                let target = match teller {
+                    Some(teller) => {
+                        let target = state.clock.start(&vm, first.tsc_khz, vcpu)?;
+                        for _ in 1..state.vcpus.len() {
+                            // Those that wait hold the other end.
+                            let _ = teller.send(target);
+                        }
+                        target
+                    }
+                    None => told
+                        .recv_timeout(CLOCK_MAX)
+                        .map_err(|_| Error::Guest("vCPU 0 did not set the guest's clock".into()))?,
+                };
+                own.restore(vcpu, &cpuids[index], target_of(target, own, first), xsave)
             })
-            .wait()?;
+        });
+        restoring.wait()?;
         *self.cpuids() = state.vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
         state.vm.restore(&self.vm)?;
         self.devices.restore(&state.serial)
@@ -380,6 +399,9 @@ impl Saving {
         Ok(MachineState { vm: self.vm_state, clock, vcpus, serial: machine.devices.state(), payload })
     }
 }
+
+/// For vCPU 0 to read and set two clocks.
+const CLOCK_MAX: Duration = Duration::from_secs(5);
 
 /// Just above the local APICs, below the firmware that a PC would have.
 const IDENTITY_MAP: u64 = 0xfffb_c000;

@@ -169,6 +169,12 @@ impl KvmSource {
         self.plan()?.gap_ticks_max(self.machine.memory())
     }
 
+    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each page. A payload
+    /// guest only.
+    pub fn last_ticks(&self) -> Result<Vec<u64>> {
+        self.plan()?.last_ticks(self.machine.memory())
+    }
+
     fn plan(&self) -> Result<&PayloadPlan> {
         self.payload.as_ref().ok_or_else(|| Error::refused("only a payload guest measures its gaps"))
     }
@@ -258,7 +264,7 @@ impl SourceGuest for KvmSource {
     }
 
     fn begin_save(&mut self) -> Result<()> {
-        self.saving = Some(self.machine.begin_save(&self.msrs)?);
+        self.saving = Some(self.machine.begin_save(&self.msrs, self.profile.xsave_bytes)?);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! A payload guest under this host's KVM, moved over real TCP within this process.
 
 use super::destination::KvmDestination;
+use super::layout::LOW_BYTES_MAX;
 use super::machine::{MachineConfig, TrackingChoice, open_kvm};
 use super::payload::{Pattern, PayloadOptions};
 use super::serial::Console;
@@ -10,6 +11,7 @@ use crate::destination::{Reception, Served};
 use crate::doorway::Doorway;
 use crate::guest::{DestinationGuest, SourceGuest};
 use crate::link::LinkChoice;
+use crate::page::PAGE_BYTES;
 use crate::policy::WhenStuck;
 use crate::progress::Monitor;
 use crate::report::{MigrationReport, Outcome};
@@ -123,6 +125,55 @@ fn a_payload_guest_moves_by_the_log_and_loses_no_page() {
     }
 }
 
+#[test]
+fn a_guest_with_memory_above_4_gib_moves_with_pages_on_both_sides_of_the_hole() {
+    if !kvm_is_here("a_guest_with_memory_above_4_gib_moves_with_pages_on_both_sides_of_the_hole") {
+        return;
+    }
+    // Half of the working set, which is at the end, lies above the hole.
+    const WORKING_PAGES: u64 = 64;
+    let memory_bytes = LOW_BYTES_MAX + WORKING_PAGES / 2 * PAGE_BYTES;
+    let config = MachineConfig { memory_bytes, ..config(1, TrackingChoice::Log) };
+    let boot = Boot::Payload(PayloadOptions {
+        working_set_pages: Some(WORKING_PAGES),
+        seed: 11,
+        ..Default::default()
+    });
+    let mut guest = KvmSource::start(&config, &boot, Console::none()).unwrap();
+    write_and_check(&mut guest, 4 * WORKING_PAGES);
+    let touched = |slot: usize| {
+        let region = guest.machine().memory().slots()[slot].region();
+        let mut word = [0; 8];
+        let at = if slot == 0 { region.len() as u64 - PAGE_BYTES } else { 0 };
+        region.read(at as usize, &mut word).unwrap();
+        word != [0; 8]
+    };
+    assert!(touched(0) && touched(1), "the guest writes on both sides of the hole");
+    for _ in 0..2 {
+        (guest, _) = moved(guest, &config, |options| options.verify = false);
+        write_and_check(&mut guest, WORKING_PAGES);
+    }
+}
+
+#[test]
+#[ignore = "sets huge pages aside: the lab machine's"]
+fn lab_a_guest_on_huge_pages_moves_and_loses_no_page() {
+    const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+    // Two guests of 8 MiB.
+    std::fs::write(HUGE_PAGES, "8").unwrap();
+    for tracking in [TrackingChoice::Ring, TrackingChoice::Log] {
+        let config = MachineConfig { huge_pages: true, ..config(2, tracking) };
+        let mut guest = start(&config, Pattern::Random);
+        for _ in 0..3 {
+            write_and_check(&mut guest, 50);
+            (guest, _) = moved(guest, &config, |_| {});
+        }
+        write_and_check(&mut guest, 50);
+        assert_eq!(guest.machine().memory().slots()[0].backing_page_bytes, 2 << 20);
+    }
+    std::fs::write(HUGE_PAGES, "0").unwrap();
+}
+
 /// What goes on by itself in a machine that stands still, or is about the host.
 fn without_time(mut state: MachineState) -> MachineState {
     const TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
@@ -150,6 +201,31 @@ fn saved(guest: &mut KvmSource) -> (MachineState, Vec<u8>) {
     (MachineState::decode(&blob).unwrap(), blob)
 }
 
+/// A guest in a new machine, loaded with this state and sealed, not running.
+fn restored(config: &MachineConfig, blob: &[u8]) -> KvmSource {
+    let mut destination = KvmDestination::new(config, Console::none()).unwrap();
+    let region = MemoryRegion::anonymous(blob.len().next_multiple_of(4096)).unwrap();
+    region.write(0, blob).unwrap();
+    destination.load(&region, blob.len()).unwrap();
+    destination.seal(false).unwrap();
+    destination.run(false).unwrap();
+    destination.into_source().unwrap()
+}
+
+#[test]
+fn vector_registers_stay_as_long_as_the_guests_first_host_had_them() {
+    if !kvm_is_here("vector_registers_stay_as_long_as_the_guests_first_host_had_them") {
+        return;
+    }
+    // A page, as on a processor without AVX-512.
+    const LESSER_WORDS: usize = 1024;
+    let config = config(1, TrackingChoice::Log);
+    let (mut state, _) = saved(&mut start(&config, Pattern::Random));
+    state.vcpus[0].xsave.truncate(LESSER_WORDS);
+    let mut guest = restored(&config, &state.encode().unwrap());
+    assert_eq!(saved(&mut guest).0.vcpus[0].xsave, state.vcpus[0].xsave);
+}
+
 #[test]
 fn a_restored_state_equals_the_saved_one_field_by_field() {
     if !kvm_is_here("a_restored_state_equals_the_saved_one_field_by_field") {
@@ -159,13 +235,7 @@ fn a_restored_state_equals_the_saved_one_field_by_field() {
     let mut guest = start(&config, Pattern::Random);
     write_and_check(&mut guest, 10);
     let (state, blob) = saved(&mut guest);
-    let mut destination = KvmDestination::new(&config, Console::none()).unwrap();
-    let region = MemoryRegion::anonymous(blob.len().next_multiple_of(4096)).unwrap();
-    region.write(0, &blob).unwrap();
-    destination.load(&region, blob.len()).unwrap();
-    destination.seal(false).unwrap();
-    destination.run(false).unwrap();
-    let (again, _) = saved(&mut destination.into_source().unwrap());
+    let (again, _) = saved(&mut restored(&config, &blob));
     assert_ne!(state.vcpus[0].regs, Default::default());
     let (state, again) = (without_time(state), without_time(again));
     for (first, second) in state.vcpus.iter().zip(&again.vcpus) {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   0x0000_7000  the program                     0x0011_0000  ledger of vCPU 0, of vCPU 1, ...
-//!   0x0010_0000  block of vCPU 0, a page each    ...          data: share of vCPU 0, of vCPU 1, ...
+//!   0x0010_0000  block of vCPU 0, a page each    at the end   data: share of vCPU 0, of vCPU 1, ...
 //! ```
 //!
 //! All words of a page are one number, made of the page's address and generation, and the ledger has the generation
@@ -107,7 +107,8 @@ impl PayloadPlan {
             )));
         }
         let ledger_bytes = (wanted * 4).next_multiple_of(PAGE_BYTES);
-        let data = LEDGER + vcpus * ledger_bytes;
+        // At the end of memory, so that a small working set too is in what lies above 4 GiB.
+        let data = memory_bytes - vcpus * wanted * PAGE_BYTES;
         let share = |vcpu: u64| Share {
             block: BLOCKS + vcpu * PAGE_BYTES,
             ledger: LEDGER + vcpu * ledger_bytes,
@@ -116,7 +117,7 @@ impl PayloadPlan {
         };
         let plan = Self { options, shares: (0..vcpus).map(share).collect() };
         // Ledgers are not spread around the hole.
-        if data > LOW_BYTES_MAX {
+        if LEDGER + vcpus * ledger_bytes > LOW_BYTES_MAX {
             return Err(Error::refused("a payload guest has at most 2 TiB of memory"));
         }
         Ok(plan)
@@ -180,6 +181,12 @@ impl PayloadPlan {
     /// The longest gap that each vCPU has seen since it last began to look for one, in ticks. The guest may run.
     pub fn gap_ticks_max(&self, memory: &GuestMemory) -> Result<Vec<u64>> {
         self.shares.iter().map(|share| read_u64(memory, share.block + block::GAP_MAX as u64)).collect()
+    }
+
+    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each page. The guest may
+    /// run.
+    pub fn last_ticks(&self, memory: &GuestMemory) -> Result<Vec<u64>> {
+        self.shares.iter().map(|share| read_u64(memory, share.block + block::LAST as u64)).collect()
     }
 
     /// Begins to look for the longest gap anew. The guest may run, and is not tracked.

@@ -15,7 +15,7 @@
 //! Source: Linux, Documentation/virt/kvm/api.rst and arch/x86/kvm/x86.c.
 
 use crate::error::{Error, Result};
-use crate::guest::kvm::cpu;
+use crate::guest::kvm::cpu::{self, XsaveArea};
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -70,8 +70,8 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
 
 impl VcpuState {
     /// Reads a parked vCPU. `cpuid` is what was set: KVM tells it with its own changes, which some hosts' KVM would
-    /// not take back. `msrs` are the registers to read, `xsave_bytes` is the size of its XSAVE area.
-    pub fn save(vcpu: &VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, msrs: &[u32], xsave_bytes: u32) -> Result<Self> {
+    /// not take back. `msrs` are the registers to read.
+    pub fn save(vcpu: &VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, msrs: &[u32], xsave: XsaveArea) -> Result<Self> {
         let mp_state = vcpu.get_mp_state().map_err(failed("reading whether a vCPU runs"))?;
         Ok(Self {
             cpuid,
@@ -82,7 +82,7 @@ impl VcpuState {
             mp_state,
             regs: vcpu.get_regs().map_err(failed("reading a vCPU's registers"))?,
             sregs: vcpu.get_sregs().map_err(failed("reading a vCPU's segments and control registers"))?,
-            xsave: get_xsave(vcpu, xsave_bytes)?,
+            xsave: get_xsave(vcpu, xsave)?,
             xcrs: vcpu.get_xcrs().map_err(failed("reading a vCPU's extended control registers"))?,
             lapic: vcpu.get_lapic().map_err(failed("reading a local APIC"))?,
             msrs: get_msrs(vcpu, msrs)?,
@@ -91,15 +91,23 @@ impl VcpuState {
         })
     }
 
-    /// Writes a vCPU that has never run. Its time-stamp counter is set to `tsc`; `xsave_bytes` is the size of an
-    /// XSAVE area on this host.
-    pub fn restore(&self, vcpu: &VcpuFd, tsc: TscTarget, xsave_bytes: u32) -> Result<()> {
-        vcpu.set_cpuid2(&cpu::to_kvm(&self.cpuid)?).map_err(failed("setting a vCPU's CPUID"))?;
+    /// Writes a vCPU that has never run. `has_cpuid` is the CPUID that it was made with, if any: KVM takes as long for
+    /// that as for all that follows, and it is left out where it is the same. The time-stamp counter is set to `tsc`.
+    pub fn restore(
+        &self,
+        vcpu: &VcpuFd,
+        has_cpuid: &[kvm_cpuid_entry2],
+        tsc: TscTarget,
+        xsave: XsaveArea,
+    ) -> Result<()> {
+        if has_cpuid != self.cpuid {
+            vcpu.set_cpuid2(&cpu::to_kvm(&self.cpuid)?).map_err(failed("setting a vCPU's CPUID"))?;
+        }
         self.restore_tsc(vcpu, tsc)?;
         vcpu.set_mp_state(self.mp_state).map_err(failed("setting whether a vCPU runs"))?;
         vcpu.set_regs(&self.regs).map_err(failed("setting a vCPU's registers"))?;
         vcpu.set_sregs(&self.sregs).map_err(failed("setting a vCPU's segments and control registers"))?;
-        set_xsave(vcpu, &self.xsave, xsave_bytes)?;
+        set_xsave(vcpu, &self.xsave, xsave)?;
         vcpu.set_xcrs(&self.xcrs).map_err(failed("setting a vCPU's extended control registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(failed("setting a local APIC"))?;
         set_msrs(vcpu, &self.msrs)?;
@@ -118,12 +126,6 @@ impl VcpuState {
             TscTarget::Offset(offset) => set_tsc_offset(vcpu, offset),
             TscTarget::Value(value) => set_msrs(vcpu, &[msr(MSR_TSC, value)]),
         }
-    }
-
-    /// The value of one of its model-specific registers.
-    #[must_use]
-    pub fn msr(&self, index: u32) -> Option<u64> {
-        self.msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
     }
 }
 
@@ -205,37 +207,48 @@ fn set_msrs(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<()> {
     Ok(())
 }
 
-/// Words of an XSAVE area beyond what every one has.
-fn xsave_extra_words(bytes: usize) -> usize {
-    bytes.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>())
+/// An area of zeros as long as this host's KVM reads and writes.
+fn host_area(area: XsaveArea) -> Result<Xsave> {
+    let extra = area.host_bytes().saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
+    Xsave::new(extra).map_err(|_| {
+        Error::Guest(format!("an XSAVE area of {} bytes is more than can be", area.host_bytes()))
+    })
 }
 
-fn get_xsave(vcpu: &VcpuFd, bytes: u32) -> Result<Vec<u32>> {
-    let mut area = Xsave::new(xsave_extra_words(bytes as usize))
-        .map_err(|_| Error::Guest(format!("an XSAVE area of {bytes} bytes is more than can be")))?;
-    // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that the kernel writes.
-    unsafe { vcpu.get_xsave2(&mut area) }.map_err(failed("reading a vCPU's vector registers"))?;
-    let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
-    words.extend_from_slice(area.as_slice());
+fn get_xsave(vcpu: &VcpuFd, area: XsaveArea) -> Result<Vec<u32>> {
+    let mut read = host_area(area)?;
+    // SAFETY: it is as long as KVM_CAP_XSAVE2 says that the kernel writes.
+    unsafe { vcpu.get_xsave2(&mut read) }.map_err(failed("reading a vCPU's vector registers"))?;
+    let mut words = read.as_fam_struct_ref().xsave.region.to_vec();
+    words.extend_from_slice(read.as_slice());
+    let beyond = words.split_off(words.len().min(area.guest_bytes().div_ceil(size_of::<u32>())));
+    // What lies there belongs to extensions that the guest's CPUID does not have.
+    if beyond.iter().any(|&word| word != 0) {
+        return Err(Error::Guest(format!(
+            "a vCPU has vector registers beyond the {} bytes that are the guest's",
+            area.guest_bytes()
+        )));
+    }
     Ok(words)
 }
 
-/// `bytes` is the size of an XSAVE area on this host; a guest of another host may have a shorter one.
-fn set_xsave(vcpu: &VcpuFd, words: &[u32], bytes: u32) -> Result<()> {
+/// A guest of another host may have a shorter area than this one's.
+fn set_xsave(vcpu: &VcpuFd, words: &[u32], area: XsaveArea) -> Result<()> {
     let fixed = size_of::<kvm_xsave>() / size_of::<u32>();
     let wrong = || {
         Error::Guest(format!(
-            "an XSAVE area of {} bytes, where this host has one of {bytes}",
-            words.len() * 4
+            "an XSAVE area of {} bytes, where this host has one of {}",
+            size_of_val(words),
+            area.host_bytes()
         ))
     };
     let (region, extra) = words.split_at_checked(fixed).ok_or_else(wrong)?;
-    let mut area = Xsave::new(xsave_extra_words(bytes as usize)).map_err(|_| wrong())?;
-    area.as_mut_slice().get_mut(..extra.len()).ok_or_else(wrong)?.copy_from_slice(extra);
+    let mut written = host_area(area)?;
+    written.as_mut_slice().get_mut(..extra.len()).ok_or_else(wrong)?.copy_from_slice(extra);
     // SAFETY: the length of the area, which lies outside of these fields, stays as it is.
-    unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
-    // SAFETY: the area is as long as KVM_CAP_XSAVE2 says that the kernel reads.
-    unsafe { vcpu.set_xsave2(&area) }.map_err(failed("setting a vCPU's vector registers"))
+    unsafe { written.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
+    // SAFETY: it is as long as KVM_CAP_XSAVE2 says that the kernel reads.
+    unsafe { vcpu.set_xsave2(&written) }.map_err(failed("setting a vCPU's vector registers"))
 }
 
 /// One attribute of a vCPU.

@@ -4,7 +4,7 @@
 //! kvmclock and the time-stamp counters are put forward by that. Hosts whose wall clocks are apart make a leap of the
 //! same length; one that would be backwards is none, for time must not go back in a guest.
 
-use super::vcpu::{TscTarget, VcpuState};
+use super::vcpu::{TscTarget, VcpuState, tsc, tsc_offset};
 use crate::error::{Error, Result};
 use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -76,13 +76,14 @@ impl ClockState {
     /// Reads the clock of a machine whose vCPU 0 this is.
     pub fn read(vm: &VmFd, vcpu: &VcpuFd) -> Result<Self> {
         let clock = vm.get_clock().map_err(|e| Error::os("reading the guest's clock", e))?;
-        let tsc = super::vcpu::tsc(vcpu)?;
+        let tsc = tsc(vcpu)?;
         Ok(Self { kvmclock_ns: clock.clock, tsc, wall_ns: wall_ns() })
     }
 
     /// Sets the clock of a new machine, put forward by the time since it was read, and says what the vCPUs'
-    /// time-stamp counters are to be set to. `here` is the counter of vCPU 0 and its offset, read now.
-    pub fn start(&self, vm: &VmFd, tsc_khz: u32, here: (u64, Option<u64>)) -> Result<TscTarget> {
+    /// time-stamp counters are to be set to. `vcpu` is vCPU 0.
+    pub fn start(&self, vm: &VmFd, tsc_khz: u32, vcpu: &VcpuFd) -> Result<TscTarget> {
+        let here = (tsc(vcpu)?, tsc_offset(vcpu));
         let gone = self.gone(wall_ns());
         let clock = kvm_clock_data {
             clock: self.kvmclock_ns.saturating_add(gone.as_nanos() as u64),
