@@ -10,7 +10,8 @@
 
 pub mod ring;
 
-use crate::stats::Samples;
+use crate::progress::Progress;
+use crate::record::{Record, Spec};
 use anyhow::{Context, Result, anyhow, ensure};
 use pageferry::bitmap::DirtyBitmap;
 use pageferry::memory::GuestMemory;
@@ -103,45 +104,53 @@ impl FromStr for Row {
     }
 }
 
-/// All repetitions of one row.
-#[derive(Debug, Serialize)]
-pub struct Measured {
-    /// Pages, round and number of lanes.
-    pub name: String,
-    /// Nanoseconds a page, one a turn.
-    pub page_ns: Samples,
-    /// Instructions a page, if they were counted.
-    pub page_instructions: Option<f64>,
-    #[serde(skip)]
-    row: Row,
-}
+/// Of all pages of a round.
+const PAGE: Spec = Spec::headline("page", "ns");
+const INSTRUCTIONS: Spec = Spec::headline("instructions a page", "");
 
-/// A table of one run.
-#[derive(Debug, Serialize)]
-pub struct Cost {
-    /// What was measured.
-    pub options: CostOptions,
-    /// Every row.
-    pub rows: Vec<Measured>,
-}
-
-/// Measures every row in turns, the order rotating.
-pub fn run(options: CostOptions) -> Result<Cost> {
+/// Measures every row in turns, the order rotating, or until `progress` hears of an interruption.
+pub fn run(options: CostOptions, progress: &Progress) -> Result<Record> {
     let guest = Guest::new(options.memory_mib)?;
-    let mut rows = Vec::new();
-    for row in Row::all() {
-        let page_instructions = if options.instructions { Some(instructions(row)?) } else { None };
-        rows.push(Measured { name: row.to_string(), page_ns: Samples::default(), page_instructions, row });
-    }
-    for turn in 0..options.repeat as usize {
-        for place in 0..rows.len() {
-            let index = (place + turn) % rows.len();
-            let measured = &mut rows[index];
-            let (pages, ns) = guest.round(measured.row)?;
-            measured.page_ns.push(ns / pages as f64);
+    let title = format!("a page on our side of the NIC, {} MiB of guest memory", options.memory_mib);
+    let mut record = Record::begin("cost", title, &options)?;
+    record.notes = notes();
+    let rows = Row::all();
+    progress.expect(u64::from(options.repeat) * rows.len() as u64);
+    if options.instructions {
+        for row in &rows {
+            record.sample(&row.to_string(), INSTRUCTIONS, 0, instructions(*row)?);
         }
     }
-    Ok(Cost { options, rows })
+    'turns: for turn in 0..options.repeat {
+        for place in 0..rows.len() {
+            if progress.is_interrupted() {
+                record.interrupted = true;
+                break 'turns;
+            }
+            let row = rows[(place + turn as usize) % rows.len()];
+            let name = row.to_string();
+            progress.say(&name);
+            match guest.round(row) {
+                Ok((pages, ns)) => record.sample(&name, PAGE, turn, ns / pages as f64),
+                Err(e) => record.fail(&name, turn, format!("{e:#}")),
+            }
+            progress.step();
+        }
+    }
+    record.elapsed_s = progress.elapsed_s();
+    Ok(record)
+}
+
+fn notes() -> Vec<String> {
+    vec![
+        "Rows are named by pages, round and lanes. Scattered is every second page, contiguous is every page; the first round          looks at each page once to see whether it is zero. The device is one that has done everything as soon as it is told. The          rows of the ring are of the way from KVM's ring to the dirty set."
+            .into(),
+        format!(
+            "At most {PAGE_NS_MAX} ns for a scattered page, which is when 400 Gb/s carry the next one, and {} ns for the ring's.",
+            ring::PAGE_NS_MAX
+        ),
+        "Instructions are those that callgrind counts, with 64 MiB; they do not depend on noise.".into(),
+    ]
 }
 
 /// One repetition; returns the number of pages.
@@ -255,28 +264,6 @@ fn collected(stdout: &str, stderr: &str) -> Option<f64> {
     let (_, count) = stderr.lines().find_map(|line| line.split_once("Collected : "))?;
     let count: u64 = count.trim().parse().ok()?;
     (pages > 0 && count > 0).then(|| count as f64 / pages as f64)
-}
-
-impl Cost {
-    /// The table for people.
-    #[must_use]
-    pub fn show(&self) -> String {
-        let CostOptions { repeat, memory_mib, .. } = self.options;
-        let mut text = format!(
-            "{memory_mib} MiB of guest memory, {repeat} repetitions; at most {PAGE_NS_MAX} ns for scattered pages, \
-             {} ns for the ring's\n\
-             {:<22}{:>26}{:>20}\n",
-            ring::PAGE_NS_MAX,
-            "pages-round-lanes",
-            "ns a page",
-            "instructions a page",
-        );
-        for row in &self.rows {
-            let instructions = row.page_instructions.map_or("-".into(), |count| format!("{count:.1}"));
-            text += &format!("{:<22}{:>26}{:>20}\n", row.name, row.page_ns.show(1), instructions);
-        }
-        text
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! CPU time of processes over a stretch of time, without the guest's own.
 //!
 //! The CPU clock of each process (all its threads, also those that have ended), less the threads that run
-//! the guest (QEMU names them `CPU n/...` with `-name debug-threads=on`): what the workload burns is not the
-//! migration's. Sampled while it lasts, because a source ends at the end of its migration and takes its
+//! the guest (QEMU names them `CPU n/...` with `-name debug-threads=on`, the built-in monitor `vcpu n`): what the workload
+//! burns is not the migration's. Sampled while it lasts, because a source ends at the end of its migration and takes its
 //! clock along.
 
 use nix::time::{ClockId, clock_getcpuclockid};
@@ -18,6 +18,9 @@ use std::time::Duration;
 /// How often clocks are read, at the cost of a microsecond each. What a process burns in its last moments is
 /// lost, for every way alike.
 const SAMPLE_EVERY: Duration = Duration::from_millis(4);
+
+/// How the names of threads begin that run a guest: in QEMU, and in the built-in monitor.
+const GUEST_THREADS: [&str; 2] = ["CPU ", "vcpu "];
 
 /// Nanoseconds of each process without its guest.
 type Spent = HashMap<u32, u64>;
@@ -74,8 +77,10 @@ impl Process {
     fn open(pid: u32) -> Option<Self> {
         let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid).ok()?)).ok()?;
         let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten();
-        let runs_guest =
-            |task: &PathBuf| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("CPU "));
+        let runs_guest = |task: &PathBuf| {
+            fs::read_to_string(task.join("comm"))
+                .is_ok_and(|name| GUEST_THREADS.iter().any(|prefix| name.starts_with(prefix)))
+        };
         let guest = tasks.map(|task| task.path()).filter(runs_guest).map(|task| task.join("schedstat"));
         Some(Self { pid, clock, guest: guest.collect() })
     }

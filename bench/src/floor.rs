@@ -2,20 +2,20 @@
 //! destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
 
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
-use crate::ways::{Sample, blackout_ms, status_of};
+use crate::ways::{AFTERMATH, STEADY_LINES, Sample, blackout_ms, status_of};
 use anyhow::{Result, bail};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
-/// Moves the guest to a new QEMU on the same memory.
-pub fn hand_over(yard: &mut Yard, mut source: Machine) -> Result<(Machine, Sample)> {
-    let mut destination = yard.start(Begin::IncomingStopped, Some(source.memory.clone()), false)?;
-    for _ in 0..2 {
-        source.wait_line("WORKLOAD t=", START_MAX)?;
-    }
+/// Moves the guest to a new QEMU on the same memory, which is put in its place.
+pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
+    let mut destination = yard.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
+    source.console.settle(STEADY_LINES, START_MAX)?;
     let deadline = Instant::now() + GUEST_MAX;
     let capabilities = ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
-    let off = ["multifd", "zero-copy-send"].map(|name| json!({ "capability": name, "state": false }));
+    let off = ["multifd", "zero-copy-send", "postcopy-ram"]
+        .map(|name| json!({ "capability": name, "state": false }));
     for qmp in [&mut source.qmp, &mut destination.qmp] {
         qmp.execute("migrate-set-capabilities", json!({ "capabilities": off }), deadline)?;
         qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }), deadline)?;
@@ -42,10 +42,10 @@ pub fn hand_over(yard: &mut Yard, mut source: Machine) -> Result<(Machine, Sampl
     }
     destination.qmp.execute("cont", json!({}), deadline)?;
     let total_s = begun.elapsed().as_secs_f64();
-    let blackout_ms = blackout_ms(&mut source, &mut destination)?;
-    std::thread::sleep(Duration::from_millis(1500));
-    let gap_ms = yard.gap_ms();
-    drop(source);
-    destination.wait_line("WORKLOAD t=", START_MAX)?;
-    Ok((destination, Sample { total_s, blackout_ms, gap_ms, cpu_s: f64::NAN, sent_mib: 0.0 }))
+    let blackout_ms = blackout_ms(source, &mut destination)?;
+    std::thread::sleep(AFTERMATH);
+    let (gap_ms, gap_began_ms) = (yard.gap_ms(), yard.gap_began_ms(begun));
+    *source = destination;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
+    Ok(Sample { total_s, blackout_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
 }

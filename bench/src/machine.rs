@@ -1,16 +1,20 @@
 //! One QEMU with the test guest, started by hand or under `pageferry receive`, and what the host sees of
 //! its guest: console lines, heartbeats, QMP events.
 
+use crate::console::{Beats, Console};
+use crate::downtime::network::Network;
+use crate::said::Said;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::qemu::qmp::Qmp;
-use pageferry_workload::heartbeat::GapMeter;
+use pageferry_workload::heartbeat::{Gap, GapMeter};
 use serde_json::json;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::Read;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,9 +23,27 @@ pub const START_MAX: Duration = Duration::from_secs(30);
 /// For the guest to boot, and to check all of its memory.
 pub const GUEST_MAX: Duration = Duration::from_secs(300);
 
+/// The guest's heartbeat, everywhere but where it is too much for the machine.
+pub const BEAT: Duration = Duration::from_millis(1);
+
+/// What runs the guest's code.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// QEMU's emulation.
+    #[default]
+    Tcg,
+    /// The host's KVM, with the host's processor.
+    Kvm,
+}
+
 /// What the guest is and does.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct GuestOptions {
+    /// What runs its code.
+    pub accel: Accel,
+    /// Time between two heartbeats where they come over the console, which is under KVM.
+    pub beat: Duration,
     /// Its kernel.
     pub kernel: PathBuf,
     /// Its initramfs.
@@ -40,6 +62,35 @@ pub struct GuestOptions {
     pub rate_mb: u32,
 }
 
+impl GuestOptions {
+    /// The guest kernel's command line. Under KVM the guest may be held for minutes while another is measured, which its
+    /// watchdogs would take for a fault.
+    #[must_use]
+    pub fn command_line(&self) -> String {
+        let common = format!(
+            "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.touch={} pf.rate={}",
+            self.working_mib, self.touched_mib, self.rate_mb
+        );
+        match self.accel {
+            Accel::Tcg => common,
+            // The same way for the beats in every monitor; and under KVM inside an emulator no program may use ports.
+            // The pulse ticks no faster than it beats: a tick is dear there too.
+            Accel::Kvm => format!(
+                "{common} nowatchdog rcupdate.rcu_cpu_stall_suppress=1 pf.ports=0 pf.beat_us={beat} pf.tick_us={beat}",
+                beat = self.beat.as_micros()
+            ),
+        }
+    }
+
+    /// A meter for the heartbeats of such a guest.
+    fn beats(&self) -> Beats {
+        Arc::new(Mutex::new(match self.accel {
+            Accel::Tcg => GapMeter::new(),
+            Accel::Kvm => GapMeter::shared(),
+        }))
+    }
+}
+
 /// How a QEMU is to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begin {
@@ -49,8 +100,31 @@ pub enum Begin {
     Incoming,
     /// Wait for QEMU's own migration, and do not run after it.
     IncomingStopped,
-    /// Wait for pageferry.
-    Receive,
+    /// Wait for pageferry, at this address.
+    Receive(IpAddr),
+}
+
+impl Begin {
+    /// Wait for pageferry on this host.
+    pub const RECEIVE: Self = Self::Receive(IpAddr::V4(Ipv4Addr::LOCALHOST));
+}
+
+/// The file of a guest's memory. Dropping the last handle removes it.
+#[derive(Debug)]
+pub struct MemoryFile(PathBuf);
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// All runs of this process count their guests together: names and files must not meet.
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// A name for one more monitor.
+pub fn next_name() -> String {
+    format!("m{}", COUNT.fetch_add(1, Ordering::Relaxed) + 1)
 }
 
 /// One QEMU.
@@ -66,52 +140,55 @@ pub struct Machine {
     pub spare_qmp: PathBuf,
     /// Where `pageferry receive` listens.
     pub listens: Option<String>,
-    /// The file of its memory.
-    pub memory: PathBuf,
+    /// Its memory.
+    pub memory: Arc<MemoryFile>,
+    /// The guest's console.
+    pub console: Console,
     process: Child,
+    said: Said,
     /// Whether `process` is a supervisor and not QEMU itself.
     supervised: bool,
-    console: Option<(UnixStream, Receiver<String>)>,
 }
 
-/// All QEMUs of a run: a directory, a count, and the heartbeat meter that they share.
+/// All monitors of one guest on its way: a directory, and the heartbeat meter that they share.
 #[derive(Debug)]
 pub struct Yard {
     /// What every guest is.
     pub options: GuestOptions,
     /// Runtime directory, sockets.
     pub directory: PathBuf,
-    /// Bytes of COM2 of whichever QEMU runs the guest.
-    pub beats: Arc<Mutex<GapMeter>>,
-    count: u32,
+    /// A card for each QEMU, where the guest is on a network.
+    pub network: Option<Network>,
+    /// Heartbeats of whichever monitor runs the guest.
+    pub beats: Beats,
 }
 
 impl Yard {
     /// An empty one.
     pub fn new(options: GuestOptions) -> Result<Self> {
-        let directory = std::env::temp_dir().join(format!("pageferry-bench-{}", std::process::id()));
+        let directory =
+            std::env::temp_dir().join(format!("pageferry-bench-{}-{}", std::process::id(), next_name()));
         std::fs::create_dir_all(&directory)?;
         std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-        Ok(Self { options, directory, beats: Arc::new(Mutex::new(GapMeter::new())), count: 0 })
+        Ok(Self { beats: options.beats(), options, directory, network: None })
     }
 
     /// Starts one more QEMU. `memory` is the file to use as its memory; none makes a new one. `prealloc`
     /// has QEMU touch all of it first.
-    pub fn start(&mut self, begin: Begin, memory: Option<PathBuf>, prealloc: bool) -> Result<Machine> {
-        self.count += 1;
-        let name = format!("m{}", self.count);
+    pub fn start(&self, begin: Begin, memory: Option<Arc<MemoryFile>>, prealloc: bool) -> Result<Machine> {
+        let name = next_name();
         let at = |what: &str| self.directory.join(format!("{name}.{what}"));
         let memory = memory.unwrap_or_else(|| {
-            PathBuf::from(format!("/dev/shm/pageferry-bench-{}-{name}", std::process::id()))
+            let file = format!("/dev/shm/pageferry-bench-{}-{name}", std::process::id());
+            Arc::new(MemoryFile(PathBuf::from(file)))
         });
-        let qemu = self.qemu_command(&name, &memory, prealloc);
+        let qemu = self.qemu_command(&name, &memory.0, prealloc);
         let mut command = match begin {
-            Begin::Receive => {
+            Begin::Receive(address) => {
                 let mut command = Command::new(&self.options.pageferry);
-                command
-                    .args(["receive", &name, "--listen", "127.0.0.1:0", "--"])
-                    .args(qemu)
-                    .stderr(Stdio::piped());
+                let listen = SocketAddr::new(address, 0).to_string();
+                command.args(["receive", &name, "--insecure", "--listen", &listen, "--"]);
+                command.args(qemu);
                 command
             }
             _ => {
@@ -125,30 +202,38 @@ impl Yard {
                 command
             }
         };
-        let mut process = command
+        let process = command
             .env("PAGEFERRY_RUNTIME_DIR", &self.directory)
             .stdin(Stdio::null())
+            .stderr(Stdio::piped())
             // Ctrl-C is for the bench alone: QEMU would end by it, and the guest with it.
             .process_group(0)
             .spawn()
             .with_context(|| format!("starting {:?}", command.get_program()))?;
-        let listens = match process.stderr.take() {
-            Some(stderr) => Some(listening(stderr)?),
-            None => None,
-        };
+        // Whatever fails below, it is ended.
+        let supervised = matches!(begin, Begin::Receive(_));
+        let mut starting = Starting { process: Some(process), supervised, qemu: None };
+        let process = starting.process.as_mut().context("it was started")?;
+        let said = Said::of(process.stderr.take().context("its errors were piped")?);
+        let listens = if supervised { Some(said.wait("waits for a guest on ", START_MAX)?) } else { None };
         let deadline = Instant::now() + START_MAX;
-        let mut qmp = Qmp::over(connect(&at("qmp1"), &mut process)?.into(), &at("qmp1"), deadline)?;
-        let supervised = begin == Begin::Receive;
+        let mut qmp = Qmp::over(connect(&at("qmp1"), process, &said)?.into(), &at("qmp1"), deadline)?;
         let pid =
             if supervised { qemu_of(&self.directory, &name, &self.options.pageferry)? } else { process.id() };
+        starting.qemu = supervised.then_some(pid);
+        let process = starting.process.as_mut().context("it was started")?;
         qmp.execute(
             "migrate-set-capabilities",
             json!({ "capabilities": [{ "capability": "events", "state": true }] }),
             deadline,
         )
         .or_else(|e| if supervised { Ok(json!(null)) } else { Err(e) })?;
-        self.listen_to_beats(&at("beats"), &mut process)?;
-        let console = Some(open_console(&at("console"), &mut process)?);
+        if self.options.accel == Accel::Tcg {
+            self.listen_to_beats(&at("beats"), process, &said)?;
+        }
+        let stream = connect(&at("console"), process, &said)?;
+        let console = Console::open(stream.try_clone()?, Box::new(stream), Arc::clone(&self.beats));
+        let process = starting.process.take().context("it was started")?;
         Ok(Machine {
             qmp,
             pid,
@@ -156,9 +241,10 @@ impl Yard {
             spare_qmp: at("qmp2"),
             listens,
             memory,
-            process,
-            supervised,
             console,
+            process,
+            said,
+            supervised,
         })
     }
 
@@ -166,8 +252,19 @@ impl Yard {
         let o = &self.options;
         let at = |what: &str| self.directory.join(format!("{name}.{what}")).display().to_string();
         let mut words: Vec<String> =
-            ["qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-display", "none"].map(Into::into).into();
+            ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot"].map(Into::into).into();
         let mut add = |a: &str, b: String| words.extend([a.to_owned(), b]);
+        let serial: &[_] = match o.accel {
+            Accel::Tcg => {
+                add("-accel", "tcg".into());
+                &[("console", "console"), ("beats", "beats")]
+            }
+            Accel::Kvm => {
+                add("-accel", "kvm".into());
+                add("-cpu", "host".into());
+                &[("console", "console")]
+            }
+        };
         add("-name", "guest,debug-threads=on".into());
         add("-machine", "q35,memory-backend=ram0".into());
         add("-m", format!("{}M", o.memory_mib));
@@ -184,24 +281,20 @@ impl Yard {
             add("-chardev", format!("socket,id={monitor},path={},server=on,wait=off", at(socket)));
             add("-mon", format!("chardev={monitor},mode=control"));
         }
-        for (id, socket) in [("console", "console"), ("beats", "beats")] {
+        for (id, socket) in serial {
             add("-chardev", format!("socket,id={id},path={},server=on,wait=off", at(socket)));
             add("-serial", format!("chardev:{id}"));
         }
         add("-kernel", o.kernel.display().to_string());
         add("-initrd", o.initrd.display().to_string());
-        add(
-            "-append",
-            format!(
-                "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.touch={} pf.rate={}",
-                o.working_mib, o.touched_mib, o.rate_mb
-            ),
-        );
+        let network = self.network.as_ref().map(Network::parameters).unwrap_or_default();
+        add("-append", o.command_line() + &network);
+        words.extend(self.network.iter().flat_map(Network::card));
         words
     }
 
-    fn listen_to_beats(&self, path: &Path, process: &mut Child) -> Result<()> {
-        let mut stream = connect(path, process)?;
+    fn listen_to_beats(&self, path: &Path, process: &mut Child, said: &Said) -> Result<()> {
+        let mut stream = connect(path, process, said)?;
         let beats = Arc::clone(&self.beats);
         std::thread::spawn(move || {
             let mut bytes = [0; 256];
@@ -215,8 +308,19 @@ impl Yard {
     /// The longest time between two heartbeats since they were reset, in milliseconds.
     #[must_use]
     pub fn gap_ms(&self) -> f64 {
-        let beats = self.beats.lock().unwrap_or_else(PoisonError::into_inner);
-        beats.largest().map_or(f64::NAN, |gap| gap.length.as_secs_f64() * 1e3)
+        self.largest_gap().map_or(f64::NAN, |gap| gap.length.as_secs_f64() * 1e3)
+    }
+
+    /// How long after this moment that gap began, in milliseconds. A gap that began long before the end of a move is not
+    /// its blackout.
+    #[must_use]
+    pub fn gap_began_ms(&self, begun: Instant) -> f64 {
+        self.largest_gap()
+            .map_or(f64::NAN, |gap| gap.from.saturating_duration_since(begun).as_secs_f64() * 1e3)
+    }
+
+    fn largest_gap(&self) -> Option<Gap> {
+        self.beats.lock().unwrap_or_else(PoisonError::into_inner).largest()
     }
 
     /// Forgets the heartbeats so far.
@@ -238,51 +342,86 @@ impl Machine {
         if self.supervised { vec![self.pid, self.process.id()] } else { vec![self.pid] }
     }
 
-    /// Waits for a line of the guest with this text.
-    pub fn wait_line(&mut self, text: &str, wait: Duration) -> Result<String> {
-        let (_, lines) = self.console.as_ref().ok_or_else(|| anyhow!("no console"))?;
-        let deadline = Instant::now() + wait;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match lines.recv_timeout(left) {
-                Ok(line) if line.contains("CORRUPT") || line.contains("WORKLOAD FAILED") => {
-                    bail!("the guest says: {line}")
-                }
-                Ok(line) if line.contains(text) => return Ok(line),
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => bail!("the guest did not say {text:?} within {wait:?}"),
-                Err(RecvTimeoutError::Disconnected) => bail!("the guest's console closed before {text:?}"),
+    /// Waits until the guest has booted and writes; `sense` may give it up.
+    pub fn wait_booted(&mut self, mut sense: impl FnMut() -> Result<()>) -> Result<()> {
+        let (process, qmp, said) = (&mut self.process, &mut self.qmp, &self.said);
+        self.console.wait_while("WORKLOAD READY", GUEST_MAX, || {
+            if let Some(status) = process.try_wait()? {
+                bail!("its QEMU ended ({status}){}", said.first());
             }
-        }
+            let status = qmp.execute("query-status", json!({}), Instant::now() + START_MAX)?;
+            if status["running"] != json!(true) {
+                bail!("QEMU says that it is not running any more: {}{}", status["status"], said.first());
+            }
+            sense()
+        })?;
+        Ok(())
     }
 
-    /// Has the guest check all of its memory.
-    pub fn verdict(&mut self) -> Result<()> {
-        let (console, _) = self.console.as_mut().ok_or_else(|| anyhow!("no console"))?;
-        console.write_all(b"verdict\n")?;
-        let line = self.wait_line("WORKLOAD VERDICT", GUEST_MAX)?;
-        if line.contains("VERDICT intact") && line.contains("errors=0") {
-            Ok(())
-        } else {
-            bail!("the guest says: {line}")
+    /// Whether the guest runs and writes.
+    #[must_use]
+    pub fn is_well(&mut self) -> bool {
+        let status = self.qmp.execute("query-status", json!({}), Instant::now() + START_MAX);
+        status.is_ok_and(|status| status["running"] == json!(true))
+            && self.console.settle(1, START_MAX).is_ok()
+    }
+
+    /// Stops the guest, or lets it go on, by QEMU's own commands.
+    pub fn hold(&mut self, held: bool) -> Result<()> {
+        let command = if held { "stop" } else { "cont" };
+        self.qmp.execute(command, json!({}), Instant::now() + START_MAX)?;
+        Ok(())
+    }
+}
+
+/// A QEMU that may not have come up: ended unless it is taken out.
+struct Starting {
+    process: Option<Child>,
+    /// Whether `process` is its supervisor.
+    supervised: bool,
+    /// QEMU itself, once it is known, where it is supervised.
+    qemu: Option<u32>,
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        let Some(process) = &mut self.process else { return };
+        if self.supervised && self.qemu.is_none() {
+            // Told to end, a supervisor without a guest ends its QEMU, which nobody else here knows.
+            terminate(process);
         }
+        end(process, self.qemu);
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        if self.supervised
-            && let Some(pid) = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw)
-        {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+        end(&mut self.process, self.supervised.then_some(self.pid));
+    }
+}
+
+/// Asks a process to end, and waits for it.
+fn terminate(process: &mut Child) {
+    if let Some(pid) = i32::try_from(process.id()).ok().and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+    let deadline = Instant::now() + START_MAX;
+    while matches!(process.try_wait(), Ok(None)) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Ends a process at once, and the QEMU that it supervises.
+fn end(process: &mut Child, qemu: Option<u32>) {
+    let _ = process.kill();
+    let _ = process.wait();
+    if let Some(pid) = qemu.and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
 
 /// Connects to a socket that QEMU is about to open: the path appears an instant before anybody listens.
-fn connect(path: &Path, process: &mut Child) -> Result<UnixStream> {
+fn connect(path: &Path, process: &mut Child, said: &Said) -> Result<UnixStream> {
     let deadline = Instant::now() + START_MAX;
     loop {
         match UnixStream::connect(path) {
@@ -293,41 +432,10 @@ fn connect(path: &Path, process: &mut Child) -> Result<UnixStream> {
             Err(_) => {}
         }
         if let Some(status) = process.try_wait()? {
-            bail!("a QEMU ended while it started ({status})");
+            bail!("a QEMU ended while it started ({status}){}", said.first());
         }
         std::thread::sleep(Duration::from_millis(2));
     }
-}
-
-fn open_console(path: &Path, process: &mut Child) -> Result<(UnixStream, Receiver<String>)> {
-    let stream = connect(path, process)?;
-    let reader = stream.try_clone()?;
-    let (sender, lines) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(reader).split(b'\n').map_while(std::result::Result::ok) {
-            if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
-                return;
-            }
-        }
-    });
-    Ok((stream, lines))
-}
-
-/// Reads a receiver's stderr until it says where it listens; the rest is passed on.
-fn listening(stderr: std::process::ChildStderr) -> Result<String> {
-    let (sender, found) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(stderr).lines().map_while(std::result::Result::ok) {
-            match line.split_once("waits for a guest on ") {
-                Some((_, address)) => drop(sender.send(address.to_owned())),
-                None if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() => eprintln!("{line}"),
-                None => {}
-            }
-        }
-    });
-    found.recv_timeout(START_MAX).context(
-        "the receiver did not say where it listens; set PAGEFERRY_BENCH_VERBOSE=1 to see what it says",
-    )
 }
 
 fn qemu_of(directory: &Path, name: &str, pageferry: &Path) -> Result<u32> {

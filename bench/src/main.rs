@@ -1,20 +1,23 @@
 //! `pageferry-bench`: measures, in turns within one run, and prints medians and ranges.
 
-use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand, ValueEnum};
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand};
 use pageferry::cli::units::duration;
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::link::Transport;
-use pageferry_bench::bulk::{self, BulkOptions};
+use pageferry_bench::bulk::{self, args::BulkArgs};
+use pageferry_bench::collect::{CollectOptions, collect};
 use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
+use pageferry_bench::dirty::{self, args::DirtyArgs};
 use pageferry_bench::downtime::{self, Guest, MoveOptions};
-use pageferry_bench::machine::GuestOptions;
-use pageferry_bench::peers;
+use pageferry_bench::peers::{self, args::PeersArgs};
 use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
 use pageferry_bench::record::{Record, save};
-use pageferry_bench::ways::Way;
+use pageferry_bench::simulate::{self, SimulateArgs};
+use pageferry_bench::summary::summary;
+use pageferry_bench::sweep::{self, SweepArgs};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,8 +43,18 @@ enum Command {
     Cost(CostArgs),
     /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
     Downtime(DowntimeArgs),
+    /// The engine's policy against modelled guests, hosts and cables; with --check beside real migrations.
+    Simulate(SimulateArgs),
+    /// Dirty rate against bandwidth: where a guest stops converging, over shaped cables and by the model.
+    Sweep(SweepArgs),
+    /// What following a guest's writes costs, for the migration and for the guest.
+    Dirty(DirtyArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
+    /// A record of reports of `pageferry migrate --json`, such as those of moves between two hosts.
+    Collect(CollectArgs),
+    /// Records as tables in Markdown.
+    Summary(SummaryArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -52,6 +65,26 @@ struct CompareArgs {
     /// That of after.
     #[arg(value_name = "B.json")]
     after: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct CollectArgs {
+    /// What was moved, in one line.
+    #[arg(long, default_value = "moves made elsewhere")]
+    title: String,
+    /// Files with a report each, in the order of their turns.
+    #[arg(value_name = "REPORT.json", required = true)]
+    reports: Vec<PathBuf>,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+struct SummaryArgs {
+    /// Records, as runs wrote them.
+    #[arg(value_name = "RECORD.json", required = true)]
+    records: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -74,9 +107,9 @@ struct DowntimeArgs {
     /// Writes in MB a second; 0 is as fast as the guest can.
     #[arg(long, default_value_t = 40)]
     rate: u32,
-    /// How writes of the payload guest are followed.
-    #[arg(long, value_enum, default_value = "auto")]
-    tracking: TrackingChoice,
+    /// How writes of the payload guest are followed; for more than one, each has a guest of its own, in turns.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
+    tracking: Vec<TrackingChoice>,
     /// Threads that write; vCPUs of the payload guest.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: u32,
@@ -126,9 +159,9 @@ struct RdmaArgs {
     /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best counts.
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-Q 16", "-l 16 -Q 16"])]
     perftest: Vec<String>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
 #[derive(Debug, clap::Args)]
@@ -145,89 +178,24 @@ struct CostArgs {
     /// One repetition of one row, for a tool that counts what it does.
     #[arg(long, hide = true, value_name = "ROW")]
     once: Option<Row>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-struct BulkArgs {
-    /// Connections of the link and of the pump.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
-    lanes: u8,
-    /// Repetitions of each way.
-    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]
-    repeat: u32,
-    /// Bytes of each repetition.
-    #[arg(long, default_value_t = 2 << 30, value_parser = clap::value_parser!(u64).range(1..))]
-    total: u64,
-    /// Bytes of each write of the link: 4096 for scattered pages, with a gap after each.
-    #[arg(long, default_value_t = 1 << 20)]
-    run: usize,
-    /// Bytes of memory at each end of the link and of the pump.
-    #[arg(long, default_value_t = 256 << 20)]
-    region: usize,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-}
-
-#[derive(Debug, clap::Args)]
-struct PeersArgs {
-    /// A preset; the other options change it.
-    #[arg(long, value_enum, default_value_t)]
-    scenario: Scenario,
-    /// Repetitions of each way.
-    #[arg(long, default_value_t = 7)]
-    repetitions: u32,
-    /// Ways to compare. [default: all]
-    #[arg(long, value_enum, value_delimiter = ',')]
-    ways: Vec<Way>,
-    /// The guest's kernel.
-    #[arg(long, default_value = ".cache/guest/vmlinuz")]
-    kernel: PathBuf,
-    /// The guest's initramfs.
-    #[arg(long, default_value = ".cache/guest/initramfs.gz")]
-    initrd: PathBuf,
-    /// Guest memory in MiB.
-    #[arg(long)]
-    memory: Option<u32>,
-    /// Memory written over and over, in MiB.
-    #[arg(long)]
-    working: Option<u32>,
-    /// Memory filled once, in MiB.
-    #[arg(long)]
-    touched: Option<u32>,
-    /// Writes in MB a second; 0 is as fast as the guest can.
-    #[arg(long)]
-    rate: Option<u32>,
-    /// Lanes that pageferry is asked for. [default: its own]
-    #[arg(long)]
-    lanes: Option<u8>,
-    /// Write every sample as JSON into this file.
-    #[arg(long, value_name = "FILE")]
-    out: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-enum Scenario {
-    /// Nearly all memory touched, destination preallocated.
-    #[default]
-    Dense,
-    /// Half of the memory touched, destination cold.
-    Half,
-    /// A guest that writes as fast as it can, destination preallocated.
-    Busy,
+    /// Directory for the record and its page.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Peers(args) => run_peers(args),
-        Command::Bulk(args) => run_bulk(&args),
+        Command::Bulk(args) => run_bulk(args),
         Command::Rdma(args) => run_rdma(args),
         Command::Cost(args) => run_cost(&args),
         Command::Downtime(args) => run_downtime(&args),
+        Command::Simulate(args) => run_simulate(args),
+        Command::Sweep(args) => run_sweep(args),
+        Command::Dirty(args) => run_dirty(args),
         Command::Compare(args) => run_compare(&args),
+        Command::Collect(args) => run_collect(args),
+        Command::Summary(args) => run_summary(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -251,24 +219,59 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         working_mib: args.working,
         rate_mb: args.rate,
         threads: args.threads,
-        tracking: args.tracking,
+        tracking: args.tracking.clone(),
         transport: args.transport,
         address: args.address,
         lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
         downtime_max: args.downtime_max,
         planted_pause: args.plant_pause,
     };
-    save::prepare(&args.out)?;
-    let progress = Progress::begin("downtime")?;
-    let record = downtime::run(&options, &progress)?;
-    progress.end();
-    finish(&record, &args.out)
+    measure("downtime", &args.out, |progress| downtime::run(&options, progress))
+}
+
+fn run_dirty(args: DirtyArgs) -> Result<()> {
+    let out = args.out.clone();
+    let options = args.options()?;
+    measure("dirty", &out, |progress| dirty::run(&options, progress))
+}
+
+fn run_simulate(args: SimulateArgs) -> Result<()> {
+    let (options, out) = args.options();
+    options.prepare()?;
+    measure("simulate", &out, |progress| simulate::run(&options, progress))
+}
+
+fn run_sweep(args: SweepArgs) -> Result<()> {
+    let (options, out) = args.options();
+    options.prepare()?;
+    measure("sweep", &out, |progress| sweep::run(&options, progress))
 }
 
 fn run_compare(args: &CompareArgs) -> Result<()> {
     let (before, after) = (Record::read(&args.before)?, Record::read(&args.after)?);
     print!("{}", compare(&before, &after)?.show());
     Ok(())
+}
+
+fn run_collect(args: CollectArgs) -> Result<()> {
+    save::prepare(&args.out)?;
+    let record = collect(&CollectOptions { title: args.title, reports: args.reports })?;
+    finish(&record, &args.out)
+}
+
+fn run_summary(args: &SummaryArgs) -> Result<()> {
+    let records = args.records.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>>>()?;
+    print!("{}", summary(&records));
+    Ok(())
+}
+
+/// Runs a command that leaves a record.
+fn measure(what: &str, out: &Path, run: impl FnOnce(&Progress) -> Result<Record>) -> Result<()> {
+    save::prepare(out)?;
+    let progress = Progress::begin(what)?;
+    let record = run(&progress)?;
+    progress.end();
+    finish(&record, out)
 }
 
 /// Shows a record and writes it. A run of which nothing succeeded is a failure, with its record kept all the same.
@@ -282,18 +285,10 @@ fn finish(record: &Record, out: &Path) -> Result<()> {
     }
 }
 
-fn run_bulk(args: &BulkArgs) -> Result<()> {
-    let options = BulkOptions {
-        lanes: args.lanes.into(),
-        repeat: args.repeat,
-        total_bytes: args.total,
-        run_bytes: args.run,
-        region_bytes: args.region,
-    };
-    options.check()?;
-    let bulk = bulk::run(options)?;
-    print!("{}", bulk.show());
-    write_samples(args.out.as_deref(), &bulk)
+fn run_bulk(args: BulkArgs) -> Result<()> {
+    let out = args.out.clone();
+    let options = args.options()?;
+    measure("bulk", &out, |progress| bulk::run(&options, progress))
 }
 
 fn run_rdma(args: RdmaArgs) -> Result<()> {
@@ -307,9 +302,7 @@ fn run_rdma(args: RdmaArgs) -> Result<()> {
         memory_mib: args.memory,
         perftest: args.perftest,
     };
-    let bench = rdma::run(options)?;
-    print!("{}", bench.show());
-    write_samples(args.out.as_deref(), &bench)
+    measure("rdma", &args.out, |progress| rdma::run(&options, progress))
 }
 
 fn run_cost(args: &CostArgs) -> Result<()> {
@@ -319,44 +312,11 @@ fn run_cost(args: &CostArgs) -> Result<()> {
     }
     let options =
         CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };
-    let cost = cost::run(options)?;
-    print!("{}", cost.show());
-    write_samples(args.out.as_deref(), &cost)
-}
-
-fn write_samples(out: Option<&Path>, samples: &impl serde::Serialize) -> Result<()> {
-    let Some(out) = out else { return Ok(()) };
-    std::fs::write(out, serde_json::to_vec_pretty(samples)?)
-        .with_context(|| format!("writing {}", out.display()))
+    measure("cost", &args.out, |progress| cost::run(options, progress))
 }
 
 fn run_peers(args: PeersArgs) -> Result<()> {
-    let (touched, working, rate, preallocated) = match args.scenario {
-        Scenario::Dense => (784, 64, 40, true),
-        Scenario::Half => (448, 64, 40, false),
-        Scenario::Busy => (384, 64, 0, true),
-    };
-    let pageferry = std::env::current_exe()?.with_file_name("pageferry");
-    for file in [&args.kernel, &args.initrd] {
-        if !file.is_file() {
-            bail!("{} is not there: scripts/guest-image makes it", file.display());
-        }
-    }
-    if !pageferry.is_file() {
-        bail!("{} is not there: cargo build --release -p pageferry", pageferry.display());
-    }
-    let guest = GuestOptions {
-        kernel: args.kernel,
-        initrd: args.initrd,
-        pageferry,
-        lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
-        memory_mib: args.memory.unwrap_or(1024),
-        working_mib: args.working.unwrap_or(working),
-        touched_mib: args.touched.unwrap_or(touched),
-        rate_mb: args.rate.unwrap_or(rate),
-    };
-    let ways = if args.ways.is_empty() { Way::value_variants().to_vec() } else { args.ways };
-    let peers = peers::run(guest, preallocated, &ways, args.repetitions)?;
-    print!("{}", peers.show());
-    write_samples(args.out.as_deref(), &peers)
+    let out = args.out.clone();
+    let options = args.options()?;
+    measure("peers", &out, |progress| peers::run(&options, progress))
 }

@@ -37,6 +37,11 @@ impl Progress {
         self.bar.reset_eta();
     }
 
+    /// What goes on now.
+    pub fn say(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+    }
+
     /// One is done.
     pub fn step(&self) {
         self.bar.inc(1);

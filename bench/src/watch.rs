@@ -1,6 +1,6 @@
 //! What one transfer took: time, CPU, and what the machine was doing besides.
 
-use crate::stats::Samples;
+use crate::record::{Record, Spec};
 use anyhow::{Context, Result};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
@@ -19,14 +19,20 @@ pub struct Sample {
     pub stolen_cores: f64,
 }
 
-/// What else went on while these were taken, in one line.
-pub(crate) fn meanwhile<'a>(samples: impl Iterator<Item = &'a Sample> + Clone) -> String {
-    let all = |f: fn(&Sample) -> f64| Samples(samples.clone().map(f).collect()).show(2);
-    format!(
-        "meanwhile, in cores: the rest of this machine {}, taken by its host {}\n",
-        all(|s| s.elsewhere_cores),
-        all(|s| s.stolen_cores),
-    )
+/// 10^6 bytes a second.
+pub(crate) const GOODPUT: Spec = Spec::rate("goodput", "MB/s");
+const CPU: Spec = Spec::headline("CPU", "s/GiB");
+const ELSEWHERE: Spec = Spec::fact("the rest of the machine", "cores");
+const STOLEN: Spec = Spec::fact("taken by its host", "cores");
+
+impl Sample {
+    /// Puts it into a record.
+    pub(crate) fn keep(&self, group: &str, turn: u32, record: &mut Record) {
+        record.sample(group, GOODPUT, turn, self.mb_per_s);
+        record.sample(group, CPU, turn, self.cpu_s_per_gib);
+        record.sample(group, ELSEWHERE, turn, self.elsewhere_cores);
+        record.sample(group, STOLEN, turn, self.stolen_cores);
+    }
 }
 
 /// Counts from its making to [`Watch::stop`].

@@ -1,13 +1,16 @@
-//! The ways to move a guest that are compared: pageferry, and QEMU's own.
+//! The ways to move a guest that are compared: pageferry's, and QEMU's own.
 
 use crate::cpu::Meter;
+use crate::floor;
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
+use crate::microvm::Microvm;
 use anyhow::{Context, Result, anyhow, bail};
+use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::guest::qemu::qmp::Event;
 use pageferry::report::MigrationReport;
 use serde::Serialize;
 use serde_json::json;
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +21,10 @@ use std::time::{Duration, Instant};
 pub enum Way {
     /// pageferry, as an operator uses it: `receive`, `attach`, `migrate`.
     Pageferry,
+    /// The same by RDMA.
+    PageferryRdma,
+    /// A guest of pageferry's own monitor, moved to another one; under KVM only.
+    Microvm,
     /// QEMU, one connection, no bound on bandwidth, downtime-limit as it comes (300 ms).
     QemuPlain,
     /// The same with a downtime-limit of 5 ms.
@@ -26,83 +33,123 @@ pub enum Way {
     QemuMultifd,
     /// QEMU multifd with two channels and zero-copy send.
     QemuMultifdZeroCopy,
+    /// QEMU, switched to post-copy when it has gone over memory once.
+    QemuPostcopy,
+    /// QEMU by RDMA, one queue pair, no bound on bandwidth.
+    QemuRdma,
+    /// QEMU's stop, save, load and cont between two that have the same memory: what is under every way of a QEMU.
+    Floor,
 }
 
 /// What one migration took.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Sample {
-    /// From the request until the guest runs at the destination, in seconds.
+    /// From the request until the guest runs at the destination and has all its memory there, in seconds.
     pub total_s: f64,
-    /// From QEMU's STOP event at the source to its RESUME event at the destination, in milliseconds.
+    /// From QEMU's STOP event at the source to its RESUME event at the destination, in milliseconds; for a microvm as
+    /// the engine has it.
     pub blackout_ms: f64,
     /// Longest time between two heartbeats of the guest (one a millisecond) as the host saw them.
     pub gap_ms: f64,
-    /// CPU seconds of both QEMUs and of pageferry, without the threads that run the guest.
+    /// How long after the request that gap began, in milliseconds.
+    pub gap_began_ms: f64,
+    /// CPU seconds of both monitors and of pageferry, without the threads that run the guest.
     pub cpu_s: f64,
     /// Bytes sent, in MiB, as the mover itself counts them.
     pub sent_mib: f64,
 }
 
-/// The blackout that pageferry is allowed beside QEMU's ways.
-const DOWNTIME_MAX: Duration = Duration::from_millis(30);
+/// A sample, and the engine's report where it was pageferry that moved.
+pub type Moved = (Sample, Option<MigrationReport>);
+
+/// How a guest is moved apart from the way.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Terms {
+    /// Whether destinations have all their memory before the migration.
+    pub preallocated: bool,
+    /// The blackout that pageferry is allowed.
+    pub downtime_max: Duration,
+    /// The address of an RDMA port of this host, at which destinations of the ways by RDMA listen.
+    pub rdma_address: Option<IpAddr>,
+}
 
 /// How long heartbeats are counted after a migration: a burst of late work belongs to it.
-const AFTERMATH: Duration = Duration::from_millis(1500);
+pub const AFTERMATH: Duration = Duration::from_millis(1500);
 
-/// Lets the guest reach its steady state, moves it, and returns it where it is now.
-pub fn migrate(yard: &mut Yard, source: Machine, way: Way, prealloc: bool) -> Result<(Machine, Sample)> {
-    let (machine, sample, _) = moved(yard, source, way, prealloc, DOWNTIME_MAX)?;
-    Ok((machine, sample))
-}
+/// Status lines of the guest, one a second, after which it is taken to have reached its steady state.
+pub const STEADY_LINES: u32 = 2;
 
-/// The same by pageferry, which is allowed this blackout, with the engine's report.
-pub fn ferry(
-    yard: &mut Yard,
-    source: Machine,
-    downtime_max: Duration,
-) -> Result<(Machine, Sample, MigrationReport)> {
-    let (machine, sample, report) = moved(yard, source, Way::Pageferry, false, downtime_max)?;
-    Ok((machine, sample, report.context("pageferry gave no report")?))
-}
+/// Passes over memory before QEMU's post-copy begins.
+const PASSES_BEFORE_POSTCOPY: u64 = 1;
 
-fn moved(
-    yard: &mut Yard,
-    mut source: Machine,
-    way: Way,
-    prealloc: bool,
-    downtime_max: Duration,
-) -> Result<(Machine, Sample, Option<MigrationReport>)> {
-    let begin = if way == Way::Pageferry { Begin::Receive } else { Begin::Incoming };
-    let mut destination = yard.start(begin, None, prealloc)?;
-    for _ in 0..2 {
-        source.wait_line("WORKLOAD t=", START_MAX)?;
+impl Way {
+    /// Its name on the command line and in records.
+    #[must_use]
+    pub fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self)
+            .map_or_else(String::new, |value| value.get_name().to_owned())
     }
-    let begun = Instant::now();
-    let done = match way {
-        Way::Pageferry => {
-            by_pageferry(yard, &mut source, &mut destination, downtime_max).map(|(s, r)| (s, Some(r)))
+
+    /// Whether pageferry is what moves.
+    #[must_use]
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::Pageferry | Self::PageferryRdma | Self::Microvm)
+    }
+
+    /// Where a destination listens for it.
+    fn address(self, terms: &Terms) -> Result<IpAddr> {
+        match self {
+            Self::PageferryRdma | Self::QemuRdma => terms.rdma_address.ok_or_else(|| {
+                anyhow!(
+                    "it needs --rdma-address with that of an RDMA port of this host; scripts/lab has some"
+                )
+            }),
+            _ => Ok(Ipv4Addr::LOCALHOST.into()),
         }
-        _ => by_qemu(yard, &mut source, &mut destination, way).map(|s| (s, None)),
+    }
+}
+
+/// Lets the guest reach its steady state and moves it. `source` is then the one that has it; after an error, whatever
+/// is left of it.
+pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Result<Moved> {
+    if way == Way::Floor {
+        return Ok((floor::hand_over(yard, source)?, None));
+    }
+    let address = way.address(terms)?;
+    let begin = if way.is_ours() { Begin::Receive(address) } else { Begin::Incoming };
+    let mut destination = yard.start(begin, None, terms.preallocated)?;
+    source.console.settle(STEADY_LINES, START_MAX)?;
+    let begun = Instant::now();
+    let (mut sample, report) = if way.is_ours() {
+        let (sample, report) = by_pageferry(yard, source, &mut destination, way, terms.downtime_max)?;
+        (sample, Some(report))
+    } else {
+        (by_qemu(yard, source, &mut destination, way, address)?, None)
     };
-    let (mut sample, report) = done.with_context(|| format!("moving by {way:?}"))?;
     std::thread::sleep(AFTERMATH);
     sample.gap_ms = yard.gap_ms();
-    if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
-        let beats = yard.beats.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let from = beats.largest().map(|gap| gap.from.saturating_duration_since(begun));
-        eprintln!("largest gap began {from:?} after the request");
-    }
-    let memory = source.memory.clone();
-    drop(source);
-    let _ = std::fs::remove_file(memory);
-    destination.wait_line("WORKLOAD t=", START_MAX)?;
-    Ok((destination, sample, report))
+    sample.gap_began_ms = yard.gap_began_ms(begun);
+    *source = destination;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
+    Ok((sample, report))
+}
+
+/// Moves the guest by pageferry over loopback, which is allowed this blackout; with the engine's report.
+pub fn ferry(yard: &Yard, source: &mut Machine, downtime_max: Duration) -> Result<(Sample, MigrationReport)> {
+    let terms = Terms { preallocated: false, downtime_max, rdma_address: None };
+    let (sample, report) = migrate(yard, source, Way::Pageferry, &terms)?;
+    Ok((sample, report.context("pageferry gave no report")?))
+}
+
+fn is_verbose() -> bool {
+    std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some()
 }
 
 fn by_pageferry(
     yard: &Yard,
     source: &mut Machine,
     destination: &mut Machine,
+    way: Way,
     downtime_max: Duration,
 ) -> Result<(Sample, MigrationReport)> {
     let to = destination.listens.clone().ok_or_else(|| anyhow!("the destination does not listen"))?;
@@ -113,40 +160,75 @@ fn by_pageferry(
     destination.qmp.drain_events()?;
     yard.reset_beats();
     let meter = Meter::start(pids);
+    let report = request(yard, &source.name, &to, way == Way::PageferryRdma, downtime_max)?;
+    let cpu_s = meter.stop();
+    let sample = Sample { blackout_ms: blackout_ms(source, destination)?, ..of_report(&report, cpu_s) };
+    Ok((sample, report))
+}
+
+/// Runs `pageferry migrate` to its end.
+fn request(
+    yard: &Yard,
+    name: &str,
+    to: &str,
+    by_rdma: bool,
+    downtime_max: Duration,
+) -> Result<MigrationReport> {
     let output = Command::new(&yard.options.pageferry)
         .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
-        .args([
-            "migrate",
-            &source.name,
-            "--to",
-            &to,
-            "--json",
-            "--downtime-max",
-            &format!("{}us", downtime_max.as_micros()),
-            "--when-stuck",
-            "switchover",
-        ])
+        .args(["migrate", name, "--to", to, "--json", "--insecure", "--when-stuck", "switchover"])
+        .args(["--downtime-max", &format!("{}us", downtime_max.as_micros())])
         .args(["--lanes", &yard.options.lanes.to_string()])
+        .args(["--transport", if by_rdma { "rdma" } else { "tcp" }])
         // Ctrl-C is for the bench alone: it lets the move that goes on end.
         .process_group(0)
         .stderr(Stdio::piped())
         .output()?;
-    let cpu_s = meter.stop();
     if !output.status.success() {
-        bail!("pageferry migrate: {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+        let said = String::from_utf8_lossy(&output.stderr);
+        // Before it are the lines of its progress.
+        bail!("pageferry migrate: {}: {}", output.status, said.trim().lines().last().unwrap_or_default());
     }
     let report: MigrationReport = serde_json::from_slice(&output.stdout).context("the report")?;
-    if std::env::var_os("PAGEFERRY_BENCH_VERBOSE").is_some() {
+    if is_verbose() {
         eprintln!("{:?} {:?}", report.blackout_us, report.rounds);
     }
-    let sample = Sample {
+    Ok(report)
+}
+
+fn of_report(report: &MigrationReport, cpu_s: f64) -> Sample {
+    Sample {
         total_s: report.total_us as f64 / 1e6,
-        blackout_ms: blackout_ms(source, destination)?,
+        blackout_ms: report.blackout_us.total as f64 / 1e3,
         gap_ms: f64::NAN,
+        gap_began_ms: f64::NAN,
         cpu_s,
         sent_mib: report.bytes_written as f64 / f64::from(1 << 20),
-    };
-    Ok((sample, report))
+    }
+}
+
+/// Moves a guest of pageferry's own monitor to another one, over loopback. `source` is then the one that has it.
+pub fn move_microvm(
+    yard: &Yard,
+    source: &mut Microvm,
+    tracking: TrackingChoice,
+    terms: &Terms,
+) -> Result<Moved> {
+    let address = SocketAddr::new(Way::Microvm.address(terms)?, 0);
+    let destination = Microvm::start(yard, tracking, Some(address))?;
+    source.console.settle(STEADY_LINES, START_MAX)?;
+    yard.reset_beats();
+    let begun = Instant::now();
+    let meter = Meter::start(vec![source.pid(), destination.pid()]);
+    let to = destination.listens.clone().context("the destination does not listen")?;
+    let report = request(yard, &source.name, &to, false, terms.downtime_max)?;
+    let mut sample = of_report(&report, meter.stop());
+    std::thread::sleep(AFTERMATH);
+    sample.gap_ms = yard.gap_ms();
+    sample.gap_began_ms = yard.gap_began_ms(begun);
+    *source = destination;
+    source.console.wait("WORKLOAD t=", START_MAX)?;
+    Ok((sample, Some(report)))
 }
 
 /// A supervisor that ends with the guest it held.
@@ -160,13 +242,14 @@ impl Drop for Supervisor {
 }
 
 fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
-    let mut child = Command::new(&yard.options.pageferry)
+    let child = Command::new(&yard.options.pageferry)
         .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
         .args(["attach", &machine.name, "--pid", &machine.pid.to_string(), "--qmp"])
         .arg(&machine.spare_qmp)
         .process_group(0)
         .stderr(Stdio::null())
         .spawn()?;
+    let mut supervisor = Supervisor(child);
     let deadline = Instant::now() + START_MAX;
     loop {
         let status = Command::new(&yard.options.pageferry)
@@ -175,9 +258,9 @@ fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
             .stderr(Stdio::null())
             .output()?;
         if String::from_utf8_lossy(&status.stdout).contains(": here") {
-            return Ok(Supervisor(child));
+            return Ok(supervisor);
         }
-        if let Some(status) = child.try_wait()? {
+        if let Some(status) = supervisor.0.try_wait()? {
             bail!("pageferry attach ended ({status})");
         }
         if Instant::now() > deadline {
@@ -187,7 +270,13 @@ fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
     }
 }
 
-fn by_qemu(yard: &Yard, source: &mut Machine, destination: &mut Machine, way: Way) -> Result<Sample> {
+fn by_qemu(
+    yard: &Yard,
+    source: &mut Machine,
+    destination: &mut Machine,
+    way: Way,
+    address: IpAddr,
+) -> Result<Sample> {
     let deadline = Instant::now() + GUEST_MAX;
     let multifd = matches!(way, Way::QemuMultifd | Way::QemuMultifdZeroCopy);
     let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
@@ -197,6 +286,7 @@ fn by_qemu(yard: &Yard, source: &mut Machine, destination: &mut Machine, way: Wa
             capability("x-ignore-shared", false),
             capability("multifd", multifd),
             capability("zero-copy-send", sends && way == Way::QemuMultifdZeroCopy),
+            capability("postcopy-ram", way == Way::QemuPostcopy),
         ];
         machine.qmp.execute("migrate-set-capabilities", json!({ "capabilities": wanted }), deadline)?;
         let mut parameters = json!({ "multifd-channels": 2 });
@@ -206,7 +296,8 @@ fn by_qemu(yard: &Yard, source: &mut Machine, destination: &mut Machine, way: Wa
         }
         machine.qmp.execute("migrate-set-parameters", parameters, deadline)?;
     }
-    let uri = format!("tcp:127.0.0.1:{}", free_port()?);
+    let scheme = if way == Way::QemuRdma { "rdma" } else { "tcp" };
+    let uri = format!("{scheme}:{address}:{}", free_port(address)?);
     destination.qmp.execute("migrate-incoming", json!({ "uri": uri }), deadline)?;
     source.qmp.drain_events()?;
     destination.qmp.drain_events()?;
@@ -214,11 +305,20 @@ fn by_qemu(yard: &Yard, source: &mut Machine, destination: &mut Machine, way: Wa
     let meter = Meter::start([source.pids(), destination.pids()].concat());
     let begun = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }), deadline)?;
-    let end = source
-        .qmp
-        .wait_event(deadline, |e| status_of(e).is_some_and(|s| matches!(s, "completed" | "failed")));
-    if status_of(&end?) != Some("completed") {
-        bail!("QEMU's migration failed");
+    if way == Way::QemuPostcopy {
+        let passed = |e: &Event| {
+            let pass = (e.name == "MIGRATION_PASS").then(|| e.data["pass"].as_u64()).flatten();
+            pass.is_some_and(|pass| pass > PASSES_BEFORE_POSTCOPY)
+        };
+        let next = source.qmp.wait_event(deadline, |e| passed(e) || is_end(e))?;
+        if is_end(&next) {
+            bail!("it ended before post-copy began: {}", why_failed(source, deadline));
+        }
+        source.qmp.execute("migrate-start-postcopy", json!({}), deadline)?;
+    }
+    let end = source.qmp.wait_event(deadline, is_end)?;
+    if status_of(&end) != Some("completed") {
+        bail!("QEMU's migration failed: {}", why_failed(source, deadline));
     }
     let resumed = destination.qmp.wait_event(deadline, |e| e.name == "RESUME")?;
     let total_s = begun.elapsed().as_secs_f64();
@@ -229,9 +329,22 @@ fn by_qemu(yard: &Yard, source: &mut Machine, destination: &mut Machine, way: Wa
         total_s,
         blackout_ms: (resumed.at_us.saturating_sub(stopped.at_us)) as f64 / 1e3,
         gap_ms: f64::NAN,
+        gap_began_ms: f64::NAN,
         cpu_s,
         sent_mib: info["ram"]["transferred"].as_f64().unwrap_or(f64::NAN) / f64::from(1 << 20),
     })
+}
+
+/// In QEMU's words, in one line.
+fn why_failed(source: &mut Machine, deadline: Instant) -> String {
+    let info = source.qmp.execute("query-migrate", json!({}), deadline).unwrap_or_default();
+    let why = info["error-desc"].as_str().unwrap_or("it gives no reason");
+    why.lines().collect::<Vec<_>>().join(" ")
+}
+
+/// Whether a migration is over, well or not.
+fn is_end(event: &Event) -> bool {
+    status_of(event).is_some_and(|status| matches!(status, "completed" | "failed"))
 }
 
 /// The event's migration status, if it is such an event.
@@ -250,6 +363,8 @@ pub fn blackout_ms(source: &mut Machine, destination: &mut Machine) -> Result<f6
 }
 
 /// A port that is free now.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+fn free_port(address: IpAddr) -> Result<u16> {
+    let listener = TcpListener::bind((address, 0))
+        .with_context(|| format!("--rdma-address {address} is no address of this host"))?;
+    Ok(listener.local_addr()?.port())
 }

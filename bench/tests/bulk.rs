@@ -1,8 +1,8 @@
 //! `pageferry-bench bulk`, small: that every way moves its bytes and shows in table and samples. The figures
 //! mean nothing here.
 
+use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
-use serde_json::Value;
 use std::process::{Command, Output};
 
 fn bulk(arguments: &[&str]) -> Command {
@@ -22,24 +22,31 @@ fn link_pump_and_iperf3_take_turns() {
         return not_run("link_pump_and_iperf3_take_turns", &why);
     }
     let directory = tempfile::tempdir().unwrap();
-    let out = directory.path().join("samples");
-    let out = out.to_str().unwrap();
-    let small = ["--lanes", "2", "--repeat", "2", "--total", "33554432", "--region", "8388608", "--out", out];
-    let Output { status, stdout, stderr } = bulk(&small).output().unwrap();
+    let small = ["--lanes", "2", "--sizes", "65536", "--scatter", "gaps,random", "--repeat", "2"];
+    let little = ["--total", "33554432", "--region", "8388608"];
+    let mut command = bulk(&[&small[..], &little].concat());
+    let Output { status, stdout, stderr } = command.arg("--out").arg(directory.path()).output().unwrap();
     assert!(status.success(), "{}", text(&stderr));
-    let samples: Value = serde_json::from_slice(&std::fs::read(out).unwrap()).unwrap();
-    let rows = samples["rows"].as_array().unwrap();
-    let names: Vec<_> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
-    let wanted = ["raw pump", "link", "link, zero-copy never", "link, zero-copy always", "iperf3 -P 1"];
-    assert_eq!(names[..5], wanted);
-    assert!(names.contains(&"iperf3 -P 2 -l 1M"), "{names:?}");
-    for (name, row) in names.iter().zip(rows) {
-        let rates: Vec<_> =
-            row["samples"].as_array().unwrap().iter().map(|s| s["mb_per_s"].as_f64().unwrap()).collect();
-        assert_eq!(rates.len(), 2, "{name}");
-        assert!(rates.iter().all(|rate| *rate > 1.0), "{name}: {rates:?}");
-        assert!(text(&stdout).lines().any(|line| line.starts_with(name)), "{name}: {}", text(&stdout));
+    let files = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
+    let json = files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
+    let record = Record::read(&json).unwrap();
+    assert_eq!(record.failures, []);
+    let wanted = [
+        "raw pump, 2 lanes",
+        "link, 2 lanes, 65536 bytes, gaps",
+        "link, 2 lanes, 65536 bytes, gaps, zero-copy never",
+        "link, 2 lanes, 65536 bytes, gaps, zero-copy always",
+        "link, 2 lanes, 65536 bytes, random",
+        "iperf3 -P 1",
+        "iperf3 -P 2 -l 1M",
+    ];
+    for group in wanted {
+        let figure = record.figure(group, "goodput").unwrap_or_else(|| panic!("{group} is missing"));
+        assert_eq!(figure.samples.0.len(), 2, "{group}");
+        assert!(figure.samples.min() > 1.0, "{group}: {figure:?}");
+        assert!(text(&stdout).lines().any(|line| line.starts_with(group)), "{group}: {}", text(&stdout));
     }
+    assert!(json.with_extension("html").exists());
 }
 
 #[test]

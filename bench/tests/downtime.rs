@@ -2,7 +2,7 @@
 
 use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, geteuid, kill_process};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -101,7 +101,20 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
     for (gap, blackout) in figure("guest gap").samples.0.iter().zip(&figure("blackout").samples.0) {
         assert!(*gap > 1.0 && *blackout > 0.5, "{gap} {blackout}");
     }
-    assert!(record.figure("pageferry tcp", "client gap").is_none());
+    // A client asks over a bridge where one may be made; where not, the run says why, and goes on without.
+    match record.figure("pageferry tcp", "client gap") {
+        Some(gaps) => {
+            assert!(geteuid().is_root() && gaps.samples.0.len() == 2);
+            for (gap, blackout) in gaps.samples.0.iter().zip(&figure("blackout").samples.0) {
+                // The engine's blackout ends when the source hears of it, the client's perhaps a little before.
+                assert!(*gap > blackout / 2.0 && *gap < 10_000.0, "{gap} {blackout}");
+            }
+        }
+        None => {
+            assert!(!geteuid().is_root());
+            assert!(record.notes.iter().any(|note| note.contains("No client asks")), "{:?}", record.notes);
+        }
+    }
 }
 
 #[test]

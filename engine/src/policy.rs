@@ -6,6 +6,7 @@
 //! decide. Nothing here does I/O, so that the same code can be simulated and property-tested.
 
 use crate::page::PAGE_BYTES;
+use std::time::Duration;
 
 /// A round must leave less than this share of the best residue so far to count as progress.
 const PROGRESS_SHARE: f64 = 0.9;
@@ -13,6 +14,13 @@ const PROGRESS_SHARE: f64 = 0.9;
 /// Rounds in a row without progress before the policy calls it stuck. Single rounds vary with what
 /// the guest happens to do; five in a row do not.
 const ROUNDS_WITHOUT_PROGRESS_MAX: u32 = 5;
+
+/// What the link is taken for until a round has measured it.
+const BYTES_PER_SECOND_GUESS: f64 = 500e6;
+/// A round below this size measures latency, not bandwidth.
+const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 4 << 20;
+/// Harvests in a blackout: before and after the save.
+const HARVESTS_IN_BLACKOUT: u64 = 2;
 
 /// What to do about a guest whose rounds do not shrink.
 #[derive(
@@ -57,6 +65,66 @@ pub struct Observation {
     pub round_trip_us: u64,
     /// See [`FixedCosts`].
     pub fixed: FixedCosts,
+}
+
+/// What one finished round took, and what it left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finished {
+    /// Index of the round, from zero.
+    pub round: u32,
+    /// Pages that it sent.
+    pub pages: u64,
+    /// From the first post to the fence's completion.
+    pub elapsed: Duration,
+    /// The harvest after it.
+    pub harvest: Duration,
+    /// Pages that this harvest found.
+    pub residue_pages: u64,
+}
+
+/// What is expected of guest and link beside what rounds measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Expected {
+    /// Device state in bytes.
+    pub state_bytes: u64,
+    /// Round trip of the control connection, in microseconds.
+    pub round_trip_us: u64,
+    /// As the guest's monitor knows them; the harvests are measured here.
+    pub fixed: FixedCosts,
+}
+
+/// Makes an [`Observation`] of each round, and remembers what the rounds before have measured.
+#[derive(Debug, Clone)]
+pub struct Estimator {
+    bytes_per_second: f64,
+    harvest_us: u64,
+}
+
+impl Default for Estimator {
+    fn default() -> Self {
+        Self { bytes_per_second: BYTES_PER_SECOND_GUESS, harvest_us: u64::MAX }
+    }
+}
+
+impl Estimator {
+    /// What the policy is to know after this round.
+    pub fn observe(&mut self, finished: &Finished, expected: &Expected) -> Observation {
+        // The shortest so far: a harvest costs what scanning all memory costs, and longer only where
+        // this thread had to wait for a core.
+        self.harvest_us = self.harvest_us.min(finished.harvest.as_micros() as u64);
+        let bytes = finished.pages * PAGE_BYTES;
+        if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
+            self.bytes_per_second = bytes as f64 / finished.elapsed.as_secs_f64().max(1e-6);
+        }
+        Observation {
+            round: finished.round,
+            residue_pages: finished.residue_pages,
+            bytes_per_second: self.bytes_per_second,
+            state_bytes: expected.state_bytes,
+            round_trip_us: expected.round_trip_us,
+            fixed: FixedCosts { harvest_us: HARVESTS_IN_BLACKOUT * self.harvest_us, ..expected.fixed },
+        }
+    }
 }
 
 /// What the user wants.
@@ -225,6 +293,25 @@ mod tests {
     fn a_limit_below_the_floor_is_named_as_such() {
         let (_, decision) = run(0.0, 3e9, 1000, &mut Policy::new(limits(1_000, WhenStuck::Abort)));
         assert!(matches!(decision, Decision::GiveUp(reason) if reason.contains("cannot be reached")));
+    }
+
+    #[test]
+    fn small_rounds_measure_no_bandwidth_and_slow_harvests_are_forgotten() {
+        let mut estimator = Estimator::default();
+        let expected = Expected { state_bytes: 1, round_trip_us: 2, fixed: FIXED };
+        let ms = Duration::from_millis;
+        let finished = |pages, harvest| Finished {
+            round: 0,
+            pages,
+            elapsed: ms(100),
+            harvest: ms(harvest),
+            residue_pages: 7,
+        };
+        let large = estimator.observe(&finished(10_000, 3), &expected);
+        assert_eq!((large.bytes_per_second, large.fixed.harvest_us), (409.6e6, 6000));
+        let small = estimator.observe(&finished(1000, 9), &expected);
+        assert_eq!((small.bytes_per_second, small.fixed.harvest_us), (409.6e6, 6000));
+        assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
     }
 
     proptest! {

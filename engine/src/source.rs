@@ -7,7 +7,9 @@ use crate::guest::SourceGuest;
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
 use crate::page::PAGE_BYTES;
-use crate::policy::{Decision, FixedCosts, Limits, Observation, Policy, WhenStuck, predict_blackout_us};
+use crate::policy::{
+    Decision, Estimator, Expected, Finished, Limits, Policy, WhenStuck, predict_blackout_us,
+};
 use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
 use crate::protocol::{Accept, Cause, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
@@ -40,8 +42,6 @@ const STATE_BYTES_UNFORESEEN: usize = 8 << 20;
 /// How often the source looks for memory that was touched for the first time, right before the pause. Each look takes
 /// as long as registering what the one before has found; what the last finds goes by the staging region.
 const FRESH_LOOKS_MAX: u32 = 4;
-/// What the link is taken for until a round has measured it.
-const BYTES_PER_SECOND_GUESS: f64 = 500e6;
 /// How long a guest may stand still at most, beside what was asked for and predicted.
 const BLACKOUT_MAX: Duration = Duration::from_secs(20);
 /// For a receiver to be ready again after an RDMA path broke: it ends one QEMU and starts another, which may
@@ -52,8 +52,6 @@ const SECOND_ATTEMPT_EVERY: Duration = Duration::from_millis(500);
 /// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
 const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
-/// A round below this size measures latency, not bandwidth.
-const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 4 << 20;
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -440,8 +438,7 @@ impl Rounds<'_> {
             when_stuck: self.options.when_stuck,
             rounds_max: self.options.rounds_max,
         });
-        let mut bytes_per_second = BYTES_PER_SECOND_GUESS;
-        let mut harvest_us = u64::MAX;
+        let mut estimator = Estimator::default();
         for index in 0.. {
             let begun = Instant::now();
             let monitor = self.monitor;
@@ -455,25 +452,16 @@ impl Rounds<'_> {
 
             let harvesting = Instant::now();
             tracking.harvest(dirty)?;
-            let harvested_us = harvesting.elapsed().as_micros() as u64;
+            let harvest = harvesting.elapsed();
             guest.settle_io()?;
-            // The shortest so far: a harvest costs what scanning all memory costs, and longer only where
-            // this thread had to wait for a core. There are two of them in the blackout.
-            harvest_us = harvest_us.min(harvested_us);
-            let fixed = FixedCosts { harvest_us: 2 * harvest_us, ..guest.fixed_costs() };
-
-            let bytes = pages * PAGE_BYTES;
-            if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
-                bytes_per_second = bytes as f64 / elapsed.as_secs_f64().max(1e-6);
-            }
-            let seen = Observation {
-                round: index,
-                residue_pages: dirty.count(),
-                bytes_per_second,
+            let finished = Finished { round: index, pages, elapsed, harvest, residue_pages: dirty.count() };
+            let expected = Expected {
                 state_bytes: guest.state_bytes_expected(),
                 round_trip_us: self.round_trip_us,
-                fixed,
+                fixed: guest.fixed_costs(),
             };
+            let bytes = pages * PAGE_BYTES;
+            let seen = estimator.observe(&finished, &expected);
             let predicted_blackout_us = predict_blackout_us(&seen);
             let dirty_rate = (dirty.count() * PAGE_BYTES) as f64 / elapsed.as_secs_f64().max(1e-6);
             self.report.predicted_blackout_us = predicted_blackout_us;
@@ -487,7 +475,7 @@ impl Rounds<'_> {
             });
             self.report.bytes_written = pump.bytes_written();
             monitor.update(|p| {
-                p.bytes_per_second = bytes_per_second as u64;
+                p.bytes_per_second = seen.bytes_per_second as u64;
                 p.dirty_bytes_per_second = dirty_rate as u64;
                 p.predicted_blackout_us = predicted_blackout_us;
             });

@@ -1,6 +1,6 @@
 //! iperf3, the real one: a server and a client for each transfer, the client's report read as JSON.
 
-use super::{BulkOptions, TRANSFER_MAX};
+use super::TRANSFER_MAX;
 use crate::process::Process;
 use crate::watch::{Sample, Watch};
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -60,13 +60,13 @@ pub(super) fn version() -> Result<String> {
     Ok(line)
 }
 
-pub(super) fn run(options: &BulkOptions, flags: Flags) -> Result<Sample> {
+pub(super) fn run(total_bytes: u64, flags: Flags) -> Result<Sample> {
     // Free a moment ago; if somebody took it meanwhile, the server says so.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let watch = Watch::start()?;
     let mut server = Process::start("iperf3", &["-s", "-1", "-B", "127.0.0.1", "-p", &port, "--forceflush"])?;
     server.line("listening on", SERVER_MAX)?;
-    let (bytes, asked) = (options.total_bytes.to_string(), flags.to_string());
+    let (bytes, asked) = (total_bytes.to_string(), flags.to_string());
     let mut arguments = vec!["-c", "127.0.0.1", "-p", &port, "-J", "-n", &bytes];
     arguments.extend(asked.split(' '));
     let client = Process::start("iperf3", &arguments)?.end(TRANSFER_MAX)?;

@@ -1,6 +1,7 @@
 //! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the target waits for.
 
-use super::{BulkOptions, TRANSFER_MAX, streams};
+use super::{BulkOptions, Scatter, TRANSFER_MAX, Writes, streams};
+use crate::stats::random::Random;
 use crate::watch::{Sample, Watch};
 use anyhow::{Result, ensure};
 use pageferry_transport::tcp::{TcpInitiator, TcpOptions, TcpTarget, ZeroCopy};
@@ -11,11 +12,11 @@ use std::time::Instant;
 
 /// Writes offered to the link at a time.
 const BATCH: usize = 1024;
-/// Smaller writes leave a gap after each, so that none can be merged.
-const MERGED_BYTES: usize = 1 << 20;
+/// The order of scattered writes is the same in every run.
+const SEED: u64 = 20_260_101;
 
-pub(super) fn run(options: &BulkOptions, zero_copy: ZeroCopy) -> Result<Sample> {
-    let (here, there) = streams(options.lanes)?;
+pub(super) fn run(options: &BulkOptions, lanes: usize, shape: Writes, zero_copy: ZeroCopy) -> Result<Sample> {
+    let (here, there) = streams(lanes)?;
     let mut initiator = TcpInitiator::new(here, TcpOptions { zero_copy, ..TcpOptions::default() })?;
     let mut target = TcpTarget::new(there)?;
     let source = MemoryRegion::anonymous(options.region_bytes)?;
@@ -26,13 +27,19 @@ pub(super) fn run(options: &BulkOptions, zero_copy: ZeroCopy) -> Result<Sample> 
     initiator.register(&source)?;
     let remote = target.expose(&destination)?;
 
-    let step = if options.run_bytes < MERGED_BYTES { 2 * options.run_bytes } else { options.run_bytes };
-    let writes: Vec<_> = (0..options.region_bytes / step)
+    let step = if shape.scatter == Scatter::None { shape.bytes } else { 2 * shape.bytes };
+    let mut places: Vec<usize> = (0..options.region_bytes / step).collect();
+    if shape.scatter == Scatter::Random {
+        let mut random = Random::new(SEED);
+        (1..places.len()).rev().for_each(|last| places.swap(last, random.below(last + 1)));
+    }
+    let writes: Vec<_> = places
+        .into_iter()
         .map(|index| {
             let offset = index * step;
             Ok(WorkRequest {
                 id: WorkId(index as u64),
-                local: source.slice(offset, options.run_bytes)?,
+                local: source.slice(offset, shape.bytes)?,
                 remote: RemoteAddr { key: remote.key, addr: remote.base + offset as u64 },
             })
         })
@@ -42,7 +49,7 @@ pub(super) fn run(options: &BulkOptions, zero_copy: ZeroCopy) -> Result<Sample> 
     let mut out = Vec::new();
     let (mut posted, mut done, mut next) = (0u64, 0u64, 0);
     let watch = Watch::start()?;
-    while posted * (options.run_bytes as u64) < options.total_bytes {
+    while posted * (shape.bytes as u64) < options.total_bytes {
         let accepted = initiator.post(&writes[next..writes.len().min(next + BATCH)])?;
         posted += accepted as u64;
         next = (next + accepted) % writes.len();
@@ -53,7 +60,7 @@ pub(super) fn run(options: &BulkOptions, zero_copy: ZeroCopy) -> Result<Sample> 
     }
     initiator.fence(FenceTag(1))?;
     target.wait_fence(FenceTag(1), deadline)?;
-    let sample = watch.stop(posted * options.run_bytes as u64, None)?;
+    let sample = watch.stop(posted * shape.bytes as u64, None)?;
     // The fence is one completion more.
     while done <= posted {
         done += wait(&mut initiator, &mut out, deadline)?;

@@ -10,21 +10,21 @@ use std::ops::Range;
 /// What is sent and received at a time.
 pub(super) const CALL_BYTES: usize = 1 << 20;
 
-pub(super) fn run(options: &BulkOptions) -> Result<Sample> {
-    let (here, there) = streams(options.lanes)?;
+pub(super) fn run(options: &BulkOptions, lanes: usize) -> Result<Sample> {
+    let (here, there) = streams(lanes)?;
     for stream in here.iter().chain(&there) {
         stream.set_write_timeout(Some(TRANSFER_MAX))?;
         stream.set_read_timeout(Some(TRANSFER_MAX))?;
     }
-    let calls = (options.total_bytes / options.lanes as u64).div_ceil(CALL_BYTES as u64);
-    let slots = (options.region_bytes / options.lanes / CALL_BYTES).max(1);
+    let calls = (options.total_bytes / lanes as u64).div_ceil(CALL_BYTES as u64);
+    let slots = (options.region_bytes / lanes / CALL_BYTES).max(1);
     let slot = |call: u64| -> Range<usize> {
         let start = (call as usize % slots) * CALL_BYTES;
         start..start + CALL_BYTES
     };
     // Touched before the clock starts, as the link's regions are.
     let buffer = || vec![1u8; slots * CALL_BYTES];
-    let mut buffers: Vec<_> = (0..options.lanes).map(|_| (buffer(), buffer())).collect();
+    let mut buffers: Vec<_> = (0..lanes).map(|_| (buffer(), buffer())).collect();
     let watch = Watch::start()?;
     std::thread::scope(|scope| {
         let mut ends = Vec::new();
@@ -39,5 +39,5 @@ pub(super) fn run(options: &BulkOptions) -> Result<Sample> {
         }
         anyhow::Ok(())
     })?;
-    watch.stop(calls * options.lanes as u64 * CALL_BYTES as u64, None)
+    watch.stop(calls * lanes as u64 * CALL_BYTES as u64, None)
 }

@@ -1,8 +1,9 @@
-//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within;
-//! it has no network, so no client asks it.
+//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within; a
+//! client asks it over a bridge ([`super::network`]), where this user may make one.
 
+use super::network::Network;
 use super::{Laboratory, Move, MoveOptions};
-use crate::machine::{Begin, GUEST_MAX, GuestOptions, Machine, Yard};
+use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, Yard};
 use crate::ways::ferry;
 use anyhow::{Context, Result, bail};
 use pageferry::link::Transport;
@@ -16,9 +17,10 @@ const GUEST: &str = ".cache/guest";
 /// A guest in a QEMU, and all that its QEMUs share.
 pub struct Linux {
     // Before the yard: its directory goes last.
-    machine: Option<Machine>,
+    machine: Machine,
     yard: Yard,
     downtime_max: Duration,
+    no_network: Option<String>,
 }
 
 impl Linux {
@@ -33,6 +35,8 @@ impl Linux {
             bail!("--threads and --plant-pause need --guest synthetic");
         }
         let mut yard = Yard::new(GuestOptions {
+            accel: Accel::Tcg,
+            beat: BEAT,
             kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
             initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
             pageferry: made(
@@ -45,28 +49,37 @@ impl Linux {
             touched_mib: 0,
             rate_mb: options.rate_mb,
         })?;
+        let no_network = match Network::up() {
+            Ok(network) => {
+                yard.network = Some(network);
+                None
+            }
+            Err(e) => Some(format!("No client asks the guest over a network: {e:#}.")),
+        };
         let mut machine = yard
             .start(Begin::Boot, None, false)
             .context("starting QEMU; scripts/setup --bench installs what is missing")?;
-        machine.wait_line("WORKLOAD READY", GUEST_MAX).context("the guest did not boot")?;
-        Ok(Self { machine: Some(machine), yard, downtime_max: options.downtime_max })
+        machine.wait_booted(|| Ok(())).context("the guest did not boot")?;
+        Ok(Self { machine, yard, downtime_max: options.downtime_max, no_network })
     }
 }
 
 /// The absolute path of what must be there.
-fn made(path: &Path, mend: &str) -> Result<PathBuf> {
+pub(crate) fn made(path: &Path, mend: &str) -> Result<PathBuf> {
     path.canonicalize().with_context(|| format!("{} is not there: {mend}", path.display()))
 }
 
 impl Laboratory for Linux {
     fn service(&self) -> Option<SocketAddr> {
-        None
+        self.yard.network.as_ref().map(|_| Network::service())
+    }
+
+    fn remark(&self) -> Option<String> {
+        self.no_network.clone()
     }
 
     fn move_once(&mut self) -> Result<Move> {
-        let machine = self.machine.take().context("the guest was lost by an earlier move")?;
-        let (machine, _, report) = ferry(&mut self.yard, machine, self.downtime_max)?;
-        self.machine = Some(machine);
+        let (_, report) = ferry(&self.yard, &mut self.machine, self.downtime_max)?;
         Ok(Move { report })
     }
 
@@ -75,16 +88,6 @@ impl Laboratory for Linux {
     }
 
     fn check(&mut self) -> Result<()> {
-        self.machine.as_mut().context("the guest was lost by a move")?.verdict()
-    }
-}
-
-impl Drop for Linux {
-    fn drop(&mut self) {
-        if let Some(machine) = self.machine.take() {
-            let memory = machine.memory.clone();
-            drop(machine);
-            let _ = std::fs::remove_file(memory);
-        }
+        self.machine.console.verdict(GUEST_MAX)
     }
 }

@@ -14,12 +14,14 @@
 //! real guest, what it needs to get going again.
 
 pub mod client;
-mod linux;
+pub(crate) mod linux;
+pub mod network;
 mod payload;
 pub mod service;
 mod synthetic;
 
 use crate::progress::Progress;
+use crate::record::ratio::compare_groups;
 use crate::record::{Migration, Record, Spec};
 use crate::stats::histogram::Histogram;
 use anyhow::{Context, Result, bail};
@@ -55,6 +57,7 @@ const CLIENT_GAP: Spec = Spec::headline("client gap", "ms");
 const PREDICTED: Spec = Spec::fact("predicted blackout", "ms");
 const ROUNDS: Spec = Spec::fact("rounds", "");
 const SENT: Spec = Spec::fact("sent", "MiB");
+const GOODPUT: Spec = Spec::fact("goodput of the first round", "MB/s");
 const LOST: Spec = Spec::fact("requests lost", "");
 
 /// A slice of a blackout: its name, and where it is in the report.
@@ -98,8 +101,8 @@ pub struct MoveOptions {
     pub rate_mb: u32,
     /// Threads that write; vCPUs of the payload guest.
     pub threads: u32,
-    /// How writes of the payload guest are followed.
-    pub tracking: TrackingChoice,
+    /// How writes of the payload guest are followed. Each has a guest of its own, moved in turns with the others.
+    pub tracking: Vec<TrackingChoice>,
     /// What carries the data.
     pub transport: Transport,
     /// Where the receiver listens.
@@ -122,6 +125,11 @@ pub(crate) trait Laboratory {
     /// Where the guest answers datagrams, if it does.
     fn service(&self) -> Option<SocketAddr>;
 
+    /// What the reader must know of this guest, in one line.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
     /// Moves the guest once. An error means that there is no guest any more; a move that failed and left it at the
     /// source is one whose report says so.
     fn move_once(&mut self) -> Result<Move>;
@@ -131,6 +139,11 @@ pub(crate) trait Laboratory {
 
     /// Has the guest check all of its memory.
     fn check(&mut self) -> Result<()>;
+
+    /// Has the guest stand still while another is measured, or go on.
+    fn hold(&mut self, held: bool) -> Result<()> {
+        bail!("this guest cannot {}", if held { "be held" } else { "go on" })
+    }
 }
 
 impl MoveOptions {
@@ -144,6 +157,9 @@ impl MoveOptions {
         }
         if self.transport == Transport::Rdma && self.address.is_loopback() {
             bail!("--transport rdma needs --address with that of an RDMA port; {} has none", self.address);
+        }
+        if self.tracking.is_empty() || self.tracking.len() > 1 && self.guest != Guest::Payload {
+            bail!("more than one --tracking needs --guest payload");
         }
         TcpListener::bind((self.address, 0))
             .with_context(|| format!("--address {} is no address of this host", self.address))?;
@@ -162,20 +178,54 @@ impl MoveOptions {
     }
 }
 
-/// What was collected beside the record while it went on.
-struct Tally {
+/// One guest and what was collected of it beside the record.
+struct Party {
+    /// Its name in the record, until a move tells what it really went by.
     group: String,
+    /// What tells it from the other guests of the run: nothing, or how its writes are followed.
+    kind: String,
+    laboratory: Box<dyn Laboratory>,
     waits: Histogram,
+    failures_in_a_row: u32,
+    /// Whether it has no more moves.
+    is_over: bool,
+}
+
+/// The guests of a run. More than one are held, but for that whose move it is.
+fn parties(options: &MoveOptions) -> Result<Vec<Party>> {
+    let mut parties: Vec<Party> = Vec::new();
+    for tracking in &options.tracking {
+        let several = options.tracking.len() > 1;
+        let kind = match tracking {
+            _ if !several => "",
+            TrackingChoice::Auto => ", auto",
+            TrackingChoice::Ring => ", ring",
+            TrackingChoice::Log => ", log",
+        };
+        let mut laboratory: Box<dyn Laboratory> = match options.guest {
+            Guest::Synthetic => Box::new(synthetic::Synthetic::start(options.clone())?),
+            Guest::Payload => Box::new(payload::Payload::start(options.clone(), *tracking)?),
+            Guest::Linux => Box::new(linux::Linux::start(options)?),
+        };
+        if several {
+            laboratory.hold(true)?;
+        }
+        parties.push(Party {
+            group: group(options) + kind,
+            kind: kind.into(),
+            laboratory,
+            waits: Histogram::new()?,
+            failures_in_a_row: 0,
+            is_over: false,
+        });
+    }
+    Ok(parties)
 }
 
 /// Moves the guest as often as asked for, or until `progress` hears of an interruption.
 pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
     options.check()?;
-    let mut laboratory: Box<dyn Laboratory> = match options.guest {
-        Guest::Synthetic => Box::new(synthetic::Synthetic::start(options.clone())?),
-        Guest::Payload => Box::new(payload::Payload::start(options.clone())?),
-        Guest::Linux => Box::new(linux::Linux::start(options)?),
-    };
+    let mut parties = parties(options)?;
     let title = format!(
         "{} moves of a {} MiB guest that writes {} over {} MiB",
         options.moves,
@@ -184,42 +234,46 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
         options.working_mib
     );
     let mut record = Record::begin("downtime", title, options)?;
-    notes(&mut record, options);
-    let client = match laboratory.service() {
+    notes(&mut record, options, parties[0].laboratory.service().is_some());
+    if let Some(remark) = parties[0].laboratory.remark() {
+        eprintln!("pageferry-bench: {remark}");
+        record.notes.push(remark);
+    }
+    let client = match parties[0].laboratory.service() {
         Some(service) => Some(Client::start(service, ASK_EVERY)?),
         None => None,
     };
-    let mut tally = Tally { group: group(options), waits: Histogram::new()? };
-    let mut failures_in_a_row = 0;
-    progress.expect(options.moves.into());
-    for turn in 0..options.moves {
-        if progress.is_interrupted() {
-            record.interrupted = true;
-            break;
-        }
-        match one(laboratory.as_mut(), client.as_ref(), &mut record, &mut tally, turn) {
-            Ok(true) => failures_in_a_row = 0,
-            Ok(false) => failures_in_a_row += 1,
-            Err(e) => {
-                record.fail(&group(options), turn, format!("{e:#}; no guest is left to move"));
-                break;
+    let count = parties.len();
+    progress.expect(u64::from(options.moves) * count as u64);
+    'moves: for turn in 0..options.moves {
+        for place in 0..count {
+            if progress.is_interrupted() {
+                record.interrupted = true;
+                break 'moves;
             }
+            let party = &mut parties[(place + turn as usize) % count];
+            if !party.is_over {
+                party.turn(client.as_ref(), &mut record, turn, count > 1);
+            }
+            progress.step();
         }
-        if failures_in_a_row == FAILURES_IN_A_ROW_MAX {
-            record.notes.push(format!("Given up after {FAILURES_IN_A_ROW_MAX} failures in a row."));
+        if parties.iter().all(|party| party.is_over) {
             break;
         }
-        progress.step();
     }
     drop(client);
-    if let Err(e) = laboratory.check() {
-        record.fail(
-            &group(options),
-            options.moves,
-            format!("the guest's memory is not what it wrote: {e:#}"),
-        );
+    for party in &mut parties {
+        let ready = if count > 1 { party.laboratory.hold(false) } else { Ok(()) };
+        if let Err(e) = ready.and_then(|()| party.laboratory.check()) {
+            let why = format!("the guest's memory is not what it wrote: {e:#}");
+            record.fail(&party.group, options.moves, why);
+        }
     }
-    distributions(&mut record, &tally)?;
+    distributions(&mut record, &parties)?;
+    let groups: Vec<&str> = parties.iter().map(|party| party.group.as_str()).collect();
+    if let [first, others @ ..] = groups.as_slice() {
+        record.ratios = compare_groups(&record, &[first], others, None);
+    }
     record.elapsed_s = progress.elapsed_s();
     Ok(record)
 }
@@ -231,24 +285,42 @@ fn group(options: &MoveOptions) -> String {
     }
 }
 
+impl Party {
+    /// One move, and what is to be said of it.
+    fn turn(&mut self, client: Option<&Client>, record: &mut Record, turn: u32, hold: bool) {
+        let ready = if hold { self.laboratory.hold(false) } else { Ok(()) };
+        match ready.and_then(|()| one(self, client, record, turn)) {
+            Ok(true) => self.failures_in_a_row = 0,
+            Ok(false) => self.failures_in_a_row += 1,
+            Err(e) => {
+                record.fail(&self.group, turn, format!("{e:#}; no guest is left to move"));
+                self.is_over = true;
+                return;
+            }
+        }
+        if self.failures_in_a_row == FAILURES_IN_A_ROW_MAX {
+            record.notes.push(format!("Given up after {FAILURES_IN_A_ROW_MAX} failures in a row."));
+            self.is_over = true;
+        }
+        if hold && let Err(e) = self.laboratory.hold(true) {
+            record.fail(&self.group, turn, format!("{e:#}; no guest is left to move"));
+            self.is_over = true;
+        }
+    }
+}
+
 /// One move, measured. False if the guest stayed where it was.
-fn one(
-    laboratory: &mut dyn Laboratory,
-    client: Option<&Client>,
-    record: &mut Record,
-    tally: &mut Tally,
-    turn: u32,
-) -> Result<bool> {
+fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u32) -> Result<bool> {
     if let Some(client) = client {
         client.begin();
     }
-    let Move { report } = laboratory.move_once()?;
+    let Move { report } = party.laboratory.move_once()?;
     std::thread::sleep(AFTERMATH);
     // What it took by is in the report; which was asked for need not be what it was.
     let group = match report.transport.as_str() {
         // It failed before there was a link.
-        "" => tally.group.clone(),
-        taken => format!("pageferry {taken}"),
+        "" => party.group.clone(),
+        taken => format!("pageferry {taken}{}", party.kind),
     };
     if report.outcome != Outcome::Completed {
         let why = report.reason.clone().unwrap_or_else(|| "no reason was given".into());
@@ -256,31 +328,39 @@ fn one(
         record.migrations.push(Migration { group, turn, report });
         return Ok(false);
     }
-    record.sample(&group, TOTAL, turn, ms(report.total_us));
-    record.sample(&group, BLACKOUT, turn, ms(report.blackout_us.total));
-    record.sample(&group, GUEST_GAP, turn, laboratory.guest_gap_ms());
+    engine_figures(record, &group, turn, &report);
+    record.sample(&group, GUEST_GAP, turn, party.laboratory.guest_gap_ms());
     if let Some(client) = client {
         match client.end(ANSWER_MAX) {
             Ok(waits) => {
                 record.sample(&group, CLIENT_GAP, turn, waits.longest_ms());
                 record.sample(&group, LOST, turn, waits.lost as f64);
-                waits.waits_us.iter().for_each(|us| tally.waits.record_us(*us));
+                waits.waits_us.iter().for_each(|us| party.waits.record_us(*us));
             }
             Err(e) => record.fail(&group, turn, format!("{e:#}")),
         }
     }
-    for (spec, slice) in SLICES {
-        record.sample(&group, spec, turn, ms(slice(&report.blackout_us)));
-    }
-    record.sample(&group, PREDICTED, turn, ms(report.predicted_blackout_us));
-    record.sample(&group, ROUNDS, turn, report.rounds.len() as f64);
-    record.sample(&group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
-    tally.group.clone_from(&group);
+    party.group.clone_from(&group);
     record.migrations.push(Migration { group, turn, report });
     Ok(true)
 }
 
-fn distributions(record: &mut Record, tally: &Tally) -> Result<()> {
+/// What the engine says of a move.
+pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report: &MigrationReport) {
+    record.sample(group, TOTAL, turn, ms(report.total_us));
+    record.sample(group, BLACKOUT, turn, ms(report.blackout_us.total));
+    for (spec, slice) in SLICES {
+        record.sample(group, spec, turn, ms(slice(&report.blackout_us)));
+    }
+    record.sample(group, PREDICTED, turn, ms(report.predicted_blackout_us));
+    record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
+    record.sample(group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
+    // Of the first round, which is all of memory: later ones are too short to say much.
+    let first = report.rounds.first().filter(|round| round.elapsed_us > 0 && round.bytes > 0);
+    record.sample(group, GOODPUT, turn, first.map_or(f64::NAN, |r| r.bytes as f64 / r.elapsed_us as f64));
+}
+
+fn distributions(record: &mut Record, parties: &[Party]) -> Result<()> {
     let names = [TOTAL, BLACKOUT, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
     for name in names.map(|spec| spec.name) {
         for group in record.groups().into_iter().map(str::to_owned).collect::<Vec<_>>() {
@@ -290,8 +370,8 @@ fn distributions(record: &mut Record, tally: &Tally) -> Result<()> {
             }
         }
     }
-    if tally.waits.count() > 0 {
-        record.distributions.push(tally.waits.keep(tally.group.clone(), "every request of the client"));
+    for party in parties.iter().filter(|party| party.waits.count() > 0) {
+        record.distributions.push(party.waits.keep(party.group.clone(), "every request of the client"));
     }
     Ok(())
 }
@@ -300,14 +380,20 @@ fn ms(us: u64) -> f64 {
     us as f64 / 1e3
 }
 
-fn notes(record: &mut Record, options: &MoveOptions) {
+fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
     if options.guest == Guest::Linux {
         record.notes.push(
-            "The Linux guest has no network: its own heartbeats over a serial line are what a client could see at best. \
-             Under TCG the guest's code is translated anew where it arrives, which \
-             is part of its gap and of no blackout."
+            "Under TCG the Linux guest's code is translated anew where it arrives, which is part of its gap and of its client's, and of no \
+             blackout. Its heartbeats go over a serial line."
                 .into(),
         );
+        if has_client {
+            record.notes.push(
+                "Its client asks over a bridge that both QEMUs join by taps: its gap has in it what the bridge takes to learn the \
+                 guest's new port."
+                    .into(),
+            );
+        }
     }
     record.notes.push(
         "Blackout: from before the vCPUs are told to stop until the source hears that they run. Guest gap: the longest \
@@ -344,7 +430,7 @@ mod tests {
             working_mib: 16,
             rate_mb: 10,
             threads: 1,
-            tracking: TrackingChoice::Auto,
+            tracking: vec![TrackingChoice::Auto],
             transport: Transport::Tcp,
             address: IpAddr::from([127, 0, 0, 1]),
             lanes: 2,
@@ -353,6 +439,7 @@ mod tests {
         };
         assert!(good.check().is_ok());
         let bad = [
+            ("--guest payload", MoveOptions { tracking: vec![TrackingChoice::Ring; 2], ..good.clone() }),
             ("--working", MoveOptions { working_mib: 65, ..good.clone() }),
             ("--moves", MoveOptions { moves: 0, ..good.clone() }),
             ("192.0.2.1", MoveOptions { address: IpAddr::from([192, 0, 2, 1]), ..good.clone() }),

@@ -7,7 +7,7 @@ use pageferry::destination::{Reception, Served};
 use pageferry::doorway::Doorway;
 use pageferry::guest::SourceGuest;
 use pageferry::guest::kvm::destination::KvmDestination;
-use pageferry::guest::kvm::machine::MachineConfig;
+use pageferry::guest::kvm::machine::{MachineConfig, TrackingChoice};
 use pageferry::guest::kvm::payload::{Pattern, PayloadOptions};
 use pageferry::guest::kvm::serial::Console;
 use pageferry::guest::kvm::source::{Boot, KvmSource};
@@ -37,7 +37,7 @@ pub struct Payload {
 
 impl Payload {
     /// Boots the guest, and waits until it has written about as many pages as it has.
-    pub fn start(options: MoveOptions) -> Result<Self> {
+    pub fn start(options: MoveOptions, tracking: TrackingChoice) -> Result<Self> {
         debug_assert_eq!(options.guest, Guest::Payload);
         let each = f64::from(options.rate_mb) * 1e6 / PAGE_BYTES as f64 / f64::from(options.threads);
         if options.rate_mb > 0 && each < 1.0 {
@@ -55,7 +55,7 @@ impl Payload {
             seed: SEED,
         };
         let mut config = MachineConfig::new(u64::from(options.memory_mib) << 20, options.threads);
-        config.tracking = options.tracking;
+        config.tracking = tracking;
         let mut guest = KvmSource::start(&config, &Boot::Payload(payload), Console::none())?;
         let until = Instant::now() + WARM_UP_MAX;
         while Instant::now() < until && guest.check()?.pages_written.iter().sum::<u64>() < working_set_pages {
@@ -126,6 +126,17 @@ impl Laboratory for Payload {
         let guest = self.guest.as_mut().context("the guest was lost by a move")?;
         guest.check()?;
         Ok(())
+    }
+
+    fn hold(&mut self, held: bool) -> Result<()> {
+        let guest = self.guest.as_mut().context("the guest was lost by a move")?;
+        if held {
+            guest.pause()?;
+            return Ok(());
+        }
+        guest.resume()?;
+        // Its first look at the clock finds how long it was held, and is none of a move's gaps.
+        self.writes_on()
     }
 }
 

@@ -10,8 +10,10 @@
 mod link;
 mod perftest;
 
-use crate::stats::Samples;
-use crate::watch::{self, Sample};
+use crate::progress::Progress;
+use crate::record::ratio::{Ratio, compare_groups};
+use crate::record::{Plot, Record, Series};
+use crate::watch::GOODPUT;
 use anyhow::{Context, Result, ensure};
 use pageferry::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
@@ -24,11 +26,6 @@ const TRANSFER_MAX: Duration = Duration::from_secs(120);
 
 /// Sizes of a write that are worth a look: a scattered page, some, many.
 pub const SIZES: [u64; 3] = [4 << 10, 64 << 10, 1 << 20];
-
-/// How much of `ib_write_bw`'s goodput the link should reach.
-fn aim(size: u64) -> f64 {
-    if size < 64 << 10 { 0.90 } else { 0.95 }
-}
 
 /// What is measured.
 #[derive(Debug, Clone, Serialize)]
@@ -58,55 +55,51 @@ enum Way {
     Perftest(String),
 }
 
-/// All repetitions of one way with one size.
-#[derive(Debug, Serialize)]
-pub struct Row {
-    /// As in the table.
-    pub name: String,
-    /// Bytes of a write.
-    pub size: u64,
-    /// One a turn.
-    pub samples: Vec<Sample>,
-    #[serde(skip)]
+/// One way with one size of a write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Row {
+    group: String,
+    size: u64,
     way: Way,
 }
 
-/// A table of one run.
-#[derive(Debug, Serialize)]
-pub struct RdmaBench {
-    /// What was measured.
-    pub options: RdmaBenchOptions,
-    /// The way that the writes took.
-    pub path: String,
-    /// The program's own words.
-    pub perftest_version: String,
-    /// Every way with every size.
-    pub rows: Vec<Row>,
-}
-
-/// Moves the same number of bytes `repeat` times by each way with each size, in turns. Fails without perftest or
-/// a path, before anything is measured.
-pub fn run(options: RdmaBenchOptions) -> Result<RdmaBench> {
+/// Moves the same number of bytes `repeat` times by each way with each size, in turns, or until `progress` hears of an
+/// interruption. Fails without perftest or a path, before anything is measured.
+pub fn run(options: &RdmaBenchOptions, progress: &Progress) -> Result<Record> {
     options.check()?;
     let perftest_version = perftest::version()?;
-    let path = link::path(&options)?;
-    let ways = || std::iter::once(Way::Link).chain(options.perftest.iter().cloned().map(Way::Perftest));
-    let mut rows: Vec<Row> = (options.sizes.iter())
-        .flat_map(|&size| ways().map(move |way| Row { name: way.name(), size, samples: Vec::new(), way }))
-        .collect();
-    for turn in 0..options.repeat as usize {
-        eprintln!("turn {} of {}", turn + 1, options.repeat);
+    let path = link::path(options)?;
+    let title = format!(
+        "page writes, {} queue pairs, {} MiB a repetition, {} MiB of memory; {path}",
+        options.lanes, options.total_mib, options.memory_mib
+    );
+    let mut record = Record::begin("rdma", title, options)?;
+    record.notes = notes(&perftest_version);
+    let rows = options.rows();
+    progress.expect(u64::from(options.repeat) * rows.len() as u64);
+    'turns: for turn in 0..options.repeat {
         for place in 0..rows.len() {
-            let index = (place + turn) % rows.len();
-            let row = &mut rows[index];
+            if progress.is_interrupted() {
+                record.interrupted = true;
+                break 'turns;
+            }
+            let row = &rows[(place + turn as usize) % rows.len()];
+            progress.say(&row.group);
             let sample = match &row.way {
-                Way::Link => link::run(&options, row.size),
-                Way::Perftest(flags) => perftest::run(&options, path.active_mtu, row.size, flags),
-            }?;
-            row.samples.push(sample);
+                Way::Link => link::run(options, row.size),
+                Way::Perftest(flags) => perftest::run(options, path.active_mtu, row.size, flags),
+            };
+            match sample {
+                Ok(sample) => sample.keep(&row.group, turn, &mut record),
+                Err(e) => record.fail(&row.group, turn, format!("{e:#}")),
+            }
+            progress.step();
         }
     }
-    Ok(RdmaBench { path: path.to_string(), options, perftest_version, rows })
+    record.curves = vec![curve(&record, &rows)];
+    record.ratios = ratios(&record, &rows);
+    record.elapsed_s = progress.elapsed_s();
+    Ok(record)
 }
 
 impl Way {
@@ -132,6 +125,12 @@ impl RdmaBenchOptions {
         Ok(())
     }
 
+    fn rows(&self) -> Vec<Row> {
+        let ways = || std::iter::once(Way::Link).chain(self.perftest.iter().cloned().map(Way::Perftest));
+        let row = |size: u64, way: Way| Row { group: format!("{}, {size} bytes", way.name()), size, way };
+        self.sizes.iter().flat_map(|&size| ways().map(move |way| row(size, way))).collect()
+    }
+
     /// Writes of this size in one repetition, the same number on every queue pair.
     fn writes(&self, size: u64) -> u64 {
         let lanes = u64::from(self.lanes);
@@ -139,68 +138,55 @@ impl RdmaBenchOptions {
     }
 }
 
-impl RdmaBench {
-    /// The table for people.
-    #[must_use]
-    pub fn show(&self) -> String {
-        let o = &self.options;
-        let mut text = format!(
-            "{}\n{} queue pairs, {} MiB a repetition, {} repetitions, {} MiB of memory, {}\n\
-             {:<9}{:<30}{:>28}{:>26}{:>12}\n",
-            self.path,
-            o.lanes,
-            o.total_mib,
-            o.repeat,
-            o.memory_mib,
-            self.perftest_version,
-            "bytes",
-            "median [min..max]",
-            "MB/s",
-            "CPU s/GiB",
-            "of the link",
-        );
-        for row in &self.rows {
-            text += &format!(
-                "{:<9}{:<30}{:>28}{:>26}{:>12.2}\n",
-                row.size,
-                row.name,
-                row.of(|s| s.mb_per_s).show(1),
-                row.of(|s| s.cpu_s_per_gib).show(1),
-                row.rate() / self.rate(row.size, |way| *way == Way::Link),
-            );
-        }
-        for &size in &o.sizes {
-            let aim = aim(size);
-            let link = self.rate(size, |way| *way == Way::Link);
-            let best = self.rate(size, |way| *way != Way::Link);
-            text += &format!(
-                "writes of {size} bytes: {:.2} of ib_write_bw's best (at least {aim:.2} wanted)\n",
-                link / best
-            );
-        }
-        text + &watch::meanwhile(self.rows.iter().flat_map(|row| &row.samples))
+/// Of the link to the best of `ib_write_bw`, size by size.
+fn ratios(record: &Record, rows: &[Row]) -> Vec<Ratio> {
+    let mut ratios = Vec::new();
+    for ours in rows.iter().filter(|row| row.way == Way::Link) {
+        let others = rows.iter().filter(|row| row.size == ours.size && row.way != Way::Link);
+        let theirs: Vec<&str> = others.map(|row| row.group.as_str()).collect();
+        let best = "ib_write_bw's best";
+        let compared = compare_groups(record, &[&ours.group], &theirs, Some(best));
+        ratios.extend(compared.into_iter().filter(|ratio| ratio.to == best));
     }
+    ratios
+}
 
-    /// The best median of these ways with this size, in MB/s.
-    fn rate(&self, size: u64, of: impl Fn(&Way) -> bool) -> f64 {
-        let rows = self.rows.iter().filter(|row| row.size == size && of(&row.way));
-        rows.map(Row::rate).fold(f64::NAN, f64::max)
+/// Goodput over the size of a write, a line for each way.
+fn curve(record: &Record, rows: &[Row]) -> Plot {
+    let mut series: Vec<Series> = Vec::new();
+    for row in rows {
+        let Some(figure) = record.figure(&row.group, GOODPUT.name) else { continue };
+        let (name, point) = (row.way.name(), (row.size as f64, figure.samples.median()));
+        match series.iter_mut().find(|s| s.name == name) {
+            Some(known) => known.points.push(point),
+            None => series.push(Series { name, points: vec![point] }),
+        }
+    }
+    Plot {
+        title: "Goodput".into(),
+        caption: "Medians, by the size of a write.".into(),
+        x: "bytes of a write".into(),
+        y: "MB/s".into(),
+        x_log: true,
+        y_log: false,
+        series,
     }
 }
 
-impl Row {
-    fn of(&self, f: fn(&Sample) -> f64) -> Samples {
-        Samples(self.samples.iter().map(f).collect())
-    }
-
-    fn rate(&self) -> f64 {
-        self.of(|s| s.mb_per_s).median()
-    }
+fn notes(perftest_version: &str) -> Vec<String> {
+    vec![
+        "pageferry: the pump of a migration with its link, runs of pages of the given size with gaps as long between them,          pushed out of guest memory into memory as large, and a fence that the target waits for. Both ends are in this          process. ib_write_bw: a server and a client of its own a repetition, which write one buffer over and over; it looks          for completions without pause. Connecting and registering are in neither time."
+            .into(),
+        "The aims are 0.90 of ib_write_bw's best at 4 KiB, and 0.95 from 64 KiB on. The best is chosen for each figure by          itself, after the fact."
+            .into(),
+        format!("{perftest_version}."),
+    ]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::watch::Sample;
 
     fn options() -> RdmaBenchOptions {
         RdmaBenchOptions {
@@ -216,26 +202,26 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_compared_with_the_best_median_of_that_size() {
-        let row = |size, way: Way, rates: [f64; 3]| {
-            let sample =
-                |mb_per_s| Sample { mb_per_s, cpu_s_per_gib: 0.5, elsewhere_cores: 0.0, stolen_cores: 0.0 };
-            Row { name: way.name(), size, samples: rates.map(sample).to_vec(), way }
-        };
-        let perftest = |flags: &str| Way::Perftest(flags.into());
-        let rows = vec![
-            row(4096, Way::Link, [9.0, 20.0, 99.0]),
-            row(4096, perftest(""), [1.0, 10.0, 90.0]),
-            row(4096, perftest("-l 16"), [25.0, 25.0, 25.0]),
-            row(65536, Way::Link, [30.0, 30.0, 30.0]),
-            row(65536, perftest(""), [40.0, 40.0, 40.0]),
-        ];
-        let bench =
-            RdmaBench { options: options(), path: "a cable".into(), perftest_version: "1".into(), rows };
-        let text = bench.show();
-        assert!(text.contains("4096 bytes: 0.80 of ib_write_bw's best (at least 0.90 wanted)"), "{text}");
-        assert!(text.contains("65536 bytes: 0.75 of ib_write_bw's best (at least 0.95 wanted)"), "{text}");
-        assert!(text.contains("ib_write_bw -l 16"), "{text}");
+    fn a_size_is_compared_with_the_best_of_that_size() {
+        let rows = RdmaBenchOptions { sizes: vec![4096, 65536], ..options() }.rows();
+        let mut record = Record::begin("rdma", "a test".into(), &1).unwrap();
+        for turn in 0..3 {
+            for row in &rows {
+                let mb_per_s = match (&row.way, row.size) {
+                    (Way::Link, 4096) => 20.0,
+                    (Way::Link, _) => 30.0,
+                    (Way::Perftest(flags), 4096) if flags.is_empty() => 10.0,
+                    (Way::Perftest(_), 4096) => 25.0,
+                    _ => 40.0,
+                };
+                let sample = Sample { mb_per_s, cpu_s_per_gib: 0.5, elsewhere_cores: 0.0, stolen_cores: 0.0 };
+                sample.keep(&row.group, turn, &mut record);
+            }
+        }
+        let ratios = ratios(&record, &rows);
+        let goodput: Vec<f64> = ratios.iter().filter(|r| r.figure == GOODPUT.name).map(|r| r.ratio).collect();
+        assert_eq!(goodput, [0.8, 0.75], "{ratios:?}");
+        assert!(record.groups().contains(&"ib_write_bw -l 16, 4096 bytes"));
     }
 
     #[test]

@@ -10,15 +10,18 @@
 //! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.
 
 mod host;
+pub mod ratio;
 pub mod save;
 pub mod show;
 
 pub use host::Host;
 
+use crate::simulate::Checked;
 use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
 use pageferry::report::MigrationReport;
+use ratio::Ratio;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -54,9 +57,21 @@ pub struct Record {
     pub figures: Vec<Figure>,
     /// Distributions of times.
     pub distributions: Vec<Distribution>,
+    /// How groups compare.
+    #[serde(default)]
+    pub ratios: Vec<Ratio>,
     /// Curves, of models and sweeps.
     #[serde(default)]
     pub curves: Vec<Plot>,
+    /// What is told best in rows.
+    #[serde(default)]
+    pub tables: Vec<Table>,
+    /// Maps of two settings, of `sweep`.
+    #[serde(default)]
+    pub maps: Vec<Map>,
+    /// The model of a host and how far it was off, of `simulate`.
+    #[serde(default)]
+    pub model: Option<Checked>,
     /// The engine's report of each migration.
     pub migrations: Vec<Migration>,
     /// What failed. Never left out of a table.
@@ -144,6 +159,63 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
+/// Rows of words and numbers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    /// What it shows.
+    pub title: String,
+    /// What it must not be taken for.
+    pub caption: String,
+    /// Names of the columns.
+    pub head: Vec<String>,
+    /// A cell for each of them.
+    pub rows: Vec<Vec<String>>,
+}
+
+/// How migrations end over two settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Map {
+    /// What it shows.
+    pub title: String,
+    /// What it must not be taken for.
+    pub caption: String,
+    /// Name and unit of the horizontal setting.
+    pub x: String,
+    /// Its values.
+    pub columns: Vec<String>,
+    /// Name and unit of the vertical setting.
+    pub y: String,
+    /// Its values, from the top.
+    pub rows: Vec<String>,
+    /// A cell for each of them, row by row; as many as there were before an interruption.
+    pub cells: Vec<Cell>,
+}
+
+/// One place of a map.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cell {
+    /// Column and row.
+    pub at: (usize, usize),
+    /// How it ended.
+    pub ending: CellEnding,
+    /// What stands in it, a line each.
+    pub lines: Vec<String>,
+}
+
+/// How a migration ended, as a map shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CellEnding {
+    /// Rounds shrank, and the blackout was predicted to be within the limit.
+    Converged,
+    /// They did not, and the guest was switched over all the same.
+    Forced,
+    /// They did not, and the guest stayed at the source.
+    Refused,
+    /// Something went wrong.
+    Failed,
+}
+
 impl Figure {
     /// The samples of the turns that both have, side by side.
     #[must_use]
@@ -175,7 +247,11 @@ impl Record {
             notes: Vec::new(),
             figures: Vec::new(),
             distributions: Vec::new(),
+            ratios: Vec::new(),
             curves: Vec::new(),
+            tables: Vec::new(),
+            maps: Vec::new(),
+            model: None,
             migrations: Vec::new(),
             failures: Vec::new(),
         })
@@ -291,6 +367,12 @@ impl Spec {
     #[must_use]
     pub const fn part(name: &'static str, unit: &'static str) -> Self {
         Self { name, unit, better: Better::Lower, headline: false }
+    }
+
+    /// A rate that the run was made for.
+    #[must_use]
+    pub const fn rate(name: &'static str, unit: &'static str) -> Self {
+        Self { name, unit, better: Better::Higher, headline: true }
     }
 
     /// Something that only describes.

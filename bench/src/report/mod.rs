@@ -1,5 +1,7 @@
 //! A record as one page that needs nothing else: no script, no font, no picture from anywhere.
 
+mod compared;
+mod map;
 pub mod plot;
 mod sections;
 
@@ -13,7 +15,11 @@ const STYLE: &str = include_str!("style.css");
 pub fn page(record: &Record) -> Result<String> {
     let sections = [
         sections::failures(record),
+        map::maps(record),
+        sections::tables(record),
+        compared::side_by_side(record),
         sections::headlines(record)?,
+        compared::ratios(record),
         sections::curves(record)?,
         sections::distributions(record)?,
         sections::slices(record),

@@ -17,14 +17,21 @@ const INK: RGBColor = RGBColor(1, 2, 3);
 /// Stands for the page's colour of the grid.
 const GRID: RGBColor = RGBColor(4, 5, 6);
 
-/// Told apart also by who sees no red or no green, and legible on white and on black (after Okabe and Ito).
-pub const COLOURS: [RGBColor; 6] = [
+/// Told apart also by who sees no red or no green, the first six of them, and legible on white and on black (after Okabe
+/// and Ito).
+pub const COLOURS: [RGBColor; 12] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
     RGBColor(180, 140, 0),
     RGBColor(86, 150, 233),
+    RGBColor(140, 86, 75),
+    RGBColor(127, 127, 127),
+    RGBColor(148, 103, 189),
+    RGBColor(105, 150, 20),
+    RGBColor(227, 90, 120),
+    RGBColor(20, 160, 180),
 ];
 
 /// Points on a line, with a name.

@@ -16,11 +16,11 @@ const SLICES: [&str; 7] = ["pause", "harvest", "push", "save", "load", "commit",
 /// Times longer than this many times their median would press all others to the axis.
 const STRETCH_MAX: f64 = 20.0;
 
-fn section(title: &str, body: &str) -> String {
+pub(super) fn section(title: &str, body: &str) -> String {
     if body.is_empty() { String::new() } else { format!("<section>\n<h2>{title}</h2>\n{body}</section>\n") }
 }
 
-fn table(head: &[&str], rows: &str) -> String {
+pub(super) fn table(head: &[&str], rows: &str) -> String {
     let head: String = head.iter().map(|word| format!("<th>{word}</th>")).collect();
     format!(
         "<div class=\"scroll\"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>\n"
@@ -40,7 +40,9 @@ pub(super) fn failures(record: &Record) -> String {
 
 /// The figures that the run was made for, and beside them how they compare with those of the first group.
 pub(super) fn headlines(record: &Record) -> Result<String> {
-    let several = record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
+    // Places of a map or of a check are no ways that are compared.
+    let ways = record.maps.is_empty() && record.tables.is_empty();
+    let several = ways && record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
     let mut rows = String::new();
     for figure in record.figures.iter().filter(|f| f.headline) {
         let first = record.figures.iter().find(|f| f.name == figure.name).filter(|f| f.group != figure.group);
@@ -93,13 +95,27 @@ pub(super) fn curves(record: &Record) -> Result<String> {
     Ok(html)
 }
 
+pub(super) fn tables(record: &Record) -> String {
+    let cell = |text: &String| format!("<td>{}</td>", escape(text));
+    let row = |cells: &Vec<String>| format!("<tr>{}</tr>", cells.iter().map(cell).collect::<String>());
+    let one = |t: &crate::record::Table| {
+        let head: Vec<String> = t.head.iter().map(|word| escape(word)).collect();
+        let head: Vec<&str> = head.iter().map(String::as_str).collect();
+        let rows: String = t.rows.iter().map(row).collect();
+        let caption = format!("<p class=\"quiet\">{}</p>\n", escape(&t.caption));
+        section(&escape(&t.title), &(table(&head, &rows) + &caption))
+    };
+    record.tables.iter().map(one).collect()
+}
+
 pub(super) fn distributions(record: &Record) -> Result<String> {
     if record.distributions.is_empty() {
         return Ok(String::new());
     }
     let several = record.groups().len() > 1;
     let headline = |name: &str| record.figures.iter().any(|f| f.headline && f.name == name);
-    let mut drawn: Vec<Line> = Vec::new();
+    // A plot a figure where there are several groups: all in one would hide one another.
+    let mut plots: Vec<(&str, Vec<Line>)> = Vec::new();
     let mut rows = String::new();
     for d in &record.distributions {
         write!(rows, "<tr><td>{}</td><td>{}</td>", escape(&d.group), escape(&d.name))?;
@@ -110,10 +126,14 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
         write!(rows, "<td class=\"n\">{}</td><td class=\"n\">{}</td></tr>", digits(d.max_ms), d.count)?;
         // The total is another order of time, and a part is in the whole.
         if d.name != "total" && (headline(&d.name) || !record.figures.iter().any(|f| f.name == d.name)) {
-            let name = if several { format!("{}, {}", d.group, d.name) } else { d.name.clone() };
+            let (title, name) = if several { (d.name.as_str(), &d.group) } else { ("", &d.name) };
             let mut points = vec![(0.0, d.counts_us.first().map_or(0.0, |(us, _)| *us as f64 / 1e3))];
             points.extend(d.curve());
-            drawn.push(Line { name, points });
+            let line = Line { name: name.clone(), points };
+            match plots.iter_mut().find(|plot| plot.0 == title) {
+                Some(plot) => plot.1.push(line),
+                None => plots.push((title, vec![line])),
+            }
         }
     }
     let axes = Axes {
@@ -123,7 +143,7 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
         y_scale: Scale::Powers,
     };
     let head = ["what", "", "p50 ms", "p90", "p99", "p99.9", "longest", "of"];
-    let plot = lines(&axes, &drawn)?;
+    let plot = titled(&axes, &plots)?;
     let note =
         "<p class=\"quiet\">A percentile that so few samples cannot tell from the longest is left out.</p>\n";
     Ok(section("Distributions", &format!("{plot}{}{note}", table(&head, &rows))))
@@ -161,18 +181,36 @@ pub(super) fn turns(record: &Record) -> Result<String> {
         .figures
         .iter()
         .filter(|f| f.headline && f.name != "total" && f.unit == "ms" && f.turns.len() > 2);
-    let drawn: Vec<Line> = shown
-        .map(|f| Line {
-            name: format!("{}, {}", f.group, f.name),
-            points: f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect(),
-        })
-        .collect();
-    let mut all: Vec<f64> = drawn.iter().flat_map(|line| line.points.iter().map(|p| p.1)).collect();
+    let mut plots: Vec<(&str, Vec<Line>)> = Vec::new();
+    let several = record.groups().len() > 1;
+    for f in shown {
+        let (title, name) = if several { (f.name.as_str(), &f.group) } else { ("", &f.name) };
+        let points = f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect();
+        let line = Line { name: name.clone(), points };
+        match plots.iter_mut().find(|plot| plot.0 == title) {
+            Some(plot) => plot.1.push(line),
+            None => plots.push((title, vec![line])),
+        }
+    }
+    let mut all: Vec<f64> =
+        plots.iter().flat_map(|plot| &plot.1).flat_map(|line| line.points.iter().map(|p| p.1)).collect();
     let highest = all.iter().copied().fold(0.0, f64::max);
     let wide = highest > STRETCH_MAX * crate::stats::median_of(&mut all);
     let y_scale = if wide { Scale::Powers } else { Scale::Even };
     let axes = Axes { x: "turn", x_scale: Scale::Even, y: "milliseconds", y_scale };
-    Ok(section("Turn by turn", &lines(&axes, &drawn)?))
+    Ok(section("Turn by turn", &titled(&axes, &plots)?))
+}
+
+/// One plot after another, each under its title if it has one.
+fn titled(axes: &Axes<'_>, plots: &[(&str, Vec<Line>)]) -> Result<String> {
+    let mut html = String::new();
+    for (title, drawn) in plots {
+        if !title.is_empty() {
+            writeln!(html, "<h3>{}</h3>", escape(title))?;
+        }
+        html += &lines(axes, drawn)?;
+    }
+    Ok(html)
 }
 
 /// The migrations in the middle and at the end of the blackouts: rates over time.

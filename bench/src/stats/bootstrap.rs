@@ -70,16 +70,31 @@ pub fn ratio(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
 /// slowed both down together does not widen the interval. Samples without a partner are left out.
 #[must_use]
 pub fn ratio_in_turns(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
-    let turns = a.0.len().min(b.0.len());
+    ratio_to_best(a, std::slice::from_ref(b), f64::min, level)
+}
+
+/// The same of `median(a)` to the best of the medians of `others`, which is found anew for each drawing: which of them
+/// is the best is not certain either. `best` is the better of two.
+#[must_use]
+pub fn ratio_to_best(
+    a: &Samples,
+    others: &[Samples],
+    best: fn(f64, f64) -> f64,
+    level: f64,
+) -> Option<Interval> {
+    let turns = others.iter().map(|b| b.0.len()).min()?.min(a.0.len());
     (turns >= SAMPLES_MIN).then(|| {
         let mut random = Random::new(SEED);
-        let (mut from_a, mut from_b) = (vec![0.0; turns], vec![0.0; turns]);
+        let (mut drawn, mut from) = (vec![0; turns], vec![0.0; turns]);
         interval(level, || {
-            for place in 0..turns {
-                let turn = random.below(turns);
-                (from_a[place], from_b[place]) = (a.0[turn], b.0[turn]);
-            }
-            median_of(&mut from_a) / median_of(&mut from_b)
+            drawn.fill_with(|| random.below(turns));
+            let mut median = |samples: &Samples| {
+                from.iter_mut().zip(&drawn).for_each(|(place, turn)| *place = samples.0[*turn]);
+                median_of(&mut from)
+            };
+            // The better of a number and none is the number.
+            let found = others.iter().map(&mut median).fold(f64::NAN, best);
+            median(a) / found
         })
     })
 }

@@ -1,8 +1,9 @@
-//! What a run's samples say: medians and ranges, intervals ([`bootstrap`]), percentiles ([`histogram`]), and whether
-//! two sets of them differ ([`permutation`]).
+//! What a run's samples say: medians and ranges, intervals ([`bootstrap`]), percentiles ([`histogram`]), lines
+//! ([`least_squares`]), and whether two sets of them differ ([`permutation`]).
 
 pub mod bootstrap;
 pub mod histogram;
+pub mod least_squares;
 pub mod permutation;
 pub mod random;
 

@@ -7,9 +7,14 @@
 
 use std::time::{Duration, Instant};
 
+/// The bit that tells a beat from a letter, where both come from one port. The other seven count the beats.
+pub const SHARED_BEAT: u8 = 0x80;
+
 /// Finds the largest gap between heartbeats.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GapMeter {
+    /// The bits that count.
+    counter: u8,
     last: Option<(Instant, u8)>,
     largest: Option<Gap>,
     beats: u64,
@@ -25,11 +30,23 @@ pub struct Gap {
     pub length: Duration,
 }
 
+impl Default for GapMeter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl GapMeter {
-    /// A meter that has seen nothing.
+    /// A meter that has seen nothing, for beats that have a port to themselves.
     #[must_use]
     pub fn new() -> Self {
-        Self::default()
+        Self { counter: u8::MAX, last: None, largest: None, beats: 0, lost: 0 }
+    }
+
+    /// The same for beats on the console, which come between letters.
+    #[must_use]
+    pub fn shared() -> Self {
+        Self { counter: !SHARED_BEAT, ..Self::new() }
     }
 
     /// Bytes of COM2 that arrived together at `now`, in order.
@@ -40,7 +57,7 @@ impl GapMeter {
                 if self.largest.is_none_or(|gap| length > gap.length) {
                     self.largest = Some(Gap { from, length });
                 }
-                self.lost += u64::from(byte.wrapping_sub(before).wrapping_sub(1));
+                self.lost += u64::from(byte.wrapping_sub(before).wrapping_sub(1) & self.counter);
             }
             self.beats += 1;
             self.last = Some((now, byte));
@@ -98,5 +115,12 @@ mod tests {
         meter.reset();
         meter.observe(at(16), &[5]);
         assert_eq!(meter.largest().unwrap().length, Duration::from_millis(1));
+    }
+
+    #[test]
+    fn beats_between_letters_count_with_seven_bits() {
+        let mut meter = GapMeter::shared();
+        meter.observe(Instant::now(), &[0xfe, 0xff, 0x80, 0x83]);
+        assert_eq!((meter.beats(), meter.lost()), (4, 2));
     }
 }

@@ -7,7 +7,8 @@
 //!    +-- worker 0..K: its own Plot: check a page, write the next generation, note it in the ledger
 //!    |                              (and a slow sweep over all pages of the plot)
 //!    +-- disk 0..D:   reads and writes a disk past the page cache, checks what came ([`disk`]); none by default
-//!    +-- pulse: guest clock gaps, stopped time by the RTC, one heartbeat byte a millisecond on COM2
+//!    +-- echo:        answers datagrams ([`echo`]); none by default
+//!    +-- pulse: guest clock gaps, stopped time by the RTC, one heartbeat byte a millisecond on COM2, or on the console
 //! ```
 //!
 //! # What a lost page looks like
@@ -27,6 +28,7 @@
 
 pub mod content;
 pub mod disk;
+pub mod echo;
 pub mod heartbeat;
 pub mod pacer;
 pub mod pages;

@@ -7,9 +7,10 @@
 //! hold up the workers.
 
 use pageferry_workload::disk::{self, Disk};
+use pageferry_workload::echo;
 use pageferry_workload::pages::PAGE_BYTES;
 use pageferry_workload::params::Params;
-use pageferry_workload::pulse::{Gaps, Pulse};
+use pageferry_workload::pulse::{ConsoleBeats, Gaps, Pulse};
 use pageferry_workload::worker::{self, News, Share, Stats, SweepNow};
 use std::io::{BufRead, Write};
 use std::path::Path;
@@ -74,7 +75,8 @@ impl Workload {
         let (stats, gaps) = (Arc::<Stats>::default(), Arc::<Gaps>::default());
         let (pulse_gaps, tick) = (Arc::clone(&gaps), Duration::from_micros(params.tick_us.into()));
         let ports = params.ports == 1;
-        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest && ports).run())?;
+        let console = console_beats(params, in_guest)?;
+        spawn("pulse", move || Pulse::new(pulse_gaps, tick, in_guest && ports, console).run())?;
         let mut orders = Vec::new();
         for (index, share) in shares(params).into_iter().enumerate() {
             let (order, inbox) = channel();
@@ -99,6 +101,10 @@ impl Workload {
             let (stats, news) = (Arc::clone(&stats), sender.clone());
             spawn(&format!("disk {index}"), move || worker.run(&stats, &inbox, &news))?;
             orders.push(order);
+        }
+        if params.echo > 0 {
+            let socket = echo::open(params.echo).map_err(|e| format!("pf.echo={}: {e}", params.echo))?;
+            spawn("echo", move || echo::run(&socket))?;
         }
         spawn("console", move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
@@ -229,6 +235,14 @@ impl Workload {
             ms(&self.gaps.stopped_total)
         )
     }
+}
+
+fn console_beats(params: &Params, in_guest: bool) -> Result<Option<ConsoleBeats>, String> {
+    if params.beat_us == 0 || !in_guest {
+        return Ok(None);
+    }
+    let opened = ConsoleBeats::open(Duration::from_micros(params.beat_us.into()));
+    opened.map(Some).map_err(|e| format!("the console for pf.beat_us={}: {e}", params.beat_us))
 }
 
 fn disk_workers(params: &Params) -> Result<Vec<disk::Worker>, String> {

@@ -35,6 +35,11 @@ pub struct Params {
     /// `pf.ports`: 0 keeps the pulse away from I/O ports, which nested virtualization in emulation lets nobody
     /// but the kernel use. Gaps are then known without the time in which the guest was stopped.
     pub ports: u32,
+    /// `pf.beat_us`: period of heartbeats on the console in microseconds; 0 is none. They go through the kernel, so that
+    /// they work where ports are the kernel's alone, and where there is no COM2.
+    pub beat_us: u32,
+    /// `pf.echo`: UDP port on which datagrams are answered; 0 is none.
+    pub echo: u16,
 }
 
 impl Default for Params {
@@ -49,20 +54,26 @@ impl Default for Params {
             disk: 0,
             tick_us: 500,
             ports: 1,
+            beat_us: 0,
+            echo: 0,
         }
     }
 }
 
 impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports } = self;
+        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports, beat_us, echo } =
+            self;
         write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
             Pattern::Random => f.write_str("random")?,
             Pattern::Hot(percent) => write!(f, "hot:{percent}")?,
         }
-        write!(f, " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports}")
+        write!(
+            f,
+            " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports} pf.beat_us={beat_us} pf.echo={echo}"
+        )
     }
 }
 
@@ -88,6 +99,8 @@ impl Params {
                 "pf.disk" => params.disk = number(0, 64)?,
                 "pf.tick_us" => params.tick_us = number(100, 100_000)?,
                 "pf.ports" => params.ports = number(0, 1)?,
+                "pf.beat_us" => params.beat_us = number(0, 1_000_000)?,
+                "pf.echo" => params.echo = number(0, 65_535)? as u16,
                 "pf.pattern" => {
                     params.pattern = pattern(value).ok_or_else(|| {
                         format!("{word}: not one of sequential, random, hot:PERCENT (1 to 99)")
@@ -115,13 +128,14 @@ mod tests {
 
     #[test]
     fn a_kernel_command_line_is_read() {
-        let line = "console=ttyS0 quiet pf.mib=128 pf.rate=0 pf.pattern=hot:10 pf.threads=2 pf.touch=300\n";
+        let line = "console=ttyS0 quiet pf.mib=128 pf.rate=0 pf.pattern=hot:10 pf.threads=2 pf.touch=300 pf.beat_us=2000\n";
         let want = Params {
             mib: 128,
             rate_mb: 0,
             pattern: Pattern::Hot(10),
             threads: 2,
             touch_mib: 300,
+            beat_us: 2000,
             ..Params::default()
         };
         assert_eq!(Params::parse(&want.to_string()), Ok(want.clone()));

@@ -3,13 +3,22 @@
 //! Every tick (500 us) it reads the guest's clock, sends a heartbeat byte when one is due, and reads the
 //! CMOS clock. It writes COM2's and the CMOS ports directly: one byte a beat needs no driver, no
 //! interrupt and no buffer in the guest's kernel, so the byte leaves QEMU the moment it is written.
+//!
+//! Where that is not possible, beats can go to the console, through the kernel's driver, which takes some accesses to
+//! ports a byte. There they lie between the bytes of lines, and are told from them by their highest bit.
 
+use crate::heartbeat::SHARED_BEAT;
 use crate::stopped::{Seen, StopMeter};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+/// Where lines of the guest go.
+const CONSOLE: &str = "/dev/console";
 /// One heartbeat byte in this time.
 const BEAT: Duration = Duration::from_millis(1);
 /// The CMOS clock is read without a pause from this long before a change of its second is expected (a
@@ -53,6 +62,8 @@ pub struct Pulse {
     last: Duration,
     next_beat: Duration,
     beat: u8,
+    /// Beats on the console, where they are wanted.
+    console: Option<ConsoleBeats>,
     meter: StopMeter,
     /// Longest time between ticks since the last exact change of the CMOS second, microseconds.
     window_max: u64,
@@ -63,9 +74,10 @@ impl Pulse {
     /// A pulse with this period. With `use_ports`, and the right to use them, it beats on COM2 and reads
     /// the CMOS clock: meant for the guest only.
     #[must_use]
-    pub fn new(gaps: Arc<Gaps>, tick: Duration, use_ports: bool) -> Self {
+    pub fn new(gaps: Arc<Gaps>, tick: Duration, use_ports: bool, console: Option<ConsoleBeats>) -> Self {
         let now = monotonic();
         Self {
+            console,
             gaps,
             ports: if use_ports { Ports::open() } else { None },
             tick,
@@ -113,6 +125,9 @@ impl Pulse {
             self.gaps.max.fetch_max(gap, Relaxed);
         }
         self.last = now;
+        if let Some(console) = &mut self.console {
+            console.beat_when_due(now);
+        }
         let Some(ports) = &self.ports else { return false };
         if now >= self.next_beat {
             self.next_beat = (self.next_beat + BEAT).max(now);
@@ -132,6 +147,32 @@ impl Pulse {
             self.window_max = 0;
         }
         seen != Seen::Same
+    }
+}
+
+/// Heartbeats on the console.
+pub struct ConsoleBeats {
+    console: File,
+    every: Duration,
+    next: Duration,
+    number: u8,
+}
+
+impl ConsoleBeats {
+    /// One beat in this time.
+    pub fn open(every: Duration) -> std::io::Result<Self> {
+        // A console that takes nothing shall not hold up the pulse.
+        let console =
+            File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(CONSOLE)?;
+        Ok(Self { console, every, next: monotonic(), number: 0 })
+    }
+
+    fn beat_when_due(&mut self, now: Duration) {
+        // One that is not taken, because a line is being written, is due at the next tick.
+        if now >= self.next && self.console.write(&[SHARED_BEAT | self.number]).is_ok() {
+            self.next = (self.next + self.every).max(now);
+            self.number = (self.number + 1) & !SHARED_BEAT;
+        }
     }
 }
 

@@ -289,6 +289,14 @@ impl SyntheticSource {
         Ok(sum)
     }
 
+    /// From now on each thread writes so many pages a second; `None` is as fast as it can.
+    pub fn set_rate(&mut self, pages_per_second: Option<u32>) -> Result<()> {
+        self.halt()?;
+        self.options.pages_per_second = pages_per_second;
+        self.go();
+        Ok(())
+    }
+
     fn go(&mut self) {
         if let Some(writers) = self.stopped.take() {
             self.running = Some(Engine::start(writers, &self.memory, &self.options));
@@ -538,6 +546,21 @@ mod tests {
             guest = moved(guest);
             guest.check().unwrap();
         }
+    }
+
+    #[test]
+    fn a_rate_can_be_changed_and_goes_with_the_guest() {
+        let mut guest = SyntheticSource::start(SyntheticOptions { discards: false, ..OPTIONS }).unwrap();
+        // Slower than a page in the whole test: what was written stays what was written.
+        guest.set_rate(Some(1)).unwrap();
+        let mut guest = moved(guest);
+        let before = guest.generations().unwrap();
+        assert!(guest.generations().unwrap() < before + 100);
+        guest.set_rate(None).unwrap();
+        while guest.generations().unwrap() < before + 5000 {
+            std::thread::yield_now();
+        }
+        guest.check().unwrap();
     }
 
     #[test]

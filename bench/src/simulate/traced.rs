@@ -1,0 +1,133 @@
+//! The synthetic guest with a clock at each of its doors: what a host needs for a harvest, and when the engine asked for
+//! what. The engine's report has no place for these.
+
+use pageferry::bitmap::DirtyBitmap;
+use pageferry::dirty::{DirtySource, Harvest};
+use pageferry::guest::synthetic::SyntheticSource;
+use pageferry::guest::{GuestDescription, Liveness, SourceGuest};
+use pageferry::memory::GuestMemory;
+use pageferry::policy::FixedCosts;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// One harvest.
+#[derive(Debug, Clone, Copy)]
+pub struct Harvested {
+    /// When it began.
+    pub begun: Instant,
+    /// How long it took.
+    pub took: Duration,
+    /// Pages that it found.
+    pub pages: u64,
+}
+
+/// What was noted of one migration.
+#[derive(Debug, Clone, Default)]
+pub struct Trace {
+    /// In their order; the last two are in the blackout.
+    pub harvests: Vec<Harvested>,
+    /// When the vCPUs were told to stop.
+    pub paused: Option<Instant>,
+}
+
+/// A guest at the source.
+pub struct Traced {
+    /// The guest.
+    pub inner: SyntheticSource,
+    trace: Arc<Mutex<Trace>>,
+}
+
+impl Traced {
+    /// This guest.
+    #[must_use]
+    pub fn new(inner: SyntheticSource) -> Self {
+        Self { inner, trace: Arc::default() }
+    }
+
+    /// What was noted so far.
+    #[must_use]
+    pub fn trace(&self) -> Trace {
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Its dirty source.
+struct TracedDirty {
+    inner: Box<dyn DirtySource>,
+    trace: Arc<Mutex<Trace>>,
+}
+
+impl DirtySource for TracedDirty {
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry::Result<Harvest> {
+        let begun = Instant::now();
+        let harvest = self.inner.harvest(into)?;
+        let harvested = Harvested { begun, took: begun.elapsed(), pages: harvest.pages };
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).harvests.push(harvested);
+        Ok(harvest)
+    }
+    fn relieve(&mut self) -> pageferry::Result<()> {
+        self.inner.relieve()
+    }
+}
+
+impl SourceGuest for Traced {
+    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
+        let inner = self.inner.start_tracking()?;
+        Ok(Box::new(TracedDirty { inner, trace: Arc::clone(&self.trace) }))
+    }
+    fn pause(&mut self) -> pageferry::Result<()> {
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).paused = Some(Instant::now());
+        self.inner.pause()
+    }
+    fn resume(&mut self) -> pageferry::Result<()> {
+        self.inner.resume()
+    }
+    fn describe(&self) -> GuestDescription {
+        self.inner.describe()
+    }
+    fn preflight(&mut self) -> pageferry::Result<()> {
+        self.inner.preflight()
+    }
+    fn memory(&self) -> &Arc<GuestMemory> {
+        self.inner.memory()
+    }
+    fn state_bytes_max(&self) -> u64 {
+        self.inner.state_bytes_max()
+    }
+    fn state_bytes_expected(&self) -> u64 {
+        self.inner.state_bytes_expected()
+    }
+    fn fixed_costs(&self) -> FixedCosts {
+        self.inner.fixed_costs()
+    }
+    fn liveness(&self) -> Liveness {
+        self.inner.liveness()
+    }
+    fn may_discard(&mut self) -> pageferry::Result<bool> {
+        self.inner.may_discard()
+    }
+    fn is_running(&mut self) -> pageferry::Result<bool> {
+        self.inner.is_running()
+    }
+    fn settle_io(&mut self) -> pageferry::Result<()> {
+        self.inner.settle_io()
+    }
+    fn arm(&mut self) -> pageferry::Result<()> {
+        self.inner.arm()
+    }
+    fn begin_save(&mut self) -> pageferry::Result<()> {
+        self.inner.begin_save()
+    }
+    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+        self.inner.save(sink)
+    }
+    fn seal(&mut self) -> pageferry::Result<()> {
+        self.inner.seal()
+    }
+    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
+        self.inner.retire(tracking);
+    }
+    fn end(&mut self) -> pageferry::Result<()> {
+        self.inner.end()
+    }
+}
