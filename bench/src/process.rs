@@ -28,15 +28,19 @@ struct Said {
 /// One that has ended.
 pub(crate) struct Ended {
     program: String,
-    status: ExitStatus,
+    pub(crate) status: ExitStatus,
     pub(crate) stdout: String,
-    stderr: String,
+    pub(crate) stderr: String,
 }
 
 impl Process {
     pub(crate) fn start(program: &str, arguments: &[&str]) -> Result<Self> {
-        let mut child = Command::new(program)
-            .args(arguments)
+        Self::spawn(program, Command::new(program).args(arguments))
+    }
+
+    /// The same of a command that has more to it than arguments.
+    pub(crate) fn spawn(program: &str, command: &mut Command) -> Result<Self> {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -4,6 +4,7 @@ use crate::cpu::Meter;
 use crate::floor;
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
 use crate::microvm::Microvm;
+use crate::process::Process;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::guest::qemu::qmp::Event;
@@ -174,22 +175,23 @@ fn request(
     by_rdma: bool,
     downtime_max: Duration,
 ) -> Result<MigrationReport> {
-    let output = Command::new(&yard.options.pageferry)
+    let mut command = Command::new(&yard.options.pageferry);
+    command
         .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
         .args(["migrate", name, "--to", to, "--json", "--insecure", "--when-stuck", "switchover"])
         .args(["--downtime-max", &format!("{}us", downtime_max.as_micros())])
         .args(["--lanes", &yard.options.lanes.to_string()])
         .args(["--transport", if by_rdma { "rdma" } else { "tcp" }])
         // Ctrl-C is for the bench alone: it lets the move that goes on end.
-        .process_group(0)
-        .stderr(Stdio::piped())
-        .output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
+        .process_group(0);
+    // Beyond that the destination is ended, and the source with it or not: it is looked at.
+    let ended = Process::spawn("pageferry migrate", &mut command)?.end(GUEST_MAX)?;
+    if !ended.status.success() {
         // Before it are the lines of its progress.
-        bail!("pageferry migrate: {}: {}", output.status, said.trim().lines().last().unwrap_or_default());
+        let why = ended.stderr.trim().lines().last().unwrap_or_default();
+        bail!("pageferry migrate: {}: {why}", ended.status);
     }
-    let report: MigrationReport = serde_json::from_slice(&output.stdout).context("the report")?;
+    let report: MigrationReport = serde_json::from_str(&ended.stdout).context("the report")?;
     if is_verbose() {
         eprintln!("{:?} {:?}", report.blackout_us, report.rounds);
     }
