@@ -26,11 +26,19 @@ pub struct Microvm {
 }
 
 impl Microvm {
-    /// Starts one; one that waits at `listen` if there is an address, and else boots.
-    pub fn start(yard: &Yard, tracking: TrackingChoice, listen: Option<SocketAddr>) -> Result<Self> {
+    /// Starts one, with all of its memory taken first if `preallocated`; one that waits at `listen` if there is an address, and else boots.
+    pub fn start(
+        yard: &Yard,
+        tracking: TrackingChoice,
+        listen: Option<SocketAddr>,
+        preallocated: bool,
+    ) -> Result<Self> {
         let (options, name) = (&yard.options, next_name());
         let mut command = Command::new(&options.pageferry);
         command.args(["microvm", &name, "--memory", &format!("{}M", options.memory_mib), "--cpus", "1"]);
+        if preallocated {
+            command.arg("--preallocate");
+        }
         command.args(["--tracking", &format!("{tracking:?}").to_lowercase()]);
         match listen {
             Some(address) => command.args(["--insecure", "--listen", &address.to_string()]),

@@ -217,7 +217,7 @@ pub fn move_microvm(
     terms: &Terms,
 ) -> Result<Moved> {
     let address = SocketAddr::new(Way::Microvm.address(terms)?, 0);
-    let destination = Microvm::start(yard, tracking, Some(address))?;
+    let destination = Microvm::start(yard, tracking, Some(address), terms.preallocated)?;
     source.console.settle(STEADY_LINES, START_MAX)?;
     yard.reset_beats();
     let begun = Instant::now();

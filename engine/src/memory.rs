@@ -194,6 +194,13 @@ impl GuestMemory {
         Ok(zeroed)
     }
 
+    /// To be called once all of it is allocated and mapped, and still zeros: nothing is left to be done ahead of the data.
+    pub fn note_mapped(&self) {
+        let mut mapped = DirtyBitmap::new(self.pages);
+        mapped.insert(PageRun::between(0, self.pages));
+        let _ = self.mapped.set(mapped);
+    }
+
     /// These runs, rising, as byte ranges of each slot's region.
     #[must_use]
     pub fn parts(&self, runs: &[PageRun]) -> Vec<Vec<Range<usize>>> {

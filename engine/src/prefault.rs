@@ -86,6 +86,15 @@ impl Prefault {
         Ok(Self { shared, threads })
     }
 
+    /// Waits until all is done. Fails if there is no memory for the guest.
+    pub fn finish(mut self) -> Result<()> {
+        for thread in self.threads.drain(..) {
+            // A panic in it has printed itself; what it left undone is done when it is touched.
+            let _ = thread.join();
+        }
+        self.check()
+    }
+
     /// No new piece is begun from here on; what is missing is faulted in by whoever touches it.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);

@@ -116,7 +116,8 @@ impl MicrovmLineage {
 
 impl Lineage for MicrovmLineage {
     fn start(&mut self) -> Result<()> {
-        self.microvm = Some(Microvm::start(&self.yard, self.tracking, None).context("starting a microvm")?);
+        self.microvm =
+            Some(Microvm::start(&self.yard, self.tracking, None, false).context("starting a microvm")?);
         Ok(())
     }
 

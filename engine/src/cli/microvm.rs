@@ -70,6 +70,9 @@ pub struct MicrovmArgs {
     /// Memory of huge pages of 2 MiB, which the host must have set aside.
     #[arg(long)]
     huge_pages: bool,
+    /// Take all memory from the host at the start, so that a guest that is received finds it ready.
+    #[arg(long)]
+    preallocate: bool,
     /// How the guest's writes are followed.
     #[arg(long, value_enum, default_value_t)]
     tracking: TrackingChoice,
@@ -84,6 +87,7 @@ pub fn main(args: &MicrovmArgs) -> Result<u8> {
         memory_bytes: args.memory,
         vcpus: args.cpus,
         huge_pages: args.huge_pages,
+        preallocate: args.preallocate,
         tracking: args.tracking,
         ring_entries: args.ring_entries,
     };

@@ -23,7 +23,8 @@ use crate::dirty::ring::{RING_ENTRIES, RingSet, RingSource};
 use crate::error::{Error, Result};
 use crate::guest::{BlockDescription, GuestDescription, MapAhead};
 use crate::memory::{GuestMemory, SlotSource};
-use crate::page::PAGE_BYTES;
+use crate::page::{PAGE_BYTES, PageRun};
+use crate::prefault::Prefault;
 use crossbeam_channel::bounded;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -66,6 +67,9 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Memory of huge pages of 2 MiB, which the host must have set aside.
     pub huge_pages: bool,
+    /// All of memory is taken from the host when the machine is made, and mapped for the guest where KVM can do that: a
+    /// guest that is received finds it ready.
+    pub preallocate: bool,
     /// How writes are followed.
     pub tracking: TrackingChoice,
     /// Entries of each vCPU's ring, a power of two.
@@ -76,7 +80,14 @@ impl MachineConfig {
     /// A machine of this size, with everything else as is usual.
     #[must_use]
     pub fn new(memory_bytes: u64, vcpus: u32) -> Self {
-        Self { memory_bytes, vcpus, huge_pages: false, tracking: TrackingChoice::Auto, ring_entries: None }
+        Self {
+            memory_bytes,
+            vcpus,
+            huge_pages: false,
+            preallocate: false,
+            tracking: TrackingChoice::Auto,
+            ring_entries: None,
+        }
     }
 
     /// Fails, with the mend, if no such machine can be. Touches nothing.
@@ -174,6 +185,11 @@ impl Machine {
         let devices = Arc::new(Devices::new(&vm, console, rings)?);
         let exits = Arc::clone(&devices) as Arc<dyn super::vcpu::Exits>;
         let vcpus = Arc::new(Vcpus::spawn(fds, &exits)?);
+        if config.preallocate {
+            let all = PageRun::between(0, memory.pages());
+            Prefault::start(Arc::clone(&memory), &[all], map_ahead(&slots, &vcpus))?.finish()?;
+            memory.note_mapped();
+        }
         let (config, cpuids) = (config.clone(), Mutex::new(cpuids));
         Ok(Self { vcpus, tracker, slots, devices, vm, memory, config, host, cpuids, tsc_khz })
     }
@@ -293,10 +309,10 @@ impl Machine {
         })
     }
 
-    /// Maps pages for a guest that is yet to come, where this host's KVM can.
+    /// Maps pages for a guest that is yet to come, where this host's KVM can and they are not mapped already.
     #[must_use]
     pub fn map_ahead(&self) -> Option<MapAhead> {
-        map_ahead(&self.slots, &self.vcpus)
+        if self.config.preallocate { None } else { map_ahead(&self.slots, &self.vcpus) }
     }
 
     /// Lets the guest run. `stood` if it stood still before: it is told, so that its watchdogs do not bark.

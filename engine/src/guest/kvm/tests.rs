@@ -191,6 +191,24 @@ fn lab_pages_are_mapped_before_the_guest_comes() {
     write_and_check(&mut guest, 20);
 }
 
+#[test]
+fn a_machine_that_has_all_its_memory_takes_in_a_guest_like_any_other() {
+    if !kvm_is_here("a_machine_that_has_all_its_memory_takes_in_a_guest_like_any_other") {
+        return;
+    }
+    let config = MachineConfig { preallocate: true, ..config(1, TrackingChoice::Log) };
+    let destination = KvmDestination::new(&config, Console::none()).unwrap();
+    let all = PageRun::between(0, destination.memory().pages());
+    assert_eq!(destination.memory().touched().unwrap(), [all]);
+    assert_eq!(destination.memory().unmapped(&[all]), []);
+    let mut guest = start(&config, Pattern::Random);
+    for _ in 0..2 {
+        write_and_check(&mut guest, 20);
+        (guest, _) = moved(guest, &config, |_| {});
+    }
+    write_and_check(&mut guest, 20);
+}
+
 /// What goes on by itself in a machine that stands still, or is about the host.
 fn without_time(mut state: MachineState) -> MachineState {
     const TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
