@@ -8,6 +8,7 @@ use super::target::Shared;
 use super::vector::Vector;
 use crate::failure::LaneFailure;
 use crate::work::FenceTag;
+use crossbeam_channel::Sender;
 use io_uring::{opcode, squeue, types};
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -43,9 +44,9 @@ impl Receiver {
         }
     }
 
-    /// Runs until the lane breaks, or is shut down by its owner. False if the kernel may still be
-    /// placing bytes, which no socket that is shut down should allow.
-    pub(super) fn run(mut self) -> bool {
+    /// Runs until the lane breaks, or is shut down by its owner, and tells then whether the kernel has let go of all
+    /// memory; that it may still be placing bytes no socket that is shut down should allow.
+    pub(super) fn run(mut self, tell: &Sender<bool>) {
         if let Err(failure) = self.drive() {
             tracing::debug!(lane = self.lane, ?failure, "lane ends");
             self.shared.fail(failure);
@@ -53,11 +54,12 @@ impl Receiver {
         // The peer learns of it too, and an operation that is still under way ends.
         let _ = self.stream.shutdown(Shutdown::Both);
         let settled = self.ring.drain(DRAIN_PATIENCE);
+        // Nobody listens if the link was never finished.
+        let _ = tell.send(settled);
         if !settled {
             tracing::error!(lane = self.lane, "the kernel does not let go of a lane's buffers: leaking them");
             std::mem::forget(self);
         }
-        settled
     }
 
     fn drive(&mut self) -> Result<(), LaneFailure> {
@@ -144,7 +146,7 @@ impl Receiver {
             return Err(LaneFailure::Closed { lane: self.lane });
         }
         // SAFETY: the buffers are boxed and owned by `self`; exposed regions stay mapped until the
-        // target has joined this thread; and this function returns only when the operation is done.
+        // target has heard that this lane has ended; and this function returns only when the operation is done.
         // Should the ring itself fail, `run` waits for the operation or leaks `self` and with it
         // the buffers and, through `shared`, the regions.
         unsafe { self.ring.push(entry) };

@@ -1,6 +1,6 @@
 //! The end that is written to: exposes regions, and knows which fences have come.
 
-use super::receiver::Receiver;
+use super::receiver::Receiver as LaneReceiver;
 use super::ring::Ring;
 use super::{check_lanes, prepare, spawn};
 use crate::error::{Error, Result};
@@ -10,6 +10,7 @@ use crate::fences::Arrivals;
 use crate::link::Target;
 use crate::region::{MemoryRegion, RemoteRegion};
 use crate::work::FenceTag;
+use crossbeam_channel::{Receiver, bounded};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,9 +21,18 @@ use std::time::Instant;
 #[derive(Debug)]
 pub struct TcpTarget {
     shared: Arc<Shared>,
-    lanes: Vec<(Arc<TcpStream>, Option<JoinHandle<bool>>)>,
-    /// Whether every thread that ended left nothing to the kernel.
+    lanes: Vec<Lane>,
+    /// Whether every lane that ended left nothing to the kernel.
     settled: bool,
+}
+
+/// One lane's connection and thread.
+#[derive(Debug)]
+struct Lane {
+    stream: Arc<TcpStream>,
+    /// Hears whether the kernel has let go of all memory, once the lane has ended.
+    end: Option<Receiver<bool>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// What the threads of the lanes and the target have in common.
@@ -84,26 +94,27 @@ impl TcpTarget {
         for (lane, stream) in streams.into_iter().enumerate() {
             prepare(lane, &stream)?;
             let stream = Arc::new(stream);
-            let receiver = Receiver::new(lane, Ring::new()?, Arc::clone(&stream), Arc::clone(&this.shared));
-            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run())?;
-            this.lanes.push((stream, Some(thread)));
+            let receiver =
+                LaneReceiver::new(lane, Ring::new()?, Arc::clone(&stream), Arc::clone(&this.shared));
+            let (tell, end) = bounded(1);
+            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run(&tell))?;
+            this.lanes.push(Lane { stream, end: Some(end), thread: Some(thread) });
         }
         Ok(this)
     }
 
     /// Ends the lanes. Closing a socket alone would not do: the kernel goes on handing out what it
-    /// had received before. So the threads are told, and waited for.
+    /// had received before. So the threads are told, and it is waited until nothing writes memory any more. Their
+    /// rings, which take longer to go, do so afterwards.
     fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        for (stream, _) in &self.lanes {
+        for lane in &self.lanes {
             // An error means that the connection is gone, which is what is wanted.
-            let _ = stream.shutdown(Shutdown::Both);
+            let _ = lane.stream.shutdown(Shutdown::Both);
         }
-        for (_, thread) in &mut self.lanes {
-            if let Some(thread) = thread.take() {
-                // One that panicked has settled too: its ring does not drop before.
-                self.settled &= thread.join().unwrap_or(true);
-            }
+        for end in self.lanes.iter_mut().filter_map(|lane| lane.end.take()) {
+            // A thread that panicked says nothing, and has settled too: its ring does not drop before.
+            self.settled &= end.recv().unwrap_or(true);
         }
     }
 }
@@ -155,5 +166,9 @@ impl Target for TcpTarget {
 impl Drop for TcpTarget {
     fn drop(&mut self) {
         self.stop();
+        for thread in self.lanes.iter_mut().filter_map(|lane| lane.thread.take()) {
+            // A panic in it has printed itself.
+            let _ = thread.join();
+        }
     }
 }
