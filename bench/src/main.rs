@@ -211,7 +211,8 @@ const MOVES: [u32; 2] = [200, 20];
 const MOVES_LINUX: [u32; 2] = [100, 10];
 
 fn run_downtime(args: &DowntimeArgs) -> Result<()> {
-    let moves = if args.guest == Guest::Linux { MOVES_LINUX } else { MOVES };
+    let is_linux = matches!(args.guest, Guest::Linux | Guest::Microvm);
+    let moves = if is_linux { MOVES_LINUX } else { MOVES };
     let options = MoveOptions {
         guest: args.guest,
         moves: args.moves.unwrap_or(moves[usize::from(args.quick)]),

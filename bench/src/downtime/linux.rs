@@ -34,21 +34,7 @@ impl Linux {
         if !options.planted_pause.is_zero() || options.threads != 1 {
             bail!("--threads and --plant-pause need --guest synthetic");
         }
-        let mut yard = Yard::new(GuestOptions {
-            accel: Accel::Tcg,
-            beat: BEAT,
-            kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
-            initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
-            pageferry: made(
-                &std::env::current_exe().context("the path of this program")?.with_file_name("pageferry"),
-                "cargo build --release -p pageferry",
-            )?,
-            lanes: options.lanes,
-            memory_mib: options.memory_mib,
-            working_mib: options.working_mib,
-            touched_mib: 0,
-            rate_mb: options.rate_mb,
-        })?;
+        let mut yard = Yard::new(guest(options, Accel::Tcg, BEAT)?)?;
         let no_network = match Network::up() {
             Ok(network) => {
                 yard.network = Some(network);
@@ -62,6 +48,25 @@ impl Linux {
         machine.wait_booted(|| Ok(())).context("the guest did not boot")?;
         Ok(Self { machine, yard, downtime_max: options.downtime_max, no_network })
     }
+}
+
+/// What a Linux guest of these options is.
+pub(super) fn guest(options: &MoveOptions, accel: Accel, beat: Duration) -> Result<GuestOptions> {
+    Ok(GuestOptions {
+        accel,
+        beat,
+        kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
+        initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
+        pageferry: made(
+            &std::env::current_exe().context("the path of this program")?.with_file_name("pageferry"),
+            "cargo build --release -p pageferry",
+        )?,
+        lanes: options.lanes,
+        memory_mib: options.memory_mib,
+        working_mib: options.working_mib,
+        touched_mib: 0,
+        rate_mb: options.rate_mb,
+    })
 }
 
 /// The absolute path of what must be there.

@@ -15,6 +15,7 @@
 
 pub mod client;
 pub(crate) mod linux;
+mod microvm;
 pub mod network;
 mod payload;
 pub mod service;
@@ -84,6 +85,8 @@ pub enum Guest {
     Payload,
     /// Linux in QEMU, under TCG, moved by the pageferry beside this program.
     Linux,
+    /// The same Linux in pageferry's own monitor, under this host's KVM.
+    Microvm,
 }
 
 /// What is moved, how often and how.
@@ -206,6 +209,7 @@ fn parties(options: &MoveOptions) -> Result<Vec<Party>> {
             Guest::Synthetic => Box::new(synthetic::Synthetic::start(options.clone())?),
             Guest::Payload => Box::new(payload::Payload::start(options.clone(), *tracking)?),
             Guest::Linux => Box::new(linux::Linux::start(options)?),
+            Guest::Microvm => Box::new(microvm::LinuxMicrovm::start(options, *tracking)?),
         };
         if several {
             laboratory.hold(true)?;
@@ -381,6 +385,13 @@ fn ms(us: u64) -> f64 {
 }
 
 fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
+    if options.guest == Guest::Microvm {
+        record.notes.push(format!(
+            "The guest's heartbeats go over its console, one each {:?}: a gap holds up to one of them. Destinations have all \
+             their memory before a move.",
+            microvm::BEAT
+        ));
+    }
     if options.guest == Guest::Linux {
         record.notes.push(
             "Under TCG the Linux guest's code is translated anew where it arrives, which is part of its gap and of its client's, and of no \
