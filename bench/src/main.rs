@@ -4,6 +4,7 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
 use pageferry::cli::units::duration;
 use pageferry::guest::kvm::machine::TrackingChoice;
+use pageferry::guest::kvm::payload::Pattern;
 use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, args::BulkArgs};
 use pageferry_bench::collect::{CollectOptions, collect};
@@ -107,6 +108,9 @@ struct DowntimeArgs {
     /// Writes in MB a second; 0 is as fast as the guest can.
     #[arg(long, default_value_t = 40)]
     rate: u32,
+    /// Where the payload guest writes.
+    #[arg(long, value_enum, default_value = "random")]
+    pattern: Pattern,
     /// How writes of the payload guest are followed; for more than one, each has a guest of its own, in turns.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
     tracking: Vec<TrackingChoice>,
@@ -219,6 +223,7 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         memory_mib: args.memory,
         working_mib: args.working,
         rate_mb: args.rate,
+        pattern: args.pattern,
         threads: args.threads,
         tracking: args.tracking.clone(),
         transport: args.transport,

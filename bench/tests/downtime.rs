@@ -120,10 +120,11 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
 #[test]
 fn what_cannot_be_is_said_at_once_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
-    let wrong: [(&[&str], &str); 6] = [
+    let wrong: [(&[&str], &str); 7] = [
         (&["--guest", "linux", "--threads", "2"], "--guest synthetic"),
         (&["--guest", "microvm", "--transport", "rdma", "--address", "127.0.0.2"], "--transport rdma"),
         (&["--guest", "microvm", "--threads", "2"], "--guest microvm"),
+        (&["--pattern", "hot-cold"], "--guest payload"),
         (&["--working", "65"], "--memory 64"),
         (&["--transport", "rdma"], "--address"),
         (&["--address", "192.0.2.1"], "192.0.2.1"),

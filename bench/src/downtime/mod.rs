@@ -28,6 +28,7 @@ use crate::stats::histogram::Histogram;
 use anyhow::{Context, Result, bail};
 use client::Client;
 use pageferry::guest::kvm::machine::TrackingChoice;
+use pageferry::guest::kvm::payload::Pattern;
 use pageferry::link::{LinkChoice, Transport};
 use pageferry::policy::WhenStuck;
 use pageferry::report::{Blackout, MigrationReport, Outcome};
@@ -102,6 +103,8 @@ pub struct MoveOptions {
     pub working_mib: u32,
     /// Writes in MB a second; 0 is as fast as the guest can.
     pub rate_mb: u32,
+    /// Where the payload guest writes. The others write any page of their working memory.
+    pub pattern: Pattern,
     /// Threads that write; vCPUs of the payload guest.
     pub threads: u32,
     /// How writes of the payload guest are followed. Each has a guest of its own, moved in turns with the others.
@@ -160,6 +163,9 @@ impl MoveOptions {
         }
         if self.transport == Transport::Rdma && self.address.is_loopback() {
             bail!("--transport rdma needs --address with that of an RDMA port; {} has none", self.address);
+        }
+        if self.pattern != Pattern::Random && self.guest != Guest::Payload {
+            bail!("--pattern needs --guest payload");
         }
         if self.tracking.is_empty() || self.tracking.len() > 1 && self.guest != Guest::Payload {
             bail!("more than one --tracking needs --guest payload");
@@ -440,6 +446,7 @@ mod tests {
             memory_mib: 64,
             working_mib: 16,
             rate_mb: 10,
+            pattern: Pattern::Random,
             threads: 1,
             tracking: vec![TrackingChoice::Auto],
             transport: Transport::Tcp,

@@ -8,7 +8,7 @@ use pageferry::doorway::Doorway;
 use pageferry::guest::SourceGuest;
 use pageferry::guest::kvm::destination::KvmDestination;
 use pageferry::guest::kvm::machine::{MachineConfig, TrackingChoice};
-use pageferry::guest::kvm::payload::{Pattern, PayloadOptions};
+use pageferry::guest::kvm::payload::PayloadOptions;
 use pageferry::guest::kvm::serial::Console;
 use pageferry::guest::kvm::source::{Boot, KvmSource};
 use pageferry::link::LinkChoice;
@@ -49,7 +49,7 @@ impl Payload {
         }
         let working_set_pages = u64::from(options.working_mib) << 8;
         let payload = PayloadOptions {
-            pattern: Pattern::Random,
+            pattern: options.pattern,
             pages_per_second: (options.rate_mb > 0).then_some(each as u64),
             working_set_pages: Some(working_set_pages),
             seed: SEED,
