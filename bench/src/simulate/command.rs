@@ -13,10 +13,11 @@ const ROUND_TRIP_US: f64 = 10.0;
 /// Options of `simulate`.
 #[derive(Debug, clap::Args)]
 pub struct SimulateArgs {
-    /// Say how far the model is off: real migrations over shaped cables, beside what it says of them. Root only.
+    /// Say by many moves how far the model is off: real migrations over shaped cables, beside what it says of them, some three
+    /// minutes. Without this and --from a quick check is made: nothing is said of other machines unchecked. Root only.
     #[arg(long)]
     check: bool,
-    /// A look within two minutes: fewer guests and fewer moves.
+    /// A check within two minutes: fewer guests and fewer moves.
     #[arg(long)]
     quick: bool,
     /// Moves of each guest. [default: 5]
@@ -74,10 +75,13 @@ impl SimulateArgs {
             downtime_us_max: u64::try_from(self.downtime_max.as_micros()).unwrap_or(u64::MAX),
             assumed,
         });
+        // What was not checked is not extrapolated.
+        let check = self.check || self.from.is_none();
+        let quick = self.quick || !self.check;
         let options = SimulateOptions {
-            check: self.check,
-            moves: self.moves.unwrap_or(MOVES[usize::from(self.quick)]),
-            quick: self.quick,
+            check,
+            moves: self.moves.unwrap_or(MOVES[usize::from(quick)]),
+            quick,
             gbit: self.gbit,
             from: self.from,
             scenario,
