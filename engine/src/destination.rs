@@ -18,7 +18,7 @@ use crate::staging::{self, STAGING_BYTES};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// For the source to start its tracking and look at its memory.
@@ -279,17 +279,10 @@ impl Reception {
         let fence_us = waiting.elapsed().as_micros() as u64;
         let bytes_placed = target.bytes_placed()?;
 
-        // The whole guest. Taking back the lanes costs as much as a tenth of loading, so it goes on beside it;
-        // both are over before Ready is said.
-        let target = Mutex::new(target);
-        let revoke = || target.lock().unwrap_or_else(PoisonError::into_inner).revoke();
-        let (revoked, taken) = std::thread::scope(|scope| {
-            let revoking = std::thread::Builder::new().name("revoke".into()).spawn_scoped(scope, revoke);
-            let taken = take_in(&prepare, &offer, &state, &staging_region, guest);
-            let died = |_| Err(pageferry_transport::Error::State("taking back the lanes panicked"));
-            // If there was no thread to be had, one after the other.
-            (revoking.map_or_else(|_| revoke(), |thread| thread.join().unwrap_or_else(died)), taken)
-        });
+        // The whole guest. The lanes end by themselves meanwhile, as that was the last fence; that they have is made
+        // sure of before Ready is said.
+        let taken = take_in(&prepare, &offer, &state, &staging_region, guest);
+        let revoked = target.revoke();
         drop(prefault);
         let (verify_us, load_us) = taken?;
         revoked?;

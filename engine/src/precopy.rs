@@ -375,14 +375,25 @@ impl<'a> Pump<'a> {
         Ok(writes)
     }
 
-    /// Sends a fence behind everything; its tag goes to the peer or to [`Self::wait_fence`].
+    /// Sends a fence behind everything; its tag goes to [`Self::wait_fence`].
     pub fn fence(&mut self) -> Result<FenceTag> {
+        let tag = self.next_tag();
+        self.link.fence(tag)?;
+        Ok(tag)
+    }
+
+    /// Sends the fence behind which nothing comes; its tag goes to the peer.
+    pub fn last_fence(&mut self) -> Result<FenceTag> {
+        let tag = self.next_tag();
+        self.link.last_fence(tag)?;
+        Ok(tag)
+    }
+
+    fn next_tag(&mut self) -> FenceTag {
         self.last_tag += 1;
         self.last_fence_received = false;
         self.fenced = true;
-        let tag = FenceTag(self.last_tag);
-        self.link.fence(tag)?;
-        Ok(tag)
+        FenceTag(self.last_tag)
     }
 
     /// Waits until the peer's link has received the fence.

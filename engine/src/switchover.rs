@@ -151,7 +151,7 @@ impl<'g> Paused<'g> {
         if let Some(zeros) = zeros {
             pump.push_holes(zeros, watch)?;
         }
-        let fence = pump.fence()?;
+        let fence = pump.last_fence()?;
         let (staged, registrations) = (pump.staged(), pump.registrations_since());
         self.blackout.push += lap(since);
         Ok(Drained {

@@ -365,6 +365,33 @@ pub(crate) fn an_end_that_is_dropped_is_noticed_by_the_other(make: &dyn Fn(usize
     assert!(waited.elapsed() < Duration::from_secs(10), "neither wait nor drop may hang");
 }
 
+pub(crate) fn behind_a_last_fence_nothing_is_posted_and_nothing_changes(make: &dyn Fn(usize) -> Pair) {
+    for lanes in [1, 3] {
+        let mut pair = make(lanes);
+        let (source, destination, remote) = regions(&mut pair, 8 << 20, &mut Random(8));
+        let batch: Vec<_> =
+            (0..8).map(|at| request(at as u64, &source, at << 20, 1 << 20, remote, at << 20)).collect();
+        let mut out = Vec::new();
+        post_all(&mut *pair.initiator, &batch, &mut out).unwrap();
+        pair.initiator.fence(FenceTag(1)).unwrap();
+        poll_until(&mut *pair.initiator, &mut out, |out| out.contains(&Completion::Fence(FenceTag(1))))
+            .unwrap();
+        assert!(matches!(pair.initiator.last_fence(FenceTag(1)), Err(Error::State(_))), "tags rise");
+        fill(&source, &mut Random(9));
+        post_all(&mut *pair.initiator, &batch, &mut out).unwrap();
+        pair.initiator.last_fence(FenceTag(2)).unwrap();
+        assert!(pair.initiator.post(&batch[..1]).is_err());
+        assert!(pair.initiator.fence(FenceTag(3)).is_err());
+        assert!(pair.initiator.last_fence(FenceTag(3)).is_err());
+        pair.target.wait_fence(FenceTag(2), soon()).unwrap();
+        assert!(contents(&destination) == contents(&source), "{lanes} lanes");
+        pair.target.revoke().unwrap();
+        pair.target.revoke().unwrap();
+        assert!(pair.target.expose(&destination).is_err());
+        assert!(contents(&destination) == contents(&source), "{lanes} lanes");
+    }
+}
+
 /// Makes a `#[test]` of every function above for the link that `$make` builds from a number of lanes.
 /// Those that need what few hosts have are ignored unless asked for, and then ask `$can_run` first.
 macro_rules! contract_tests {
@@ -384,6 +411,7 @@ macro_rules! contract_tests {
             wrong_requests_are_refused_and_right_ones_before_them_are_not
             unread_completions_hold_their_credits
             nothing_changes_after_revoke
+            behind_a_last_fence_nothing_is_posted_and_nothing_changes
             an_end_that_is_dropped_is_noticed_by_the_other
         );
     };

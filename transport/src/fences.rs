@@ -47,20 +47,45 @@ impl Arrivals {
 pub(crate) struct Acks {
     waiting: VecDeque<FenceTag>,
     last_sent: Option<FenceTag>,
+    /// Nothing may be sent any more.
+    ended: bool,
     /// For each lane, how many of `waiting`, from the front, it has acknowledged.
     acknowledged: Vec<usize>,
 }
 
 impl Acks {
     pub(crate) fn new(lanes: usize) -> Self {
-        Self { waiting: VecDeque::new(), last_sent: None, acknowledged: vec![0; lanes] }
+        Self { waiting: VecDeque::new(), last_sent: None, ended: false, acknowledged: vec![0; lanes] }
+    }
+
+    /// Fails behind the last fence.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.ended { Err(Error::State("posting behind the last fence")) } else { Ok(()) }
+    }
+
+    /// Notes a last fence that nobody will acknowledge.
+    pub(crate) fn send_last(&mut self, tag: FenceTag) -> Result<()> {
+        self.check(tag)?;
+        self.end();
+        Ok(())
+    }
+
+    /// The fence that was sent last is the last.
+    pub(crate) fn end(&mut self) {
+        self.ended = true;
+    }
+
+    fn check(&self, tag: FenceTag) -> Result<()> {
+        self.check_open()?;
+        if self.last_sent.is_some_and(|last| last >= tag) {
+            return Err(Error::State("the tags of a link's fences must rise"));
+        }
+        Ok(())
     }
 
     /// Notes a fence that is about to be sent on every lane.
     pub(crate) fn send(&mut self, tag: FenceTag) -> Result<()> {
-        if self.last_sent.is_some_and(|last| last >= tag) {
-            return Err(Error::State("the tags of a link's fences must rise"));
-        }
+        self.check(tag)?;
         if self.waiting.len() == FENCES_MAX {
             return Err(Error::State("too many fences are on their way: poll first"));
         }

@@ -9,7 +9,8 @@
 //!                       --- lane 1 ===========>
 //!   poll() -> Completion::Write
 //!   fence(tag)          --- on every lane ====> wait_fence(tag)
-//!   poll() -> Completion::Fence                 revoke()
+//!   poll() -> Completion::Fence
+//!   last_fence(tag)     --- on every lane ====> wait_fence(tag), the lanes end; revoke()
 //! ```
 //!
 //! # The contract, the same for every link
@@ -33,6 +34,9 @@
 //!   When [`Target::wait_fence`] returns, the destination's CPU sees all of those writes. When the
 //!   initiator polls [`Completion::Fence`], the target's host has said so: it has the fence on every lane.
 //!   A fence is the only proof that bytes have arrived.
+//! - **Last fence.** [`Initiator::last_fence`]: a fence behind which nothing is posted. The target's lanes end with it,
+//!   by themselves and beside whatever the target's caller does meanwhile, so that little is left to do for `revoke`.
+//!   Nobody waits for its completion: on some links there is none.
 //! - **Credits.** Each lane holds a bounded number of bytes and work requests in flight
 //!   ([`credit`]); memory use does not grow with what is posted.
 //! - **Deadlines.** Every wait takes an [`std::time::Instant`] and returns [`Error::Timeout`] or

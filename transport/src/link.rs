@@ -94,6 +94,10 @@ pub trait Initiator: Send {
     /// Sends a fence behind everything posted so far, on every lane.
     fn fence(&mut self, tag: FenceTag) -> Result<()>;
 
+    /// Sends the last fence: with it the target's lanes end, and nothing more may be posted. It may have no
+    /// completion.
+    fn last_fence(&mut self, tag: FenceTag) -> Result<()>;
+
     /// Bytes that crossed the lanes so far, headers included.
     fn bytes_on_wire(&self) -> u64;
 }
@@ -118,7 +122,8 @@ pub trait Target: Send {
     /// peer from a dead one. Returns the lane's error if one has broken.
     fn bytes_placed(&mut self) -> Result<u64>;
 
-    /// Takes back every permission to write. When this returns no byte changes any more.
+    /// Takes back every permission to write. When this returns no byte changes any more. After a last fence there is
+    /// little left to do.
     fn revoke(&mut self) -> Result<()>;
 }
 

@@ -393,6 +393,7 @@ impl Initiator for LoopbackInitiator {
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize> {
         let mut world = self.0.world();
         world.check()?;
+        world.acks.check_open()?;
         let lanes = world.lanes.len();
         let mut accepted = 0;
         for request in batch {
@@ -442,6 +443,12 @@ impl Initiator for LoopbackInitiator {
         world.lanes.iter_mut().for_each(|lane| lane.posted.push_back(Item::Fence(tag)));
         drop(world);
         self.0.changed.notify_all();
+        Ok(())
+    }
+
+    fn last_fence(&mut self, tag: FenceTag) -> Result<()> {
+        self.fence(tag)?;
+        self.0.world().acks.end();
         Ok(())
     }
 

@@ -62,6 +62,9 @@ impl Initiator for Lazy {
     fn fence(&mut self, tag: FenceTag) -> LinkResult<()> {
         self.inner.fence(tag)
     }
+    fn last_fence(&mut self, tag: FenceTag) -> LinkResult<()> {
+        self.inner.last_fence(tag)
+    }
     fn bytes_on_wire(&self) -> u64 {
         self.inner.bytes_on_wire()
     }

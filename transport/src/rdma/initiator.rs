@@ -402,6 +402,17 @@ impl RdmaInitiator {
         out.len() - before
     }
 
+    fn send_fence(&mut self, tag: FenceTag, is_last: bool) -> Result<()> {
+        self.collect();
+        self.check()?;
+        if !self.lanes.iter().all(Lane::can_fence) {
+            return Err(Error::State("too many fences are on their way: poll first"));
+        }
+        self.acks.send(tag)?;
+        let bytes = self.lanes.iter().map(Lane::posted_bytes).sum();
+        self.on_lanes(|lane| lane.fence(tag, bytes, is_last))
+    }
+
     fn on_lanes(&mut self, work: impl FnMut(&mut Lane) -> Result<(), LaneFailure>) -> Result<()> {
         match self.lanes.iter_mut().try_for_each(work) {
             Ok(()) => Ok(()),
@@ -461,6 +472,7 @@ impl Initiator for RdmaInitiator {
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize> {
         self.collect();
         self.check()?;
+        self.acks.check_open()?;
         let (mut accepted, mut wrong) = (0, None);
         self.refused = None;
         for request in batch {
@@ -515,14 +527,13 @@ impl Initiator for RdmaInitiator {
     }
 
     fn fence(&mut self, tag: FenceTag) -> Result<()> {
-        self.collect();
-        self.check()?;
-        if !self.lanes.iter().all(Lane::can_fence) {
-            return Err(Error::State("too many fences are on their way: poll first"));
-        }
-        self.acks.send(tag)?;
-        let bytes = self.lanes.iter().map(Lane::posted_bytes).sum();
-        self.on_lanes(|lane| lane.fence(tag, bytes))
+        self.send_fence(tag, false)
+    }
+
+    fn last_fence(&mut self, tag: FenceTag) -> Result<()> {
+        self.send_fence(tag, true)?;
+        self.acks.end();
+        Ok(())
     }
 
     fn bytes_on_wire(&self) -> u64 {

@@ -171,9 +171,9 @@ impl Lane {
 
     /// Sends a fence behind everything posted so far, which is `bytes` on all lanes together. The caller has
     /// asked [`Self::can_fence`].
-    pub(crate) fn fence(&mut self, tag: FenceTag, bytes: u64) -> Result<(), LaneFailure> {
+    pub(crate) fn fence(&mut self, tag: FenceTag, bytes: u64, is_last: bool) -> Result<(), LaneFailure> {
         let slot = self.fence_slots.pop().expect("the caller has asked");
-        self.put(slot, &Message::Fence { tag, bytes }, Kind::Fence(slot))
+        self.put(slot, &Message::Fence { tag, bytes, is_last }, Kind::Fence(slot))
     }
 
     /// Sends a message; false if too many are on their way, or the peer may have no receive for it.

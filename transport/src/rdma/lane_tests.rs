@@ -185,7 +185,7 @@ fn a_fence_finds_room_when_writes_do_not_and_gives_it_back_when_it_is_done() {
     lane.flush().unwrap();
     for tag in 0..FENCES_MAX {
         assert!(lane.can_fence());
-        lane.fence(FenceTag(tag as u32), 0).unwrap();
+        lane.fence(FenceTag(tag as u32), 0, false).unwrap();
     }
     assert!(!lane.can_fence());
     let mut sent = 0;
@@ -279,7 +279,7 @@ proptest! {
                 }
                 2 if lane.can_fence() => {
                     fences += 1;
-                    lane.fence(FenceTag(fences), 0).unwrap();
+                    lane.fence(FenceTag(fences), 0, false).unwrap();
                 }
                 3 => {
                     let _ = lane.send(&Message::Progress(1)).unwrap();

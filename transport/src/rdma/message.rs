@@ -2,13 +2,14 @@
 //! is wanted, and how far the other is. Pure code, no I/O; all integers little endian.
 //!
 //! ```text
-//!   offset 0  kind     u8: 1 ready, 2 want, 3 progress, 4 fence, 5 reached, 6 taken, 7 shift
+//!   offset 0  kind     u8: 1 ready, 2 want, 3 progress, 4 fence, 5 reached, 6 taken, 7 shift, 8 last fence
 //!          1  entries  u8: 1 to READY_MAX for ready, 1 otherwise
 //!          2  taken    u16: messages that the sender has taken of the receiver's, see flow.rs
 //!   ready     4 + 20 i  first stripe u64, region u32, stripes u32, key u32   target -> initiator
 //!   want      4         first stripe u64, region u32, stripes u32            initiator -> target
 //!   progress  4         bytes u64                                            initiator -> target
 //!   fence     4         bytes u64, tag u32                                   initiator -> target, on every lane
+//!   last fence          as a fence; nothing comes behind it
 //!   reached   4         tag u32                                              target -> initiator
 //!   taken     4                                                              either way
 //!   shift     4         by u64, region u32                                   target -> initiator
@@ -59,7 +60,7 @@ pub(crate) enum Message {
     /// So many bytes have been written so far.
     Progress(u64),
     /// Everything that was posted before it on this lane lies before it: so many bytes on all lanes together.
-    Fence { tag: FenceTag, bytes: u64 },
+    Fence { tag: FenceTag, bytes: u64, is_last: bool },
     /// This fence has come on every lane, and this host's processor sees what was written before it.
     Reached(FenceTag),
     /// Nothing but what every message says of those that were taken.
@@ -96,8 +97,8 @@ impl Message {
                 writer.put(&[3, 1, low, high]);
                 writer.put(&bytes.to_le_bytes());
             }
-            Self::Fence { tag, bytes } => {
-                writer.put(&[4, 1, low, high]);
+            Self::Fence { tag, bytes, is_last } => {
+                writer.put(&[if *is_last { 8 } else { 4 }, 1, low, high]);
                 writer.put(&bytes.to_le_bytes());
                 writer.put(&tag.0.to_le_bytes());
             }
@@ -129,9 +130,11 @@ impl Message {
             ),
             (2, 1, WANT_BYTES) => Self::Want(stripes(body)),
             (3, 1, PROGRESS_BYTES) => Self::Progress(u64_at(body, 0)),
-            (4, 1, FENCE_BYTES) => {
-                Self::Fence { tag: FenceTag(u32_at(body, PROGRESS_BYTES)), bytes: u64_at(body, 0) }
-            }
+            (kind @ (4 | 8), 1, FENCE_BYTES) => Self::Fence {
+                tag: FenceTag(u32_at(body, PROGRESS_BYTES)),
+                bytes: u64_at(body, 0),
+                is_last: kind == 8,
+            },
             (5, 1, REACHED_BYTES) => Self::Reached(FenceTag(u32_at(body, 0))),
             (6, 1, 0) => Self::Taken,
             (7, 1, SHIFT_BYTES) => Self::Shift { region: u32_at(body, PROGRESS_BYTES), by: u64_at(body, 0) },
@@ -189,7 +192,11 @@ mod tests {
             prop::collection::vec(grant, 1..=READY_MAX).prop_map(Message::Ready),
             any_stripes().prop_map(Message::Want),
             any::<u64>().prop_map(Message::Progress),
-            any::<(u32, u64)>().prop_map(|(tag, bytes)| Message::Fence { tag: FenceTag(tag), bytes }),
+            any::<(u32, u64, bool)>().prop_map(|(tag, bytes, is_last)| Message::Fence {
+                tag: FenceTag(tag),
+                bytes,
+                is_last
+            }),
             any::<u32>().prop_map(|tag| Message::Reached(FenceTag(tag))),
             Just(Message::Taken),
             any::<(u32, u64)>().prop_map(|(region, by)| Message::Shift { region, by }),

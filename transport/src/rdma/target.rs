@@ -65,6 +65,8 @@ struct Service {
     fence_bytes: Vec<u64>,
     /// The last fence that has come on every lane, if the peer was not told yet.
     reached: Option<FenceTag>,
+    /// Of each lane, whether its last fence has come.
+    ended: Vec<bool>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -102,7 +104,7 @@ impl RdmaTarget {
             chunk: super::chunk_stripes(chunk_bytes),
         });
         let (_domain, serving) = (domain, Arc::clone(&shared));
-        let fence_bytes = vec![0; lanes.len()];
+        let (fence_bytes, ended) = (vec![0; lanes.len()], vec![false; lanes.len()]);
         let service = Service {
             lanes,
             completions,
@@ -111,6 +113,7 @@ impl RdmaTarget {
             news: News::default(),
             fence_bytes,
             reached: None,
+            ended,
         };
         let thread = std::thread::Builder::new()
             .name("ferry-rdma-serve".into())
@@ -234,7 +237,7 @@ impl std::fmt::Debug for RdmaTarget {
 
 impl Service {
     fn run(mut self) -> Self {
-        while !self.shared.health.broken() && !self.shared.health.ending() {
+        while !self.shared.health.broken() && !self.shared.health.ending() && !self.is_over() {
             if let Err(failure) = self.turn() {
                 self.shared.health.fail(failure);
             }
@@ -248,6 +251,11 @@ impl Service {
         drop(lock(&self.shared.arrivals));
         self.shared.changed.notify_all();
         self
+    }
+
+    /// Whether the last fence has come on every lane, and the peer was told.
+    fn is_over(&self) -> bool {
+        self.ended.iter().all(|ended| *ended) && self.reached.is_none()
     }
 
     /// Does what there is to do, and waits if there is nothing.
@@ -291,17 +299,21 @@ impl Service {
     fn digest(&mut self, lane: usize) -> Result<(), LaneFailure> {
         let protocol = |what: String| LaneFailure::Protocol { lane, what };
         for message in self.news.messages.drain(..) {
+            if self.ended[lane] {
+                return Err(protocol(format!("{message:?} behind the last fence")));
+            }
             match message {
                 Message::Progress(bytes) => {
                     self.shared.placed_bytes.fetch_max(bytes, Ordering::Relaxed);
                 }
                 Message::Want(stripes) => self.shared.want(stripes).map_err(protocol)?,
-                Message::Fence { tag, bytes } => {
+                Message::Fence { tag, bytes, is_last } => {
                     let mut arrivals = lock(&self.shared.arrivals);
                     if !arrivals.arrive(lane, tag) {
                         return Err(protocol(format!("the fence {} after a later one", tag.0)));
                     }
                     self.fence_bytes[lane] = bytes;
+                    self.ended[lane] = is_last;
                     if let Some((slowest, tag)) = arrivals.slowest() {
                         // Before anybody hears of the fence: then all of it is placed.
                         let placed = self.fence_bytes[slowest];

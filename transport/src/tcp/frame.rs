@@ -1,16 +1,18 @@
 //! The wire format of a lane, pure code. All integers are little endian.
 //!
 //! ```text
-//!   header, 16 bytes             write frame             fence           fence ack (target to initiator)
+//!   header, 16 bytes             write frame             fence    fence ack (target to initiator)    last fence
 //!     0  magic   u16 "PF"
-//!     2  kind    u8              1                       2               3
+//!     2  kind    u8              1                       2        3                                  4
 //!     3  zero    u8
-//!     4  value   u32             number of descriptors   tag             tag
-//!     8  length  u64             bytes of payload        0               0
+//!     4  value   u32             number of descriptors   tag      tag                                tag
+//!     8  length  u64             bytes of payload        0        0                                  0
 //!
 //!   write frame:  header | descriptors, 16 bytes each | payload, back to back in their order
 //!   descriptor:   key u32 | length u32 | address u64
 //! ```
+//!
+//! A last fence is not acknowledged: the target reads nothing behind it.
 
 use crate::link::STRIPE_BYTES;
 use crate::work::FenceTag;
@@ -32,6 +34,7 @@ const MAGIC: [u8; 2] = *b"PF";
 const KIND_WRITE: u8 = 1;
 const KIND_FENCE: u8 = 2;
 const KIND_FENCE_ACK: u8 = 3;
+const KIND_LAST_FENCE: u8 = 4;
 
 /// What a frame begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +45,8 @@ pub(super) enum Header {
     Fence(FenceTag),
     /// The fence has come.
     FenceAck(FenceTag),
+    /// As a fence, and nothing comes behind it.
+    LastFence(FenceTag),
 }
 
 /// Where a piece of the payload goes.
@@ -61,6 +66,7 @@ impl Header {
             }
             Self::Fence(tag) => (KIND_FENCE, tag.0, 0),
             Self::FenceAck(tag) => (KIND_FENCE_ACK, tag.0, 0),
+            Self::LastFence(tag) => (KIND_LAST_FENCE, tag.0, 0),
         };
         let mut out = [0; HEADER_BYTES];
         out[..2].copy_from_slice(&MAGIC);
@@ -92,6 +98,7 @@ impl Header {
             }
             (KIND_FENCE, 0) => Ok(Self::Fence(FenceTag(value))),
             (KIND_FENCE_ACK, 0) => Ok(Self::FenceAck(FenceTag(value))),
+            (KIND_LAST_FENCE, 0) => Ok(Self::LastFence(FenceTag(value))),
             (kind, length) => Err(format!("a frame of unknown kind {kind} and length {length}")),
         }
     }
@@ -146,6 +153,7 @@ mod tests {
                 .prop_map(|(descriptors, payload_bytes)| Header::Write { descriptors, payload_bytes }),
             any::<u32>().prop_map(|tag| Header::Fence(FenceTag(tag))),
             any::<u32>().prop_map(|tag| Header::FenceAck(FenceTag(tag))),
+            any::<u32>().prop_map(|tag| Header::LastFence(FenceTag(tag))),
         ]
     }
 
@@ -159,7 +167,7 @@ mod tests {
 
         #[test]
         fn arbitrary_bytes_never_panic_and_never_exceed_the_limits(
-            mut bytes: [u8; HEADER_BYTES], kind in 0u8..5, value in 0u32..600, table: Vec<u8>, payload: u64,
+            mut bytes: [u8; HEADER_BYTES], kind in 0u8..6, value in 0u32..600, table: Vec<u8>, payload: u64,
         ) {
             let _ = Header::decode(&bytes);
             bytes[..4].copy_from_slice(&[b'P', b'F', kind, 0]);

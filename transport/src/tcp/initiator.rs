@@ -107,6 +107,13 @@ impl TcpInitiator {
         self.failure.as_ref().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
+    fn put_on_all(&mut self, item: Item) {
+        for lane in &mut self.lanes {
+            lane.batch.push(item);
+            lane.inbox.put(&mut lane.batch);
+        }
+    }
+
     /// Hands out what is ready. Credits come back here and not before, so that completions which
     /// nobody reads cannot pile up.
     fn hand_out(&mut self, out: &mut Vec<Completion>) -> usize {
@@ -137,6 +144,7 @@ impl Initiator for TcpInitiator {
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize> {
         self.collect();
         self.check()?;
+        self.acks.check_open()?;
         let mut accepted = 0;
         let mut refused = None;
         let regions = self.regions.list();
@@ -186,10 +194,15 @@ impl Initiator for TcpInitiator {
         self.collect();
         self.check()?;
         self.acks.send(tag)?;
-        for lane in &mut self.lanes {
-            lane.batch.push(Item::Fence(tag));
-            lane.inbox.put(&mut lane.batch);
-        }
+        self.put_on_all(Item::Fence(tag));
+        Ok(())
+    }
+
+    fn last_fence(&mut self, tag: FenceTag) -> Result<()> {
+        self.collect();
+        self.check()?;
+        self.acks.send_last(tag)?;
+        self.put_on_all(Item::LastFence(tag));
         Ok(())
     }
 

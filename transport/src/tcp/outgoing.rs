@@ -19,6 +19,8 @@ pub(super) enum Item {
     Write(Piece),
     /// A fence behind all writes before it.
     Fence(FenceTag),
+    /// The same, and nothing comes behind it.
+    LastFence(FenceTag),
 }
 
 /// A write without its reference count: the link keeps registered regions mapped.
@@ -47,6 +49,7 @@ pub(super) struct Message {
     /// The writes it carries.
     pub(super) ids: Vec<WorkId>,
     pub(super) payload_bytes: u64,
+    /// The fence behind them, if the peer will acknowledge it.
     pub(super) fence: Option<FenceTag>,
     /// Zero-copy sends whose memory the kernel still holds.
     pub(super) unreleased: usize,
@@ -57,12 +60,17 @@ impl Message {
     pub(super) fn build(items: &mut VecDeque<Item>) -> Option<Self> {
         let mut descriptors: Vec<Descriptor> = Vec::new();
         let mut pieces: Vec<(usize, usize)> = Vec::new();
-        let (mut ids, mut payload_bytes, mut fence) = (Vec::new(), 0, None);
+        let (mut ids, mut payload_bytes, mut tail) = (Vec::new(), 0, None);
         while let Some(&item) = items.front() {
             let Piece { id, local, remote } = match item {
                 Item::Write(piece) => piece,
                 Item::Fence(tag) => {
-                    fence = Some(tag);
+                    tail = Some(Header::Fence(tag));
+                    items.pop_front();
+                    break;
+                }
+                Item::LastFence(tag) => {
+                    tail = Some(Header::LastFence(tag));
                     items.pop_front();
                     break;
                 }
@@ -91,7 +99,7 @@ impl Message {
                 _ => pieces.push((local, remote.len as usize)),
             }
         }
-        if ids.is_empty() && fence.is_none() {
+        if ids.is_empty() && tail.is_none() {
             return None;
         }
 
@@ -100,15 +108,17 @@ impl Message {
             head.extend(Header::Write { descriptors: descriptors.len(), payload_bytes }.encode());
             descriptors.iter().for_each(|descriptor| head.extend(descriptor.encode()));
         }
-        let fence_at = head.len();
-        if let Some(tag) = fence {
-            head.extend(Header::Fence(tag).encode());
-        }
+        let tail_at = head.len();
+        tail.iter().for_each(|header| head.extend(header.encode()));
         let start = head.as_ptr().expose_provenance();
         let mut vector = Vector::with_capacity(pieces.len() + 2);
-        vector.push(start, fence_at);
+        vector.push(start, tail_at);
         pieces.iter().for_each(|&(local, len)| vector.push(local, len));
-        vector.push(start + fence_at, head.len() - fence_at);
+        vector.push(start + tail_at, head.len() - tail_at);
+        let fence = match tail {
+            Some(Header::Fence(tag)) => Some(tag),
+            _ => None,
+        };
         Some(Self { _head: head, vector, ids, payload_bytes, fence, unreleased: 0 })
     }
 }

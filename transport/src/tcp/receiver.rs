@@ -8,7 +8,7 @@ use super::target::Shared;
 use super::vector::Vector;
 use crate::failure::LaneFailure;
 use crate::work::FenceTag;
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Receiver as Channel, Sender};
 use io_uring::{opcode, squeue, types};
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -44,25 +44,43 @@ impl Receiver {
         }
     }
 
-    /// Runs until the lane breaks, or is shut down by its owner, and tells then whether the kernel has let go of all
-    /// memory; that it may still be placing bytes no socket that is shut down should allow.
-    pub(super) fn run(mut self, tell: &Sender<bool>) {
-        if let Err(failure) = self.drive() {
-            tracing::debug!(lane = self.lane, ?failure, "lane ends");
-            self.shared.fail(failure);
+    /// Runs until the last fence, or until the lane breaks or is shut down by its owner, and tells then whether the
+    /// kernel has let go of all memory; that it may still be placing bytes no socket that is shut down should allow.
+    /// The ring, which takes longer to go, is kept until `release` is dropped: a guest may be standing still.
+    pub(super) fn run(mut self, tell: &Sender<bool>, release: &Channel<()>) {
+        match self.drive() {
+            Ok(last) => {
+                // Nothing is under way, and nothing more will be begun. Told first: whoever has seen the fence on
+                // every lane finds every lane ended.
+                let _ = tell.send(true);
+                if !self.shared.arrive(self.lane, last) {
+                    self.shared.fail(self.out_of_order(last));
+                }
+            }
+            Err(failure) => {
+                tracing::debug!(lane = self.lane, ?failure, "lane ends");
+                self.shared.fail(failure);
+                // The peer learns of it too, and an operation that is still under way ends.
+                let _ = self.stream.shutdown(Shutdown::Both);
+                let settled = self.ring.drain(DRAIN_PATIENCE);
+                // Nobody listens if the link was never finished.
+                let _ = tell.send(settled);
+                if !settled {
+                    tracing::error!(
+                        lane = self.lane,
+                        "the kernel does not let go of a lane's buffers: leaking them"
+                    );
+                    std::mem::forget(self);
+                    return;
+                }
+            }
         }
-        // The peer learns of it too, and an operation that is still under way ends.
+        let _ = release.recv();
         let _ = self.stream.shutdown(Shutdown::Both);
-        let settled = self.ring.drain(DRAIN_PATIENCE);
-        // Nobody listens if the link was never finished.
-        let _ = tell.send(settled);
-        if !settled {
-            tracing::error!(lane = self.lane, "the kernel does not let go of a lane's buffers: leaking them");
-            std::mem::forget(self);
-        }
     }
 
-    fn drive(&mut self) -> Result<(), LaneFailure> {
+    /// Returns the last fence's tag.
+    fn drive(&mut self) -> Result<FenceTag, LaneFailure> {
         self.ring.enable().map_err(|e| self.broken("enabling its io_uring", &e))?;
         self.vector.clear();
         self.expect_header();
@@ -71,6 +89,7 @@ impl Receiver {
             match Header::decode(&self.header).map_err(|what| self.protocol(what))? {
                 Header::Write { descriptors, payload_bytes } => self.place(descriptors, payload_bytes)?,
                 Header::Fence(tag) => self.fence(tag)?,
+                Header::LastFence(tag) => return Ok(tag),
                 Header::FenceAck(_) => return Err(self.protocol("an answer to a fence at the target".into())),
             }
         }
@@ -100,7 +119,7 @@ impl Receiver {
     /// Every byte before a fence has been placed when its header is read.
     fn fence(&mut self, tag: FenceTag) -> Result<(), LaneFailure> {
         if !self.shared.arrive(self.lane, tag) {
-            return Err(self.protocol(format!("the fence {} again, or out of order", tag.0)));
+            return Err(self.out_of_order(tag));
         }
         *self.ack = Header::FenceAck(tag).encode();
         let mut sent = 0;
@@ -164,6 +183,10 @@ impl Receiver {
 
     fn broken(&self, operation: &'static str, error: &io::Error) -> LaneFailure {
         LaneFailure::os(self.lane, operation, error)
+    }
+
+    fn out_of_order(&self, tag: FenceTag) -> LaneFailure {
+        self.protocol(format!("the fence {} again, or out of order", tag.0))
     }
 
     fn protocol(&self, what: String) -> LaneFailure {

@@ -10,7 +10,7 @@ use crate::fences::Arrivals;
 use crate::link::Target;
 use crate::region::{MemoryRegion, RemoteRegion};
 use crate::work::FenceTag;
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -32,6 +32,8 @@ struct Lane {
     stream: Arc<TcpStream>,
     /// Hears whether the kernel has let go of all memory, once the lane has ended.
     end: Option<Receiver<bool>>,
+    /// Dropped to let the thread go, which waits for it after the lane's end.
+    release: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -96,24 +98,31 @@ impl TcpTarget {
             let stream = Arc::new(stream);
             let receiver =
                 LaneReceiver::new(lane, Ring::new()?, Arc::clone(&stream), Arc::clone(&this.shared));
-            let (tell, end) = bounded(1);
-            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run(&tell))?;
-            this.lanes.push(Lane { stream, end: Some(end), thread: Some(thread) });
+            let ((tell, end), (release, released)) = (bounded(1), bounded(0));
+            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run(&tell, &released))?;
+            let (end, release, thread) = (Some(end), Some(release), Some(thread));
+            this.lanes.push(Lane { stream, end, release, thread });
         }
         Ok(this)
     }
 
-    /// Ends the lanes. Closing a socket alone would not do: the kernel goes on handing out what it
-    /// had received before. So the threads are told, and it is waited until nothing writes memory any more. Their
-    /// rings, which take longer to go, do so afterwards.
+    /// Ends the lanes that have not ended by a last fence. Closing a socket alone would not do: the kernel goes on
+    /// handing out what it had received before. So the threads are told, and it is waited until nothing writes memory
+    /// any more.
     fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
-        for lane in &self.lanes {
-            // An error means that the connection is gone, which is what is wanted.
-            let _ = lane.stream.shutdown(Shutdown::Both);
+        for lane in &mut self.lanes {
+            match lane.end.as_ref().map(Receiver::try_recv) {
+                Some(Err(TryRecvError::Empty)) => {
+                    // An error means that the connection is gone, which is what is wanted.
+                    let _ = lane.stream.shutdown(Shutdown::Both);
+                }
+                Some(Ok(settled)) => (self.settled, lane.end) = (self.settled & settled, None),
+                // A thread that panicked says nothing, and has settled too: its ring does not drop before.
+                Some(Err(TryRecvError::Disconnected)) | None => lane.end = None,
+            }
         }
         for end in self.lanes.iter_mut().filter_map(|lane| lane.end.take()) {
-            // A thread that panicked says nothing, and has settled too: its ring does not drop before.
             self.settled &= end.recv().unwrap_or(true);
         }
     }
@@ -166,6 +175,7 @@ impl Target for TcpTarget {
 impl Drop for TcpTarget {
     fn drop(&mut self) {
         self.stop();
+        self.lanes.iter_mut().for_each(|lane| lane.release = None);
         for thread in self.lanes.iter_mut().filter_map(|lane| lane.thread.take()) {
             // A panic in it has printed itself.
             let _ = thread.join();

@@ -229,6 +229,27 @@ fn bytes_that_come_one_by_one_are_placed_all_the_same() {
 }
 
 #[test]
+fn what_comes_behind_the_last_fence_is_not_read() {
+    let (mut target, mut raw) = target_and_raw();
+    let region = MemoryRegion::anonymous(4096).unwrap();
+    let remote = target.expose(&region).unwrap();
+    let frame = |byte| write_frame(&[Descriptor { key: 0, len: 64, addr: remote.base }], &[byte; 64]);
+    raw.write_all(&[frame(7), Header::LastFence(FenceTag(3)).encode().to_vec(), frame(8)].concat()).unwrap();
+    target.wait_fence(FenceTag(3), soon()).unwrap();
+    // By itself, before anybody revokes.
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(contents(&region)[..64], [7; 64]);
+    assert_eq!(target.bytes_placed().unwrap(), 64);
+    target.revoke().unwrap();
+    assert_eq!(contents(&region)[..64], [7; 64]);
+    drop(target);
+    // No acknowledgement, and the end.
+    let mut rest = Vec::new();
+    let _ = raw.read_to_end(&mut rest);
+    assert_eq!(rest, []);
+}
+
+#[test]
 fn progress_shows_within_a_frame() {
     let (mut target, mut raw) = target_and_raw();
     let region = MemoryRegion::anonymous(1 << 20).unwrap();
