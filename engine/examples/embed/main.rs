@@ -53,7 +53,7 @@ impl Source {
         let vm = Vm::new()?;
         vm.boot()?;
         let profile = vm.profile()?;
-        vm.vcpus.run();
+        vm.vcpus.run(false)?;
         Ok(Self { retired: None, vm, profile, paused: false, saved: Vec::new() })
     }
 }
@@ -132,7 +132,7 @@ impl SourceGuest for Source {
     // Undo all since `arm`, from whatever state, also twice; the seal is lifted.
     fn resume(&mut self) -> Result<()> {
         if std::mem::take(&mut self.paused) {
-            self.vm.vcpus.run();
+            self.vm.vcpus.run(true)?;
         }
         Ok(())
     }
@@ -188,7 +188,7 @@ impl DestinationGuest for Destination {
             return Err(Error::Guest("a copy that was thrown away cannot run".into()));
         }
         if was_running {
-            self.vm.vcpus.run();
+            self.vm.vcpus.run(true)?;
         }
         Ok(())
     }

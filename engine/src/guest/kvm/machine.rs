@@ -315,22 +315,10 @@ impl Machine {
         if self.config.preallocate { None } else { map_ahead(&self.slots, &self.vcpus) }
     }
 
-    /// Lets the guest run. `stood` if it stood still before: it is told, so that its watchdogs do not bark.
+    /// Lets the guest run. `stood` if it stood still before: it is told.
     pub fn run(&self, stood: bool) -> Result<()> {
-        if stood {
-            self.vcpus
-                .ask_all(|_| {
-                    Box::new(|vcpu: &mut VcpuFd| {
-                        // A guest without kvmclock cannot be told.
-                        let _ = vcpu.kvmclock_ctrl();
-                        Ok(())
-                    })
-                })
-                .wait()?;
-        }
         self.devices.thaw();
-        self.vcpus.run();
-        Ok(())
+        self.vcpus.run(stood)
     }
 
     /// Stops the guest.

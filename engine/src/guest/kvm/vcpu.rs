@@ -106,7 +106,7 @@ impl Bell {
 pub type Task<T> = Box<dyn FnOnce(&mut VcpuFd) -> Result<T> + Send>;
 
 enum Order {
-    Run,
+    Run { stood: bool },
     Do(Box<dyn FnOnce(&mut VcpuFd) + Send>),
 }
 
@@ -233,14 +233,19 @@ impl Vcpus {
         })
     }
 
-    /// Lets all of them run.
-    pub fn run(&self) {
+    /// Lets all of them run. `stood` if they stood still before: their guest is told, so that its watchdogs do not bark.
+    pub fn run(&self, stood: bool) -> Result<()> {
+        // Looked at first: all of them run, or none.
+        if self.vcpus.iter().any(|vcpu| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
+            return Err(thread_ended());
+        }
         for vcpu in &self.vcpus {
             vcpu.shared.wanted.store(RUN, Ordering::SeqCst);
             // Before the order: from here on a kick must reach it.
             vcpu.shared.parked.store(false, Ordering::SeqCst);
-            vcpu.order(Order::Run);
+            vcpu.order(Order::Run { stood });
         }
+        Ok(())
     }
 
     /// Calls all of them out of the guest together, and returns when they are parked: nothing that they began is
@@ -303,9 +308,13 @@ fn wait_for<T>(answer: &Receiver<Result<T>>, deadline: Instant) -> Result<T> {
         Err(if e.is_timeout() {
             Error::Timeout { what: "reading or writing a vCPU's state".into() }
         } else {
-            Error::Guest("a vCPU's thread has ended".into())
+            thread_ended()
         })
     })
+}
+
+fn thread_ended() -> Error {
+    Error::Guest("a vCPU's thread has ended".into())
 }
 
 impl Vcpu {
@@ -364,7 +373,11 @@ impl Worker {
         while let Ok(order) = orders.recv() {
             match order {
                 Order::Do(task) => task(&mut self.fd),
-                Order::Run => {
+                Order::Run { stood } => {
+                    if stood {
+                        // A guest without kvmclock cannot be told.
+                        let _ = self.fd.kvmclock_ctrl();
+                    }
                     if !ended && let Some(ending) = self.run() {
                         ended = true;
                         self.ended.store(true, Ordering::SeqCst);
