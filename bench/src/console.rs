@@ -74,25 +74,28 @@ impl Console {
         }
     }
 
-    /// Waits until the guest has said so many status lines from now on: one a second, when it writes as it shall.
-    pub fn settle(&self, lines: u32, wait: Duration) -> Result<()> {
+    /// Lets the guest write for this long, and asks it how it is.
+    pub fn settle(&mut self, time: Duration, wait: Duration) -> Result<()> {
+        std::thread::sleep(time);
         while let Ok(line) = self.lines.try_recv() {
             if is_trouble(&line) {
                 bail!("the guest says: {line}");
             }
         }
-        for _ in 0..lines {
-            self.wait("WORKLOAD t=", wait)?;
-        }
+        self.ask("status")?;
+        self.wait("WORKLOAD t=", wait)?;
         Ok(())
+    }
+
+    fn ask(&mut self, command: &str) -> Result<()> {
+        writeln!(self.input, "{command}")
+            .and_then(|()| self.input.flush())
+            .with_context(|| format!("asking the guest for its {command}"))
     }
 
     /// Has the guest check all of its memory.
     pub fn verdict(&mut self, wait: Duration) -> Result<()> {
-        self.input
-            .write_all(b"verdict\n")
-            .and_then(|()| self.input.flush())
-            .context("asking the guest for its verdict")?;
+        self.ask("verdict")?;
         let line = self.wait("WORKLOAD VERDICT", wait)?;
         if line.contains("VERDICT intact") && line.contains("errors=0") {
             Ok(())

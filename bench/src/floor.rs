@@ -2,16 +2,16 @@
 //! destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
 
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
-use crate::ways::{AFTERMATH, STEADY_LINES, Sample, blackout_ms, status_of};
+use crate::ways::{AFTERMATH, STEADY, Sample, blackout_ms, status_of};
 use anyhow::{Result, bail};
 use serde_json::json;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Moves the guest to a new QEMU on the same memory, which is put in its place.
 pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
     let mut destination = yard.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
-    source.console.settle(STEADY_LINES, START_MAX)?;
+    source.console.settle(STEADY, START_MAX)?;
     let deadline = Instant::now() + GUEST_MAX;
     let capabilities = ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
     let off = ["multifd", "zero-copy-send", "postcopy-ram"]
@@ -46,6 +46,6 @@ pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
     std::thread::sleep(AFTERMATH);
     let (gap_ms, gap_began_ms) = (yard.gap_ms(), yard.gap_began_ms(begun));
     *source = destination;
-    source.console.wait("WORKLOAD t=", START_MAX)?;
+    source.console.settle(Duration::ZERO, START_MAX)?;
     Ok(Sample { total_s, blackout_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
 }

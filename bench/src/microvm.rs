@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A monitor: with a guest, or waiting for one.
 #[derive(Debug)]
@@ -100,7 +101,7 @@ impl Microvm {
     /// Whether its guest runs and writes.
     #[must_use]
     pub fn is_well(&mut self) -> bool {
-        matches!(self.process.try_wait(), Ok(None)) && self.console.settle(1, START_MAX).is_ok()
+        matches!(self.process.try_wait(), Ok(None)) && self.console.settle(Duration::ZERO, START_MAX).is_ok()
     }
 }
 

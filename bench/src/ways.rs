@@ -77,8 +77,8 @@ pub struct Terms {
 /// How long heartbeats are counted after a migration: a burst of late work belongs to it.
 pub const AFTERMATH: Duration = Duration::from_millis(1500);
 
-/// Status lines of the guest, one a second, after which it is taken to have reached its steady state.
-pub const STEADY_LINES: u32 = 2;
+/// How long a guest that was moved writes on before it is taken to have reached its steady state.
+pub const STEADY: Duration = Duration::from_secs(2);
 
 /// Passes over memory before QEMU's post-copy begins.
 const PASSES_BEFORE_POSTCOPY: u64 = 1;
@@ -119,7 +119,7 @@ pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Re
     let address = way.address(terms)?;
     let begin = if way.is_ours() { Begin::Receive(address) } else { Begin::Incoming };
     let mut destination = yard.start(begin, None, terms.preallocated)?;
-    source.console.settle(STEADY_LINES, START_MAX)?;
+    source.console.settle(STEADY, START_MAX)?;
     let begun = Instant::now();
     let (mut sample, report) = if way.is_ours() {
         let (sample, report) = by_pageferry(yard, source, &mut destination, way, terms.downtime_max)?;
@@ -131,7 +131,7 @@ pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Re
     sample.gap_ms = yard.gap_ms();
     sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
-    source.console.wait("WORKLOAD t=", START_MAX)?;
+    source.console.settle(Duration::ZERO, START_MAX)?;
     Ok((sample, report))
 }
 
@@ -218,7 +218,7 @@ pub fn move_microvm(
 ) -> Result<Moved> {
     let address = SocketAddr::new(Way::Microvm.address(terms)?, 0);
     let destination = Microvm::start(yard, tracking, Some(address), terms.preallocated)?;
-    source.console.settle(STEADY_LINES, START_MAX)?;
+    source.console.settle(STEADY, START_MAX)?;
     yard.reset_beats();
     let begun = Instant::now();
     let meter = Meter::start(vec![source.pid(), destination.pid()]);
@@ -229,7 +229,7 @@ pub fn move_microvm(
     sample.gap_ms = yard.gap_ms();
     sample.gap_began_ms = yard.gap_began_ms(begun);
     *source = destination;
-    source.console.wait("WORKLOAD t=", START_MAX)?;
+    source.console.settle(Duration::ZERO, START_MAX)?;
     Ok((sample, Some(report)))
 }
 

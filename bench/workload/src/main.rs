@@ -63,6 +63,8 @@ struct Workload {
     events: Receiver<Event>,
     orders: Vec<Sender<SweepNow>>,
     started: Instant,
+    /// Between two status lines, if they come by themselves.
+    status_every: Option<Duration>,
     writes_before: u64,
     corrupt_lines: u64,
     /// Workers whose sweep is still to come, and the pages swept so far.
@@ -125,6 +127,7 @@ impl Workload {
             events,
             orders,
             started: Instant::now(),
+            status_every: (params.status_s > 0).then(|| Duration::from_secs(params.status_s.into())),
             writes_before: 0,
             corrupt_lines: 0,
             verdict: None,
@@ -132,8 +135,8 @@ impl Workload {
     }
 
     fn serve(mut self) -> Result<(), String> {
-        let second = Duration::from_secs(1);
-        let mut next = self.started + second;
+        let every = self.status_every.unwrap_or(Duration::from_secs(3600));
+        let mut next = self.started + every;
         loop {
             match self.events.recv_timeout(next.saturating_duration_since(Instant::now())) {
                 Ok(Event::Command(line)) => {
@@ -143,8 +146,10 @@ impl Workload {
                 }
                 Ok(Event::News(news)) => self.news(news),
                 Err(RecvTimeoutError::Timeout) => {
-                    self.status();
-                    next = (next + second).max(Instant::now());
+                    if self.status_every.is_some() {
+                        self.status();
+                    }
+                    next = (next + every).max(Instant::now());
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err("the console thread is gone".into()),
             }

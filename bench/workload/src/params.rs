@@ -38,6 +38,9 @@ pub struct Params {
     /// `pf.beat_us`: period of heartbeats on the console in microseconds; 0 is none. They go through the kernel, so that
     /// they work where ports are the kernel's alone, and where there is no COM2.
     pub beat_us: u32,
+    /// `pf.status_s`: seconds between two status lines; 0 is none but those that are asked for. A line on the console costs
+    /// the guest some ten accesses to ports for each character, and heartbeats on it wait until it is out.
+    pub status_s: u32,
     /// `pf.echo`: UDP port on which datagrams are answered; 0 is none.
     pub echo: u16,
 }
@@ -55,6 +58,7 @@ impl Default for Params {
             tick_us: 500,
             ports: 1,
             beat_us: 0,
+            status_s: 1,
             echo: 0,
         }
     }
@@ -62,8 +66,20 @@ impl Default for Params {
 
 impl fmt::Display for Params {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mib, touch_mib, rate_mb, sweep_mb, pattern, threads, disk, tick_us, ports, beat_us, echo } =
-            self;
+        let Self {
+            mib,
+            touch_mib,
+            rate_mb,
+            sweep_mb,
+            pattern,
+            threads,
+            disk,
+            tick_us,
+            ports,
+            beat_us,
+            status_s,
+            echo,
+        } = self;
         write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
@@ -72,7 +88,7 @@ impl fmt::Display for Params {
         }
         write!(
             f,
-            " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports} pf.beat_us={beat_us} pf.echo={echo}"
+            " pf.threads={threads} pf.disk={disk} pf.tick_us={tick_us} pf.ports={ports} pf.beat_us={beat_us} pf.status_s={status_s} pf.echo={echo}"
         )
     }
 }
@@ -100,6 +116,7 @@ impl Params {
                 "pf.tick_us" => params.tick_us = number(100, 100_000)?,
                 "pf.ports" => params.ports = number(0, 1)?,
                 "pf.beat_us" => params.beat_us = number(0, 1_000_000)?,
+                "pf.status_s" => params.status_s = number(0, 3600)?,
                 "pf.echo" => params.echo = number(0, 65_535)? as u16,
                 "pf.pattern" => {
                     params.pattern = pattern(value).ok_or_else(|| {
@@ -128,7 +145,7 @@ mod tests {
 
     #[test]
     fn a_kernel_command_line_is_read() {
-        let line = "console=ttyS0 quiet pf.mib=128 pf.rate=0 pf.pattern=hot:10 pf.threads=2 pf.touch=300 pf.beat_us=2000\n";
+        let line = "console=ttyS0 quiet pf.mib=128 pf.rate=0 pf.pattern=hot:10 pf.threads=2 pf.touch=300 pf.beat_us=2000 pf.status_s=0\n";
         let want = Params {
             mib: 128,
             rate_mb: 0,
@@ -136,6 +153,7 @@ mod tests {
             threads: 2,
             touch_mib: 300,
             beat_us: 2000,
+            status_s: 0,
             ..Params::default()
         };
         assert_eq!(Params::parse(&want.to_string()), Ok(want.clone()));
