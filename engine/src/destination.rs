@@ -260,6 +260,7 @@ impl Reception {
         watch: &mut Watch<'_>,
         begun: Instant,
     ) -> Result<Received> {
+        crate::warm::map_own_code();
         // Memory.
         let memory = Arc::clone(guest.memory());
         let touched = offer.runs(memory.pages())?;

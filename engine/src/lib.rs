@@ -47,6 +47,7 @@ pub mod page;
 pub mod policy;
 pub mod precopy;
 pub mod prefault;
+mod proc_maps;
 pub mod progress;
 pub mod protocol;
 pub mod report;
@@ -56,6 +57,7 @@ pub mod staging;
 pub mod supervisor;
 pub mod switchover;
 pub mod verify;
+mod warm;
 
 pub use error::{Error, Result};
 

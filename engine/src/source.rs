@@ -195,6 +195,7 @@ fn run(
     let to = session::resolve(&options.to)?;
     session::check_exposure(to, options.insecure)?;
     guest.preflight()?;
+    crate::warm::map_own_code();
     let discards = guest.may_discard()?;
     let wish = match broken {
         None => Wish::new(&options.link, to, discards)?,

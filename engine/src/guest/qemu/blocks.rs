@@ -16,6 +16,7 @@
 use super::qmp::{Qmp, Version};
 use crate::error::{Error, Result};
 use crate::memory::SlotSource;
+use crate::proc_maps::Mapping;
 use pageferry_transport::Access;
 use rustix::fs::{fstat, fstatfs};
 use serde_json::{Value, json};
@@ -310,38 +311,6 @@ fn parse_ramblocks(text: &str) -> Result<Vec<RamBlock>> {
         });
     }
     Ok(blocks)
-}
-
-/// A line of `/proc/PID/maps`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    shared: bool,
-    offset: u64,
-    /// Major and minor number.
-    device: (u64, u64),
-    inode: u64,
-}
-
-impl Mapping {
-    fn parse(line: &str) -> Option<Self> {
-        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-        let mut words = line.split_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let shared = words.next()?.ends_with('s');
-        let offset = hex(words.next()?)?;
-        let (major, minor) = words.next()?.split_once(':')?;
-        let inode = words.next()?.parse().ok()?;
-        Some(Self {
-            start: hex(start)?,
-            end: hex(end)?,
-            shared,
-            offset,
-            device: (hex(major)?, hex(minor)?),
-            inode,
-        })
-    }
 }
 
 /// The file that all of a block is a shared mapping of, in one piece.

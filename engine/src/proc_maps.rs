@@ -1,0 +1,40 @@
+//! Lines of `/proc/PID/maps`.
+
+/// One mapping of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) readable: bool,
+    pub(crate) writable: bool,
+    pub(crate) shared: bool,
+    /// Of `start`, in its file.
+    pub(crate) offset: u64,
+    /// Major and minor number of the file's device.
+    pub(crate) device: (u64, u64),
+    /// Zero if there is no file.
+    pub(crate) inode: u64,
+}
+
+impl Mapping {
+    /// Reads a line, if it is one.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let permissions = words.next()?;
+        let offset = hex(words.next()?)?;
+        let (major, minor) = words.next()?.split_once(':')?;
+        let inode = words.next()?.parse().ok()?;
+        Some(Self {
+            start: hex(start)?,
+            end: hex(end)?,
+            readable: permissions.starts_with('r'),
+            writable: permissions.get(1..2) == Some("w"),
+            shared: permissions.ends_with('s'),
+            offset,
+            device: (hex(major)?, hex(minor)?),
+            inode,
+        })
+    }
+}

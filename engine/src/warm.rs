@@ -1,0 +1,62 @@
+//! Has the kernel map this program's own code ahead of the blackout.
+//!
+//! Much of what runs while a guest stands still runs for the first time then, and each page of code that was not
+//! touched before is a fault; a read from a disk or a file server, if the page cache has lost it.
+
+use crate::proc_maps::Mapping;
+use rustix::mm::{Advice, madvise};
+
+/// Maps all code and constants of this process. What fails is faulted in when it is used.
+pub(crate) fn map_own_code() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    for mapping in maps.lines().filter_map(Mapping::parse).filter(is_code) {
+        let start = std::ptr::without_provenance_mut(mapping.start as usize);
+        // SAFETY: populating a mapping for reading changes no content, and one that is gone meanwhile is an error.
+        let mapped =
+            unsafe { madvise(start, (mapping.end - mapping.start) as usize, Advice::LinuxPopulateRead) };
+        if let Err(e) = mapped {
+            tracing::debug!(error = %e, start = mapping.start, "code is not mapped ahead");
+        }
+    }
+}
+
+/// Code, or constants: files that nobody can write here. Guest memory is not among them.
+fn is_code(mapping: &Mapping) -> bool {
+    mapping.readable && !mapping.writable && !mapping.shared && mapping.inode != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_what_is_read_from_private_files() {
+        let is = |line: &str| Mapping::parse(line).is_some_and(|mapping| is_code(&mapping));
+        assert!(is("55e0a0-55e0b0 r-xp 00001000 fe:01 4711                     /usr/bin/pageferry"));
+        assert!(is("55e0b0-55e0c0 r--p 00011000 fe:01 4711                     /usr/bin/pageferry"));
+        assert!(!is("55e0c0-55e0d0 rw-p 00021000 fe:01 4711                     /usr/bin/pageferry"));
+        assert!(!is(
+            "7f0000-7f8000 r--s 00000000 00:01 12                       /memfd:pageferry-low (deleted)"
+        ));
+        assert!(!is("7ffc00-7ffc20 r-xp 00000000 00:00 0                        [vdso]"));
+        assert!(!is("7ffc00-7ffc20 ---p 00000000 fe:01 4711                     /usr/lib/libc.so.6"));
+    }
+
+    #[test]
+    fn all_code_of_this_process_is_mapped_afterwards() {
+        map_own_code();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let (mut checked, mut code) = (0, None);
+        for line in smaps.lines() {
+            if let Some(mapping) = Mapping::parse(line) {
+                code = Some(mapping).filter(is_code);
+            } else if let (Some(mapping), Some(kib)) = (&code, line.strip_prefix("Rss:")) {
+                let kib: u64 = kib.trim().trim_end_matches(" kB").parse().unwrap();
+                // Of a file that is shorter than its mapping the rest is not there.
+                assert!(kib << 10 >= (mapping.end - mapping.start) / 2, "{mapping:?} has {kib} KiB");
+                checked += 1;
+            }
+        }
+        assert!(checked > 2, "{checked}");
+    }
+}
