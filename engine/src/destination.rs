@@ -74,7 +74,24 @@ pub struct Reception {
     doorway: Doorway,
     choice: LinkChoice,
     discarded: VecDeque<Token>,
-    completed: Option<(Token, u64)>,
+    completed: Option<Completed>,
+}
+
+/// A guest that was taken in.
+#[derive(Debug, Clone, Copy)]
+struct Completed {
+    token: Token,
+    /// From Commit until its vCPUs ran.
+    resume_us: u64,
+    since: Instant,
+}
+
+impl Completed {
+    /// The word to the source, whenever it asks.
+    fn word(&self) -> Message {
+        let running_us = self.since.elapsed().as_micros() as u64;
+        Message::Running(Running { resume_us: self.resume_us, running_us })
+    }
 }
 
 impl Reception {
@@ -164,8 +181,8 @@ impl Reception {
     fn turn_away(&self, incoming: Incoming) {
         let Incoming::Control { token, mut control, peer, first } = incoming else { return };
         let deadline = Instant::now() + SETUP_MAX;
-        if let Some((_, resume_us)) = self.completed.filter(|(completed, _)| *completed == token) {
-            if let Err(e) = control.send(&Message::Running(Running { resume_us }), deadline) {
+        if let Some(completed) = self.completed.filter(|completed| completed.token == token) {
+            if let Err(e) = control.send(&completed.word(), deadline) {
                 tracing::warn!(error = %e.chain(), "the source asked again and could not be answered");
             }
         } else if token == Token::default() {
@@ -308,10 +325,12 @@ impl Reception {
                 return Err(e);
             }
         }
-        let resume_us = resuming.elapsed().as_micros() as u64;
-        self.completed = Some((token, resume_us));
+        let since = guest.running_since().unwrap_or_else(Instant::now);
+        let resume_us = since.saturating_duration_since(resuming).as_micros() as u64;
+        let completed = Completed { token, resume_us, since };
+        self.completed = Some(completed);
         let answer_to = answer_to.as_deref_mut().unwrap_or(control);
-        if let Err(e) = answer_to.send(&Message::Running(Running { resume_us }), Instant::now() + SETUP_MAX) {
+        if let Err(e) = answer_to.send(&completed.word(), Instant::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Running could not be sent; the source will ask again");
         }
         Ok(Received { bytes_placed, load_us, total_us: begun.elapsed().as_micros() as u64 })

@@ -35,8 +35,9 @@ pub struct Round {
 /// The time in which the guest ran nowhere, in slices that follow one another. All in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Blackout {
-    /// From before the vCPUs were told to stop until the source knew that they run at the
-    /// destination. Half a round trip longer than what the guest lived through.
+    /// From before the vCPUs were told to stop until all of them ran at the destination, and the way of its word
+    /// of that to the source: half a round trip longer than what the guest lived through. What passed at the destination
+    /// between the two is left out.
     pub total: u64,
     /// Stopping the vCPUs.
     pub pause: u64,

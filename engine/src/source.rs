@@ -506,7 +506,7 @@ fn settle(
         match answer {
             Ok(Message::Running(running)) => {
                 *phase = phase.on(SourceEvent::RunningReceived);
-                return Ok(committed.blackout(running.resume_us));
+                return Ok(committed.blackout(&running));
             }
             // A refusal says that there is no session for us now, and nothing about the one there was.
             Ok(Message::Abort(abort)) if !matches!(abort.cause, Cause::Refused | Cause::Busy) => {

@@ -21,7 +21,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
 use crate::precopy::{Pump, Watch};
-use crate::protocol::{Control, Message, Prepare, Ready};
+use crate::protocol::{Control, Message, Prepare, Ready, Running};
 use crate::report::Blackout;
 use crate::session::aborted;
 use pageferry_transport::{FenceTag, MemoryRegion};
@@ -238,14 +238,17 @@ impl<'g> Prepared<'g> {
 }
 
 impl Committed {
-    /// The blackout, now that the destination runs the guest and needed `resume_us` for it.
+    /// The blackout, at the destination's word that it runs the guest. It ends when that word was sent, less the time
+    /// that the guest had been running by then; the word's way here is in it.
     #[must_use]
-    pub fn blackout(&self, resume_us: u64) -> Blackout {
-        let elapsed = self.since.elapsed().as_micros() as u64;
+    pub fn blackout(&self, running: &Running) -> Blackout {
+        let since_then =
+            |begin: Instant| (begin.elapsed().as_micros() as u64).saturating_sub(running.running_us);
+        let elapsed = since_then(self.since);
         let mut blackout = self.blackout;
-        blackout.resume = resume_us.min(elapsed);
+        blackout.resume = running.resume_us.min(elapsed);
         blackout.commit += elapsed - blackout.resume;
-        blackout.total = self.started.elapsed().as_micros() as u64;
+        blackout.total = since_then(self.started);
         blackout
     }
 }

@@ -18,6 +18,7 @@ use crate::policy::FixedCosts;
 use pageferry_transport::MemoryRegion;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// One block of guest memory, as the two ends compare it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -153,6 +154,12 @@ pub trait DestinationGuest: Send {
     /// Lets the vCPUs run, if they ran at the source. [`crate::Error::Unknown`] if it cannot be told whether
     /// they do; any other error means that they do not.
     fn run(&mut self, was_running: bool) -> Result<()>;
+
+    /// Since when all of its vCPUs run, if that is known better than by the return of [`Self::run`]: a busy guest may
+    /// take the processor from the thread that let it run.
+    fn running_since(&self) -> Option<Instant> {
+        None
+    }
 
     /// Throws the copy away. When it returns `Ok` the guest does not run here and never will.
     fn discard(&mut self) -> Result<()>;

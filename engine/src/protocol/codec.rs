@@ -237,7 +237,8 @@ mod tests {
                 verify_us
             })),
             Just(Message::Commit),
-            any::<u64>().prop_map(|resume_us| Message::Running(Running { resume_us })),
+            any::<(u64, u64)>()
+                .prop_map(|(resume_us, running_us)| Message::Running(Running { resume_us, running_us })),
             (any::<String>(), cause()).prop_map(|(reason, cause)| Message::Abort(Abort { reason, cause })),
         ]
     }

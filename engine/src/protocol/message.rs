@@ -148,6 +148,8 @@ pub struct Ready {
 pub struct Running {
     /// How long it took to let the vCPUs run, in microseconds.
     pub resume_us: u64,
+    /// How long it had been running when this was sent, in microseconds.
+    pub running_us: u64,
 }
 
 /// See [`Message::Abort`].

@@ -10,6 +10,7 @@ use crate::guest::{DestinationGuest, GuestDescription, Liveness, MapAhead};
 use crate::memory::GuestMemory;
 use pageferry_transport::MemoryRegion;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A machine that waits to be filled.
 pub struct KvmDestination {
@@ -91,6 +92,10 @@ impl DestinationGuest for KvmDestination {
         let guest =
             self.loaded.as_mut().ok_or_else(|| Error::Guest("running a guest without state".into()))?;
         if was_running { guest.go(true) } else { Ok(()) }
+    }
+
+    fn running_since(&self) -> Option<Instant> {
+        self.loaded.as_ref()?.machine().vcpus().running_since()
     }
 
     fn discard(&mut self) -> Result<()> {

@@ -21,7 +21,7 @@ use std::cell::Cell;
 use std::os::unix::thread::JoinHandleExt;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -71,6 +71,8 @@ struct Shared {
     parked: AtomicBool,
     /// Somebody waits for its next turn.
     watched: AtomicBool,
+    /// When it was last let run, and began to.
+    began: Mutex<Option<Instant>>,
 }
 
 /// Rung by vCPU threads that somebody waits for.
@@ -80,17 +82,22 @@ struct Bell {
     rung: Condvar,
 }
 
+/// Of values that are whole at every moment, so that a panic elsewhere spoils nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Bell {
     fn ring(&self) {
         // Taken and given back, so that nobody who has just looked misses it.
-        drop(self.lock.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(lock(&self.lock));
         self.rung.notify_all();
     }
 
     /// Waits until `done`.
     fn wait(&self, what: &str, mut done: impl FnMut() -> bool) -> Result<()> {
         let deadline = Instant::now() + LEAVE_MAX;
-        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = lock(&self.lock);
         while !done() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -182,6 +189,7 @@ impl Vcpus {
                 turns: AtomicU64::new(0),
                 parked: AtomicBool::new(true),
                 watched: AtomicBool::new(false),
+                began: Mutex::new(None),
             });
             let (orders, inbox) = unbounded();
             let mut worker = Worker {
@@ -240,12 +248,20 @@ impl Vcpus {
             return Err(thread_ended());
         }
         for vcpu in &self.vcpus {
+            *lock(&vcpu.shared.began) = None;
             vcpu.shared.wanted.store(RUN, Ordering::SeqCst);
             // Before the order: from here on a kick must reach it.
             vcpu.shared.parked.store(false, Ordering::SeqCst);
             vcpu.order(Order::Run { stood });
         }
         Ok(())
+    }
+
+    /// Since when all of them run: when the last of them began, after [`Self::run`]. `None` if one has not yet.
+    #[must_use]
+    pub fn running_since(&self) -> Option<Instant> {
+        let began: Option<Vec<Instant>> = self.vcpus.iter().map(|vcpu| *lock(&vcpu.shared.began)).collect();
+        began?.into_iter().max()
     }
 
     /// Calls all of them out of the guest together, and returns when they are parked: nothing that they began is
@@ -378,6 +394,7 @@ impl Worker {
                         // A guest without kvmclock cannot be told.
                         let _ = self.fd.kvmclock_ctrl();
                     }
+                    *lock(&self.shared.began) = Some(Instant::now());
                     if !ended && let Some(ending) = self.run() {
                         ended = true;
                         self.ended.store(true, Ordering::SeqCst);
