@@ -113,7 +113,12 @@ impl Bell {
 pub type Task<T> = Box<dyn FnOnce(&mut VcpuFd) -> Result<T> + Send>;
 
 enum Order {
-    Run { stood: bool },
+    /// Run, and first pass the order on to the next of the rest. Each thread wakes one other: if a caller woke all of them,
+    /// the first could take the processor from it, and the others would stand still for a time slice longer.
+    Run {
+        stood: bool,
+        rest: Vec<Sender<Order>>,
+    },
     Do(Box<dyn FnOnce(&mut VcpuFd) + Send>),
 }
 
@@ -252,8 +257,8 @@ impl Vcpus {
             vcpu.shared.wanted.store(RUN, Ordering::SeqCst);
             // Before the order: from here on a kick must reach it.
             vcpu.shared.parked.store(false, Ordering::SeqCst);
-            vcpu.order(Order::Run { stood });
         }
+        run_next(stood, self.vcpus.iter().rev().filter_map(|vcpu| vcpu.orders.clone()).collect());
         Ok(())
     }
 
@@ -329,6 +334,14 @@ fn wait_for<T>(answer: &Receiver<Result<T>>, deadline: Instant) -> Result<T> {
     })
 }
 
+/// Orders the last of these to run, and to pass it on.
+fn run_next(stood: bool, mut rest: Vec<Sender<Order>>) {
+    if let Some(next) = rest.pop() {
+        // The caller has looked whether its thread is there.
+        let _ = next.send(Order::Run { stood, rest });
+    }
+}
+
 fn thread_ended() -> Error {
     Error::Guest("a vCPU's thread has ended".into())
 }
@@ -389,7 +402,8 @@ impl Worker {
         while let Ok(order) = orders.recv() {
             match order {
                 Order::Do(task) => task(&mut self.fd),
-                Order::Run { stood } => {
+                Order::Run { stood, rest } => {
+                    run_next(stood, rest);
                     if stood {
                         // A guest without kvmclock cannot be told.
                         let _ = self.fd.kvmclock_ctrl();
