@@ -98,11 +98,12 @@ pub struct Expected {
 pub struct Estimator {
     bytes_per_second: f64,
     harvest_us: u64,
+    round_us_min: u64,
 }
 
 impl Default for Estimator {
     fn default() -> Self {
-        Self { bytes_per_second: BYTES_PER_SECOND_GUESS, harvest_us: u64::MAX }
+        Self { bytes_per_second: BYTES_PER_SECOND_GUESS, harvest_us: u64::MAX, round_us_min: u64::MAX }
     }
 }
 
@@ -112,6 +113,9 @@ impl Estimator {
         // The shortest so far: a harvest costs what scanning all memory costs, and longer only where
         // this thread had to wait for a core.
         self.harvest_us = self.harvest_us.min(finished.harvest.as_micros() as u64);
+        // A round has a round trip in it, so none takes longer than the shortest round: a connection that lost its first
+        // packet, or a thread that waited for a core while it connected, is forgotten.
+        self.round_us_min = self.round_us_min.min(finished.elapsed.as_micros() as u64);
         let bytes = finished.pages * PAGE_BYTES;
         if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
             self.bytes_per_second = bytes as f64 / finished.elapsed.as_secs_f64().max(1e-6);
@@ -121,7 +125,7 @@ impl Estimator {
             residue_pages: finished.residue_pages,
             bytes_per_second: self.bytes_per_second,
             state_bytes: expected.state_bytes,
-            round_trip_us: expected.round_trip_us,
+            round_trip_us: expected.round_trip_us.min(self.round_us_min),
             fixed: FixedCosts { harvest_us: HARVESTS_IN_BLACKOUT * self.harvest_us, ..expected.fixed },
         }
     }
@@ -312,6 +316,22 @@ mod tests {
         let small = estimator.observe(&finished(1000, 9), &expected);
         assert_eq!((small.bytes_per_second, small.fixed.harvest_us), (409.6e6, 6000));
         assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
+    }
+
+    #[test]
+    fn no_round_trip_is_longer_than_the_shortest_round() {
+        let mut estimator = Estimator::default();
+        let expected = Expected { state_bytes: 1, round_trip_us: 1_000_000, fixed: FIXED };
+        let finished = |ms| Finished {
+            round: 0,
+            pages: 10,
+            elapsed: Duration::from_millis(ms),
+            harvest: Duration::ZERO,
+            residue_pages: 7,
+        };
+        let round_trips =
+            [3000, 40, 7, 90].map(|ms| estimator.observe(&finished(ms), &expected).round_trip_us);
+        assert_eq!(round_trips, [1_000_000, 40_000, 7000, 7000]);
     }
 
     proptest! {
