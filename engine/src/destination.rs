@@ -81,16 +81,19 @@ pub struct Reception {
 #[derive(Debug, Clone, Copy)]
 struct Completed {
     token: Token,
-    /// From Commit until its vCPUs ran.
-    resume_us: u64,
-    since: Instant,
+    /// When Commit was here.
+    resuming: Instant,
+    /// Since when all of its vCPUs run, if they did when that was asked.
+    since: Option<Instant>,
 }
 
 impl Completed {
-    /// The word to the source, whenever it asks.
+    /// The word to the source, whenever it asks. What is not known makes the blackout longer, not shorter.
     fn word(&self) -> Message {
-        let running_us = self.since.elapsed().as_micros() as u64;
-        Message::Running(Running { resume_us: self.resume_us, running_us })
+        let now = Instant::now();
+        let since = self.since.unwrap_or(now);
+        let us = |from: Instant, to: Instant| to.saturating_duration_since(from).as_micros() as u64;
+        Message::Running(Running { resume_us: us(self.resuming, since), running_us: us(since, now) })
     }
 }
 
@@ -325,9 +328,7 @@ impl Reception {
                 return Err(e);
             }
         }
-        let since = guest.running_since().unwrap_or_else(Instant::now);
-        let resume_us = since.saturating_duration_since(resuming).as_micros() as u64;
-        let completed = Completed { token, resume_us, since };
+        let completed = Completed { token, resuming, since: guest.running_since() };
         self.completed = Some(completed);
         let answer_to = answer_to.as_deref_mut().unwrap_or(control);
         if let Err(e) = answer_to.send(&completed.word(), Instant::now() + SETUP_MAX) {

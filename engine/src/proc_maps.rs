@@ -7,6 +7,7 @@ pub(crate) struct Mapping {
     pub(crate) end: u64,
     pub(crate) readable: bool,
     pub(crate) writable: bool,
+    pub(crate) executable: bool,
     pub(crate) shared: bool,
     /// Of `start`, in its file.
     pub(crate) offset: u64,
@@ -31,6 +32,7 @@ impl Mapping {
             end: hex(end)?,
             readable: permissions.starts_with('r'),
             writable: permissions.get(1..2) == Some("w"),
+            executable: permissions.get(2..3) == Some("x"),
             shared: permissions.ends_with('s'),
             offset,
             device: (hex(major)?, hex(minor)?),

@@ -66,6 +66,7 @@ struct Workload {
     /// Between two status lines, if they come by themselves.
     status_every: Option<Duration>,
     writes_before: u64,
+    status_before: Instant,
     corrupt_lines: u64,
     /// Workers whose sweep is still to come, and the pages swept so far.
     verdict: Option<(usize, u64)>,
@@ -129,6 +130,7 @@ impl Workload {
             started: Instant::now(),
             status_every: (params.status_s > 0).then(|| Duration::from_secs(params.status_s.into())),
             writes_before: 0,
+            status_before: Instant::now(),
             corrupt_lines: 0,
             verdict: None,
         })
@@ -212,8 +214,9 @@ impl Workload {
 
     fn status(&mut self) {
         let writes = self.stats.writes.load(Relaxed);
-        let rate = (writes - self.writes_before) * PAGE_BYTES as u64 / 1_000_000;
-        self.writes_before = writes;
+        let seconds = self.status_before.elapsed().as_secs_f64().max(1e-3);
+        let rate = ((writes - self.writes_before) as f64 * PAGE_BYTES as f64 / 1e6 / seconds).round();
+        (self.writes_before, self.status_before) = (writes, Instant::now());
         say(format_args!(
             "t={:.1} writes={writes} checked={} errors={} write_mb={rate} {}{}",
             self.started.elapsed().as_secs_f64(),

@@ -131,8 +131,9 @@ impl SourceGuest for Source {
     }
     // Undo all since `arm`, from whatever state, also twice; the seal is lifted.
     fn resume(&mut self) -> Result<()> {
-        if std::mem::take(&mut self.paused) {
+        if self.paused {
             self.vm.vcpus.run(true)?;
+            self.paused = false;
         }
         Ok(())
     }

@@ -153,7 +153,7 @@ struct MigrateArgs {
     to: String,
     #[command(flatten)]
     link: LinkChoice,
-    /// Queue pairs or TCP connections to spread the data over; the latter take a thread each at both ends. [default: half of the cores, 2 to 4]
+    /// Queue pairs or TCP connections to spread the data over; the latter take a thread each at both ends. [default: half of the cores, 2 to 4; 1 on one core]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest time in which the guest may stand still, such as 10ms or 1s.

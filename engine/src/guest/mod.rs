@@ -155,10 +155,11 @@ pub trait DestinationGuest: Send {
     /// they do; any other error means that they do not.
     fn run(&mut self, was_running: bool) -> Result<()>;
 
-    /// Since when all of its vCPUs run, if that is known better than by the return of [`Self::run`]: a busy guest may
-    /// take the processor from the thread that let it run.
+    /// Asked after [`Self::run`]: since when all of its vCPUs run; `None` while one does not. A busy guest may take the
+    /// processor from the thread that let it run: a monitor that notes when each vCPU enters the guest knows better than
+    /// the caller.
     fn running_since(&self) -> Option<Instant> {
-        None
+        Some(Instant::now())
     }
 
     /// Throws the copy away. When it returns `Ok` the guest does not run here and never will.

@@ -10,7 +10,7 @@
 //!     | <---------------------------- Accept { regions, state } -- | prefault under way
 //!     |    rounds: writes and fences in the lanes               |
 //!     |    pause, last harvest, residue, device state, fence    |
-//!     | -- Prepare { fence, state_bytes } ----------------------> | fence; load, and revoke beside it
+//!     | -- Prepare { fence, state_bytes } ----------------------> | fence; load; revoke
 //!     | <-------------------------------------------- Ready ---- |
 //!     |    seal: this side never resumes by itself from here    |
 //!     | -- Commit ----------------------------------------------> | seal, run

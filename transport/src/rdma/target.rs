@@ -242,6 +242,10 @@ impl Service {
                 self.shared.health.fail(failure);
             }
         }
+        if self.is_over() {
+            // What is heard of the connections from here on is their end, and no failure.
+            self.shared.health.end();
+        }
         // What came before the end, such as a last fence. Why it ended is known.
         let _ = self.collect();
         // The peer learns of it, and nothing is written by a link that has broken.
@@ -253,9 +257,9 @@ impl Service {
         self
     }
 
-    /// Whether the last fence has come on every lane, and the peer was told.
+    /// Whether the last fence has come on every lane, and the peer has heard that.
     fn is_over(&self) -> bool {
-        self.ended.iter().all(|ended| *ended) && self.reached.is_none()
+        self.ended.iter().all(|ended| *ended) && self.reached.is_none() && self.lanes[0].is_idle()
     }
 
     /// Does what there is to do, and waits if there is nothing.

@@ -317,8 +317,9 @@ impl Machine {
 
     /// Lets the guest run. `stood` if it stood still before: it is told.
     pub fn run(&self, stood: bool) -> Result<()> {
+        self.vcpus.run(stood)?;
         self.devices.thaw();
-        self.vcpus.run(stood)
+        Ok(())
     }
 
     /// Stops the guest.

@@ -14,7 +14,7 @@ use crate::dirty::kvm::KickVcpus;
 use crate::dirty::ring::KVM_EXIT_DIRTY_RING_FULL;
 use crate::error::{Error, Result};
 use crate::guest::Liveness;
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, SendError, Sender, bounded, unbounded};
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::cell::Cell;
@@ -252,13 +252,20 @@ impl Vcpus {
         if self.vcpus.iter().any(|vcpu| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
             return Err(thread_ended());
         }
+        let parked = self.vcpus.iter().all(Vcpu::is_parked);
         for vcpu in &self.vcpus {
             *lock(&vcpu.shared.began) = None;
             vcpu.shared.wanted.store(RUN, Ordering::SeqCst);
             // Before the order: from here on a kick must reach it.
             vcpu.shared.parked.store(false, Ordering::SeqCst);
         }
-        run_next(stood, self.vcpus.iter().rev().filter_map(|vcpu| vcpu.orders.clone()).collect());
+        let orders = self.vcpus.iter().rev().filter_map(|vcpu| vcpu.orders.clone());
+        if parked {
+            run_next(stood, orders.collect());
+        } else {
+            // One that never came out to be parked reads no orders, and would not pass one on.
+            orders.for_each(|orders| run_next(stood, vec![orders]));
+        }
         Ok(())
     }
 
@@ -336,9 +343,11 @@ fn wait_for<T>(answer: &Receiver<Result<T>>, deadline: Instant) -> Result<T> {
 
 /// Orders the last of these to run, and to pass it on.
 fn run_next(stood: bool, mut rest: Vec<Sender<Order>>) {
-    if let Some(next) = rest.pop() {
-        // The caller has looked whether its thread is there.
-        let _ = next.send(Order::Run { stood, rest });
+    while let Some(next) = rest.pop() {
+        match next.send(Order::Run { stood, rest }) {
+            Err(SendError(Order::Run { rest: others, .. })) => rest = others,
+            _ => return,
+        }
     }
 }
 
