@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 struct Memory {
     file: File,
@@ -168,16 +169,20 @@ fn memory_that_went_away_is_an_error_and_not_an_idle_guest() {
     assert!(error.contains("not tracked"), "{error}");
 }
 
+/// For writers on a busy machine to have written once for each harvest.
+const WRITERS_MAX: Duration = Duration::from_secs(60);
+
 /// Writers note each write with the epochs before and after it. The epoch is odd while a harvest
 /// runs, so a write that saw `2k` twice came wholly before harvest `k`, which must have it.
 fn no_write_is_missed(memory: &Memory, harvests: u64) {
     let mut source = memory.track();
-    let (epoch, done) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (epoch, written, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    let deadline = Instant::now() + WRITERS_MAX;
     let (mut seen, mut ledger) = (Vec::new(), Vec::new());
     std::thread::scope(|scope| {
         let writers: Vec<_> = (0..3u64)
             .map(|seed| {
-                let (epoch, done) = (&epoch, &done);
+                let (epoch, written, done) = (&epoch, &written, &done);
                 scope.spawn(move || {
                     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
                     let mut writes = Vec::new();
@@ -189,16 +194,20 @@ fn no_write_is_missed(memory: &Memory, harvests: u64) {
                         let before = epoch.load(Ordering::SeqCst);
                         memory.write(page);
                         writes.push((page, before, epoch.load(Ordering::SeqCst)));
+                        written.fetch_add(1, Ordering::SeqCst);
                     }
                     writes
                 })
             })
             .collect();
-        for _ in 0..harvests {
+        for harvested in 0..harvests {
+            // On a busy machine all harvests could be over before a writer has run at all.
+            while written.load(Ordering::SeqCst) <= harvested && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
             epoch.fetch_add(1, Ordering::SeqCst);
             seen.push(harvest(&mut source, memory.pages));
             epoch.fetch_add(1, Ordering::SeqCst);
-            std::thread::yield_now();
         }
         done.store(true, Ordering::SeqCst);
         for writer in writers {

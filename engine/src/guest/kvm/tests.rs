@@ -118,6 +118,33 @@ fn goes_back_and_forth(vcpus: u32, tracking: TrackingChoice, times: usize) {
 }
 
 #[test]
+fn every_vcpu_runs_after_each_order_whether_it_was_parked_or_not() {
+    if !kvm_is_here("vCPUs that are let run while they run") {
+        return;
+    }
+    let mut guest = start(&config(4, TrackingChoice::Log), Pattern::Random);
+    for _ in 0..10 {
+        // Again, as after a pause that did not come to its end.
+        guest.machine().run(true).unwrap();
+        let asked = Instant::now();
+        // Parks all of them, and lets them run.
+        write_and_check(&mut guest, 5);
+        let deadline = Instant::now() + WRITES_MAX;
+        let since = loop {
+            match guest.machine().vcpus().running_since() {
+                Some(since) => break since,
+                None => assert!(Instant::now() < deadline, "a vCPU does not run"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        assert!(since >= asked);
+    }
+    guest.pause().unwrap();
+    guest.resume().unwrap();
+    write_and_check(&mut guest, 5);
+}
+
+#[test]
 fn a_payload_guest_moves_by_the_log_and_loses_no_page() {
     if kvm_is_here("a_payload_guest_moves_by_the_log_and_loses_no_page") {
         goes_back_and_forth(1, TrackingChoice::Log, 5);
