@@ -38,6 +38,8 @@ const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 const COMMIT_MAX: Duration = Duration::from_secs(30);
 /// How often a wait looks at the guest, the lanes and the doorway.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// How long a session's memory and lanes stay after the guest has begun to run.
+const RETIRE_AFTER: Duration = Duration::from_millis(300);
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
 const DISCARDED_MAX: usize = 64;
 
@@ -50,6 +52,32 @@ pub struct Received {
     pub load_us: u64,
     /// From Hello to running, in microseconds.
     pub total_us: u64,
+}
+
+/// What a session has besides the guest.
+struct Fittings {
+    target: Box<dyn Target>,
+    state: Arc<MemoryRegion>,
+    staging: Arc<MemoryRegion>,
+}
+
+impl Fittings {
+    fn new(target: Box<dyn Target>, hello: &Hello) -> Result<Self> {
+        let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
+        Ok(Self { target, state, staging: MemoryRegion::anonymous(STAGING_BYTES)? })
+    }
+
+    /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a guest that lives in
+    /// this process, and it has many at first.
+    fn retire(self) {
+        let retiring = std::thread::Builder::new().name("retire".into()).spawn(move || {
+            std::thread::sleep(RETIRE_AFTER);
+            drop(self);
+        });
+        if let Err(e) = retiring {
+            tracing::debug!(error = %e, "a session is taken down at once");
+        }
+    }
 }
 
 /// How a session ended.
@@ -140,7 +168,7 @@ impl Reception {
             Err(e) => return self.discard(Token::default(), guest, &mut control, e),
         };
         // Until here and in here nothing of the guest is touched.
-        let (offer, mut target) = match self.open(&mut control, &hello, token, guest, watch) {
+        let (offer, target) = match self.open(&mut control, &hello, token, guest, watch) {
             Ok(opened) => opened,
             Err(error) => {
                 eprintln!("pageferry: no session with {peer}: {}", error.chain());
@@ -150,9 +178,15 @@ impl Reception {
                 return Served::Nothing;
             }
         };
-        let target = target.as_mut();
-        match self.session(&mut control, &hello, token, offer, target, guest, &mut phase, watch, begun) {
-            Ok(received) => Served::Received(received),
+        let mut fittings = match Fittings::new(target, &hello) {
+            Ok(fittings) => fittings,
+            Err(error) => return self.discard(token, guest, &mut control, error),
+        };
+        match self.session(&mut control, token, offer, &mut fittings, guest, &mut phase, watch, begun) {
+            Ok(received) => {
+                fittings.retire();
+                Served::Received(received)
+            }
             // Ours by Commit, and perhaps running: nothing may be promised about it any more.
             Err(error) if phase == DestinationPhase::Owner => Served::Doubtful(error),
             Err(error) => self.discard(token, guest, &mut control, error),
@@ -271,10 +305,9 @@ impl Reception {
     fn session(
         &mut self,
         control: &mut Control,
-        hello: &Hello,
         token: Token,
         offer: Offer,
-        target: &mut dyn Target,
+        fittings: &mut Fittings,
         guest: &mut dyn DestinationGuest,
         phase: &mut DestinationPhase,
         watch: &mut Watch<'_>,
@@ -284,10 +317,10 @@ impl Reception {
         // Memory.
         let memory = Arc::clone(guest.memory());
         let touched = offer.runs(memory.pages())?;
-        let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
+        let Fittings { target, state, staging } = fittings;
+        let target = target.as_mut();
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
-        let staging_region = MemoryRegion::anonymous(STAGING_BYTES)?;
-        let accept = expose(&memory, &touched, &state, &staging_region, target)?;
+        let accept = expose(&memory, &touched, state, staging, target)?;
         let prefault = Prefault::start(Arc::clone(&memory), &touched, guest.map_ahead())?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
@@ -302,7 +335,7 @@ impl Reception {
 
         // The whole guest. The lanes end by themselves meanwhile, as that was the last fence; that they have is made
         // sure of before Ready is said.
-        let taken = take_in(&prepare, &offer, &state, &staging_region, guest);
+        let taken = take_in(&prepare, &offer, state, staging, guest);
         let revoked = target.revoke();
         drop(prefault);
         let (verify_us, load_us) = taken?;
