@@ -2,19 +2,17 @@
 
 use crate::doorway::{Doorway, Incoming, LaneCollector};
 use crate::error::{Error, Result};
+use crate::fittings::Fittings;
 use crate::guest::DestinationGuest;
 use crate::hold;
 use crate::link::{LinkChoice, Listening};
-use crate::memory::GuestMemory;
-use crate::page::{PAGE_BYTES, PageRun};
 use crate::prefault::Prefault;
 use crate::protocol::{
-    Abort, Accept, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
+    Abort, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
     Running, Welcome,
 };
 use crate::session::{SETUP_MAX, new_token};
-use crate::source::STATE_WARM_BYTES;
-use crate::staging::{self, STAGING_BYTES};
+use crate::staging;
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
@@ -38,8 +36,6 @@ const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 const COMMIT_MAX: Duration = Duration::from_secs(30);
 /// How often a wait looks at the guest, the lanes and the doorway.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// How long a session's memory and lanes stay after the guest has begun to run.
-const RETIRE_AFTER: Duration = Duration::from_millis(300);
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
 const DISCARDED_MAX: usize = 64;
 
@@ -52,32 +48,6 @@ pub struct Received {
     pub load_us: u64,
     /// From Hello to running, in microseconds.
     pub total_us: u64,
-}
-
-/// What a session has besides the guest.
-struct Fittings {
-    target: Box<dyn Target>,
-    state: Arc<MemoryRegion>,
-    staging: Arc<MemoryRegion>,
-}
-
-impl Fittings {
-    fn new(target: Box<dyn Target>, hello: &Hello) -> Result<Self> {
-        let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
-        Ok(Self { target, state, staging: MemoryRegion::anonymous(STAGING_BYTES)? })
-    }
-
-    /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a guest that lives in
-    /// this process, and it has many at first.
-    fn retire(self) {
-        let retiring = std::thread::Builder::new().name("retire".into()).spawn(move || {
-            std::thread::sleep(RETIRE_AFTER);
-            drop(self);
-        });
-        if let Err(e) = retiring {
-            tracing::debug!(error = %e, "a session is taken down at once");
-        }
-    }
 }
 
 /// How a session ended.
@@ -317,10 +287,9 @@ impl Reception {
         // Memory.
         let memory = Arc::clone(guest.memory());
         let touched = offer.runs(memory.pages())?;
+        let accept = fittings.expose(&memory, &touched)?;
         let Fittings { target, state, staging } = fittings;
         let target = target.as_mut();
-        state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
-        let accept = expose(&memory, &touched, state, staging, target)?;
         let prefault = Prefault::start(Arc::clone(&memory), &touched, guest.map_ahead())?;
         control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
         hold::point("filling");
@@ -524,60 +493,6 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);
     }
     guest.admit(theirs)
-}
-
-/// Every slot and the state exposed, if there is room. The memory reads as zeros: whoever made the
-/// destination saw to that ([`GuestMemory::make_zero`]).
-fn expose(
-    memory: &Arc<GuestMemory>,
-    touched: &[PageRun],
-    state: &Arc<MemoryRegion>,
-    staging: &Arc<MemoryRegion>,
-    target: &mut dyn Target,
-) -> Result<Accept> {
-    check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
-    let mut slots = Vec::with_capacity(memory.slots().len());
-    // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
-    let exposed_state = target.expose(state)?.into();
-    let warm = 0..STATE_WARM_BYTES.min(state.len());
-    target.expect(state, std::slice::from_ref(&warm))?;
-    let exposed_staging = target.expose(staging)?.into();
-    let whole = 0..staging.len();
-    target.expect(staging, std::slice::from_ref(&whole))?;
-    for (slot, parts) in memory.slots().iter().zip(memory.parts(touched)) {
-        slots.push(target.expose(slot.region())?.into());
-        target.expect(slot.region(), &parts)?;
-    }
-    Ok(Accept { slots, state: exposed_state, staging: exposed_staging })
-}
-
-/// Fails if the host has less memory free than the guest will take. Huge pages were set aside when
-/// QEMU started, or it would not have.
-fn check_room(memory: &GuestMemory, touched_bytes: u64) -> Result<()> {
-    if memory.slots().iter().any(|slot| slot.backing_page_bytes != PAGE_BYTES) {
-        return Ok(());
-    }
-    let Some(available) = mem_available() else { return Ok(()) };
-    if touched_bytes <= available {
-        return Ok(());
-    }
-    // What it holds already takes nothing more; looked at only here, as it takes 13 ms a GiB.
-    let held: u64 = memory.touched()?.iter().map(PageRun::bytes).sum();
-    if touched_bytes.saturating_sub(held) > available {
-        return Err(Error::Refused(format!(
-            "no room for the guest: it has touched {} MiB of its memory and this host has {} MiB available",
-            touched_bytes >> 20,
-            (available + held) >> 20
-        )));
-    }
-    Ok(())
-}
-
-/// MemAvailable of /proc/meminfo, in bytes.
-fn mem_available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 /// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.

@@ -39,6 +39,7 @@ pub mod destination;
 pub mod dirty;
 pub mod doorway;
 pub mod error;
+mod fittings;
 pub mod guest;
 pub mod hold;
 pub mod link;

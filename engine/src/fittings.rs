@@ -1,0 +1,95 @@
+//! What a session has at the destination besides the guest: the lanes' target, and memory for the device state and for
+//! staged pages. Exposes it, and takes it down.
+
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::page::{PAGE_BYTES, PageRun};
+use crate::protocol::{Accept, Hello};
+use crate::source::STATE_WARM_BYTES;
+use crate::staging::STAGING_BYTES;
+use pageferry_transport::{MemoryRegion, Target};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a session's memory and lanes stay after the guest has begun to run.
+const RETIRE_AFTER: Duration = Duration::from_millis(300);
+
+/// What a session has besides the guest.
+pub(crate) struct Fittings {
+    /// The lanes' end.
+    pub(crate) target: Box<dyn Target>,
+    /// For the device state.
+    pub(crate) state: Arc<MemoryRegion>,
+    /// For pages that are not registered when they come.
+    pub(crate) staging: Arc<MemoryRegion>,
+}
+
+impl Fittings {
+    /// For a source that says this.
+    pub(crate) fn new(target: Box<dyn Target>, hello: &Hello) -> Result<Self> {
+        let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
+        Ok(Self { target, state, staging: MemoryRegion::anonymous(STAGING_BYTES)? })
+    }
+
+    /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a guest that lives in
+    /// this process, and it has many at first.
+    pub(crate) fn retire(self) {
+        let retiring = std::thread::Builder::new().name("retire".into()).spawn(move || {
+            std::thread::sleep(RETIRE_AFTER);
+            drop(self);
+        });
+        if let Err(e) = retiring {
+            tracing::debug!(error = %e, "a session is taken down at once");
+        }
+    }
+
+    /// Exposes every slot, the state and the staging region, if there is room for what the guest has touched. The memory
+    /// reads as zeros: whoever made the destination saw to that ([`GuestMemory::make_zero`]).
+    pub(crate) fn expose(&mut self, memory: &GuestMemory, touched: &[PageRun]) -> Result<Accept> {
+        let Self { target, state, staging } = self;
+        check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
+        let mut slots = Vec::with_capacity(memory.slots().len());
+        // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
+        let exposed_state = target.expose(state)?.into();
+        let warm = 0..STATE_WARM_BYTES.min(state.len());
+        state.populate(0, warm.len())?;
+        target.expect(state, std::slice::from_ref(&warm))?;
+        let exposed_staging = target.expose(staging)?.into();
+        let whole = 0..staging.len();
+        target.expect(staging, std::slice::from_ref(&whole))?;
+        for (slot, parts) in memory.slots().iter().zip(memory.parts(touched)) {
+            slots.push(target.expose(slot.region())?.into());
+            target.expect(slot.region(), &parts)?;
+        }
+        Ok(Accept { slots, state: exposed_state, staging: exposed_staging })
+    }
+}
+
+/// Fails if the host has less memory free than the guest will take. Huge pages were set aside when
+/// QEMU started, or it would not have.
+fn check_room(memory: &GuestMemory, touched_bytes: u64) -> Result<()> {
+    if memory.slots().iter().any(|slot| slot.backing_page_bytes != PAGE_BYTES) {
+        return Ok(());
+    }
+    let Some(available) = mem_available() else { return Ok(()) };
+    if touched_bytes <= available {
+        return Ok(());
+    }
+    // What it holds already takes nothing more; looked at only here, as it takes 13 ms a GiB.
+    let held: u64 = memory.touched()?.iter().map(PageRun::bytes).sum();
+    if touched_bytes.saturating_sub(held) > available {
+        return Err(Error::Refused(format!(
+            "no room for the guest: it has touched {} MiB of its memory and this host has {} MiB available",
+            touched_bytes >> 20,
+            (available + held) >> 20
+        )));
+    }
+    Ok(())
+}
+
+/// MemAvailable of /proc/meminfo, in bytes.
+fn mem_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+}
