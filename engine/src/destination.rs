@@ -336,6 +336,9 @@ impl Reception {
         if let Err(e) = answer_to.send(&completed.word(), Instant::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Running could not be sent; the source will ask again");
         }
+        // All vCPUs run by now, most likely; a source that asks again is told since when.
+        let since = completed.since.or_else(|| guest.running_since());
+        self.completed = Some(Completed { since, ..completed });
         Ok(Received { bytes_placed, load_us, total_us: begun.elapsed().as_micros() as u64 })
     }
 

@@ -15,7 +15,6 @@ use crate::policy::FixedCosts;
 use crossbeam_channel::Receiver;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
-use std::cell::Cell;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,6 +24,8 @@ const STATE_BYTES_MAX: u64 = 64 << 10;
 const VCPU_STATE_BYTES_MAX: u64 = 64 << 10;
 const STATE_BYTES_EXPECTED: u64 = 4 << 10;
 const VCPU_STATE_BYTES_EXPECTED: u64 = 12 << 10;
+/// How often calling the vCPUs out is timed.
+const KICKS_TIMED: u32 = 4;
 /// State is handed on in pieces of this size.
 const PIECE_BYTES: usize = 64 << 10;
 
@@ -56,8 +57,8 @@ pub struct KvmSource {
     saving: Option<Saving>,
     /// The tracking of a guest that has left.
     retired: Option<Box<dyn DirtySource>>,
-    /// What calling the vCPUs out took, in microseconds: the shortest of this migration.
-    kick_us: Cell<u64>,
+    /// What calling the vCPUs out took when tracking began, in microseconds.
+    kick_us: u64,
 }
 
 impl KvmSource {
@@ -115,7 +116,7 @@ impl KvmSource {
             sealed: false,
             saving: None,
             retired: None,
-            kick_us: Cell::new(u64::MAX),
+            kick_us: 0,
         }
     }
 
@@ -180,13 +181,6 @@ impl KvmSource {
         self.payload.as_ref().ok_or_else(|| Error::refused("only a payload guest measures its gaps"))
     }
 
-    fn time_kick(&self) -> Result<()> {
-        let kicking = Instant::now();
-        self.machine.vcpus().kick_all()?;
-        self.kick_us.set(self.kick_us.get().min(kicking.elapsed().as_micros() as u64));
-        Ok(())
-    }
-
     fn alive(&self) -> Result<()> {
         (self.machine.vcpus().liveness())()
     }
@@ -231,12 +225,8 @@ impl SourceGuest for KvmSource {
     }
 
     fn fixed_costs(&self) -> FixedCosts {
-        // Measured anew each time, and the shortest counts: vCPUs that were called out go on at once, and may keep the
-        // processor from the thread that waits to hear of it.
-        let _ = self.time_kick();
         // A vCPU's state is some twenty ioctls of a few microseconds, at both ends.
-        let pause_us = Some(self.kick_us.get()).filter(|us| *us < u64::MAX).unwrap_or(0);
-        FixedCosts { pause_us, harvest_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
+        FixedCosts { pause_us: self.kick_us, harvest_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
     }
 
     fn liveness(&self) -> Liveness {
@@ -254,8 +244,14 @@ impl SourceGuest for KvmSource {
 
     fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
         let tracking = self.machine.start_tracking()?;
-        self.kick_us.set(u64::MAX);
-        self.time_kick()?;
+        // The shortest counts: vCPUs that were called out go on at once, and may keep the processor from the thread that
+        // waits to hear of it.
+        self.kick_us = u64::MAX;
+        for _ in 0..KICKS_TIMED {
+            let kicking = Instant::now();
+            self.machine.vcpus().kick_all()?;
+            self.kick_us = self.kick_us.min(kicking.elapsed().as_micros() as u64);
+        }
         Ok(tracking)
     }
 
