@@ -1,5 +1,6 @@
 //! The destination: `receive` reads as the protocol does.
 
+use crate::clock;
 use crate::doorway::{Doorway, Incoming, LaneCollector};
 use crate::error::{Error, Result};
 use crate::fittings::Fittings;
@@ -88,7 +89,7 @@ struct Completed {
 impl Completed {
     /// The word to the source, whenever it asks. What is not known makes the blackout longer, not shorter.
     fn word(&self) -> Message {
-        let now = Instant::now();
+        let now = clock::now();
         let since = self.since.unwrap_or(now);
         let us = |from: Instant, to: Instant| to.saturating_duration_since(from).as_micros() as u64;
         Message::Running(Running { resume_us: us(self.resuming, since), running_us: us(since, now) })
@@ -115,7 +116,7 @@ impl Reception {
         guest: &mut dyn DestinationGuest,
         watch: &mut Watch<'_>,
     ) -> Served {
-        let begun = Instant::now();
+        let begun = clock::now();
         let (mut control, hello, peer) = match incoming {
             Incoming::Control { token, control, first: Message::Hello(hello), peer }
                 if token == Token::default() =>
@@ -129,7 +130,7 @@ impl Reception {
         };
         if let Err(refusal) = hello.check().and_then(|()| check_guest(&hello, guest)) {
             eprintln!("pageferry: refused the guest of {peer}: {}", refusal.chain());
-            control.abort(&refusal.chain(), Cause::Refused, Instant::now() + SETUP_MAX);
+            control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
         }
         let mut phase = DestinationPhase::Filling;
@@ -144,7 +145,7 @@ impl Reception {
                 eprintln!("pageferry: no session with {peer}: {}", error.chain());
                 // Nothing was touched; but where it was lanes, others may do.
                 let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
-                control.abort(&error.chain(), cause, Instant::now() + SETUP_MAX);
+                control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
                 return Served::Nothing;
             }
         };
@@ -175,7 +176,7 @@ impl Reception {
             Ok(()) => {
                 self.discarded.push_front(token);
                 self.discarded.truncate(DISCARDED_MAX);
-                control.abort(&error.chain(), error.cause(), Instant::now() + SETUP_MAX);
+                control.abort(&error.chain(), error.cause(), clock::now() + SETUP_MAX);
             }
             Err(e) => {
                 eprintln!("pageferry: the unfinished copy of the guest could not be ended: {}", e.chain())
@@ -187,7 +188,7 @@ impl Reception {
     /// Answers a connection that has no place now.
     fn turn_away(&self, incoming: Incoming) {
         let Incoming::Control { token, mut control, peer, first } = incoming else { return };
-        let deadline = Instant::now() + SETUP_MAX;
+        let deadline = clock::now() + SETUP_MAX;
         if let Some(completed) = self.completed.filter(|completed| completed.token == token) {
             if let Err(e) = control.send(&completed.word(), deadline) {
                 tracing::warn!(error = %e.chain(), "the source asked again and could not be answered");
@@ -215,7 +216,7 @@ impl Reception {
 
     /// Answers whoever came meanwhile.
     fn turn_away_all(&self) {
-        while let Some(other) = self.doorway.next(Instant::now()) {
+        while let Some(other) = self.doorway.next(clock::now()) {
             self.turn_away(other);
         }
     }
@@ -232,10 +233,10 @@ impl Reception {
         let (listening, rdma) =
             Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
         let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
-        control.send(&Message::Welcome(welcome), Instant::now() + SETUP_MAX)?;
+        control.send(&Message::Welcome(welcome), clock::now() + SETUP_MAX)?;
         let mut lanes = LaneCollector::new(token, hello.lanes);
         let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
-        let deadline = Instant::now() + SETUP_MAX;
+        let deadline = clock::now() + SETUP_MAX;
         let target = listening.take(&self.choice, offer.lanes, || {
             lanes.wait(&self.doorway, |other| self.turn_away(other), deadline)
         })?;
@@ -250,22 +251,22 @@ impl Reception {
         guest: &dyn DestinationGuest,
         watch: &mut Watch<'_>,
     ) -> Result<Offer> {
-        let (alive, deadline) = (guest.liveness(), Instant::now() + OFFER_MAX);
+        let (alive, deadline) = (guest.liveness(), clock::now() + OFFER_MAX);
         loop {
             if control.readable(LOOK_EVERY)? {
-                return match control.receive("Offer", Instant::now() + SETUP_MAX)? {
+                return match control.receive("Offer", clock::now() + SETUP_MAX)? {
                     Message::Offer(offer) => Ok(offer),
                     other => Err(unexpected(other, "Offer")),
                 };
             }
             watch()?;
             alive()?;
-            while let Some(incoming) = self.doorway.next(Instant::now()) {
+            while let Some(incoming) = self.doorway.next(clock::now()) {
                 if let Some(other) = lanes.take(incoming)? {
                     self.turn_away(other);
                 }
             }
-            if Instant::now() >= deadline {
+            if clock::now() >= deadline {
                 return Err(Error::Timeout { what: "waiting for the source's Offer".into() });
             }
         }
@@ -291,15 +292,15 @@ impl Reception {
         let Fittings { target, state, staging } = fittings;
         let target = target.as_mut();
         let prefault = Prefault::start(Arc::clone(&memory), &touched, guest.map_ahead())?;
-        control.send(&Message::Accept(accept), Instant::now() + SETUP_MAX)?;
+        control.send(&Message::Accept(accept), clock::now() + SETUP_MAX)?;
         hold::point("filling");
 
         // Rounds.
         let prepare = self.wait_for_prepare(control, target, &prefault, guest, watch)?;
         prefault.stop();
-        let waiting = Instant::now();
+        let waiting = clock::now();
         wait_for_fence(target, FenceTag(prepare.fence))?;
-        let fence_us = waiting.elapsed().as_micros() as u64;
+        let fence_us = clock::elapsed(waiting).as_micros() as u64;
         let bytes_placed = target.bytes_placed()?;
 
         // The whole guest. The lanes end by themselves meanwhile, as that was the last fence; that they have is made
@@ -313,13 +314,13 @@ impl Reception {
         hold::point("loaded");
         // A connection that breaks now changes nothing: Commit may come on another.
         let ready = Message::Ready(Ready { load_us, fence_us, verify_us });
-        if let Err(e) = control.send(&ready, Instant::now() + SETUP_MAX) {
+        if let Err(e) = control.send(&ready, clock::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Ready could not be sent");
         }
         let mut answer_to = self.wait_for_commit(control, token, guest, phase, watch)?;
 
         // Ours.
-        let resuming = Instant::now();
+        let resuming = clock::now();
         guest.seal(prepare.was_running)?;
         hold::point("owner");
         match guest.run(prepare.was_running) {
@@ -333,13 +334,13 @@ impl Reception {
         let completed = Completed { token, resuming, since: guest.running_since() };
         self.completed = Some(completed);
         let answer_to = answer_to.as_deref_mut().unwrap_or(control);
-        if let Err(e) = answer_to.send(&completed.word(), Instant::now() + SETUP_MAX) {
+        if let Err(e) = answer_to.send(&completed.word(), clock::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Running could not be sent; the source will ask again");
         }
         // All vCPUs run by now, most likely; a source that asks again is told since when.
         let since = completed.since.or_else(|| guest.running_since());
         self.completed = Some(Completed { since, ..completed });
-        Ok(Received { bytes_placed, load_us, total_us: begun.elapsed().as_micros() as u64 })
+        Ok(Received { bytes_placed, load_us, total_us: clock::elapsed(begun).as_micros() as u64 })
     }
 
     /// Waits for Prepare while lanes write; ends early if the lanes, the guest or the source die.
@@ -353,10 +354,10 @@ impl Reception {
     ) -> Result<Prepare> {
         let alive = guest.liveness();
         let idle_max = IDLE_MAX + Duration::from_secs(guest.memory().bytes() / LOOK_BYTES_PER_SECOND_MIN);
-        let (mut placed, mut moved) = (0, Instant::now());
+        let (mut placed, mut moved) = (0, clock::now());
         loop {
             if control.readable(LOOK_EVERY)? {
-                return match control.receive("Prepare", Instant::now() + SETUP_MAX)? {
+                return match control.receive("Prepare", clock::now() + SETUP_MAX)? {
                     Message::Prepare(prepare) => Ok(prepare),
                     other => Err(unexpected(other, "Prepare")),
                 };
@@ -366,8 +367,8 @@ impl Reception {
             prefault.check()?;
             let now_placed = target.bytes_placed()?;
             if now_placed != placed {
-                (placed, moved) = (now_placed, Instant::now());
-            } else if moved.elapsed() > idle_max {
+                (placed, moved) = (now_placed, clock::now());
+            } else if clock::elapsed(moved) > idle_max {
                 let what =
                     format!("waiting for the source, which has sent nothing for {} s", idle_max.as_secs());
                 return Err(Error::Timeout { what });
@@ -385,7 +386,7 @@ impl Reception {
         phase: &mut DestinationPhase,
         watch: &mut Watch<'_>,
     ) -> Result<Option<Box<Control>>> {
-        let deadline = Instant::now() + COMMIT_MAX;
+        let deadline = clock::now() + COMMIT_MAX;
         let alive = guest.liveness();
         let mut connected = true;
         let mut event = |event| *phase = phase.on(event);
@@ -395,7 +396,7 @@ impl Reception {
             alive()?;
             watch()?;
             if connected && control.readable(LOOK_EVERY)? {
-                match control.receive("Commit", Instant::now() + SETUP_MAX) {
+                match control.receive("Commit", clock::now() + SETUP_MAX) {
                     Ok(Message::Commit) => {
                         event(DestinationEvent::CommitReceived);
                         return Ok(None);
@@ -415,7 +416,7 @@ impl Reception {
                 }
             }
             let wait = if connected { Duration::ZERO } else { LOOK_EVERY };
-            while let Some(incoming) = self.doorway.next(Instant::now() + wait) {
+            while let Some(incoming) = self.doorway.next(clock::now() + wait) {
                 match incoming {
                     Incoming::Control { token: theirs, control, first: Message::Commit, .. }
                         if theirs == token =>
@@ -426,7 +427,7 @@ impl Reception {
                     other => self.turn_away(other),
                 }
             }
-            if Instant::now() >= deadline {
+            if clock::now() >= deadline {
                 event(DestinationEvent::Deadline);
                 return Err(Error::Timeout { what: "waiting for the source's Commit".into() });
             }
@@ -435,8 +436,8 @@ impl Reception {
 
     /// For as long as this process lives: tells a source that asks again how its session ended.
     pub fn answer_afterwards(self) {
-        let answering = std::thread::Builder::new().name("afterwards".into()).spawn(move || {
-            while let Ok(incoming) = self.doorway.incoming().recv() {
+        let answering = clock::spawn("afterwards", move || {
+            while let Some(incoming) = self.doorway.wait() {
                 self.turn_away(incoming);
             }
         });
@@ -449,16 +450,16 @@ impl Reception {
 /// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit to
 /// deliver when Prepare overtakes it.
 fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
-    let (mut placed, mut moved) = (target.bytes_placed()?, Instant::now());
+    let (mut placed, mut moved) = (target.bytes_placed()?, clock::now());
     loop {
-        match target.wait_fence(tag, Instant::now() + FENCE_LOOK_EVERY) {
+        match target.wait_fence(tag, clock::now() + FENCE_LOOK_EVERY) {
             Ok(()) => return Ok(()),
-            Err(pageferry_transport::Error::Timeout { .. }) if moved.elapsed() < FENCE_MAX => {}
+            Err(pageferry_transport::Error::Timeout { .. }) if clock::elapsed(moved) < FENCE_MAX => {}
             Err(e) => return Err(e.into()),
         }
         let now_placed = target.bytes_placed()?;
         if now_placed != placed {
-            (placed, moved) = (now_placed, Instant::now());
+            (placed, moved) = (now_placed, clock::now());
         }
     }
 }
@@ -517,7 +518,7 @@ fn take_in(
         return Err(Error::Protocol("a digest that was not agreed on, or none that was".into()));
     }
     staging::place(&prepare.staged, staging_region, guest.memory())?;
-    let begun = Instant::now();
+    let begun = clock::now();
     if let Some(digest) = prepare.digest
         && crate::verify::digest(guest.memory())? != digest
     {
@@ -525,9 +526,9 @@ fn take_in(
             "the memory that arrived is not the memory that was sent: digests differ (--verify)".into(),
         ));
     }
-    let verified = Instant::now();
+    let verified = clock::now();
     guest.load(state, prepare.state_bytes as usize)?;
-    Ok(((verified - begun).as_micros() as u64, verified.elapsed().as_micros() as u64))
+    Ok(((verified - begun).as_micros() as u64, clock::elapsed(verified).as_micros() as u64))
 }
 
 fn unexpected(message: Message, expected: &str) -> Error {

@@ -1,12 +1,14 @@
 //! Where a destination listens: hears the first words of every connection, and passes on what makes sense.
 
+use crate::clock;
 use crate::error::{Error, Result};
+use crate::net::tcp::TcpListening;
+use crate::net::{Address, Connection, Listener};
 use crate::protocol::{Cause, Control, Message};
-use crate::session::{SETUP_MAX, detect_dead_peers};
+use crate::session::SETUP_MAX;
 use crossbeam_channel::{Receiver, Sender, bounded};
-use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, Role, Token};
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, Token};
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -26,7 +28,7 @@ pub enum Incoming {
         /// What it said first.
         first: Message,
         /// Who it is.
-        peer: SocketAddr,
+        peer: Address,
     },
     /// A lane.
     Lane {
@@ -35,7 +37,7 @@ pub enum Incoming {
         /// Index of the lane.
         index: u8,
         /// The connection.
-        stream: TcpStream,
+        connection: Box<dyn Connection>,
     },
 }
 
@@ -43,23 +45,22 @@ pub enum Incoming {
 #[derive(Debug)]
 pub struct Doorway {
     /// Where it listens, with the port that the kernel chose if zero was asked for.
-    pub address: SocketAddr,
+    pub address: Address,
     incoming: Receiver<Incoming>,
 }
 
 impl Doorway {
     /// Starts to listen.
-    pub fn open(address: SocketAddr) -> Result<Self> {
-        let listener = TcpListener::bind(address).map_err(|e| {
-            Error::refused(format!(
-                "cannot listen on {address}: {e}; choose another address or port with --listen"
-            ))
-        })?;
-        let address = listener.local_addr().map_err(|e| Error::os("asking for the listening address", e))?;
+    pub fn open(address: Address) -> Result<Self> {
+        let Address::Tcp(address) = address;
+        Self::behind(TcpListening::bind(address)?)
+    }
+
+    /// Takes connections from this listener.
+    pub fn behind(listener: impl Listener + 'static) -> Result<Self> {
+        let address = listener.address().clone();
         let (sender, incoming) = bounded(GREETINGS_MAX);
-        std::thread::Builder::new()
-            .name("doorway".into())
-            .spawn(move || greet_all(&listener, &sender))
+        clock::spawn("doorway", move || greet_all(&listener, &sender))
             .map_err(|e| Error::os("starting the listening thread", e))?;
         Ok(Self { address, incoming })
     }
@@ -67,7 +68,13 @@ impl Doorway {
     /// The next connection, or none before the deadline.
     #[must_use]
     pub fn next(&self, deadline: Instant) -> Option<Incoming> {
-        self.incoming.recv_deadline(deadline).ok()
+        clock::receive(&self.incoming, deadline).ok()
+    }
+
+    /// The next connection, whenever it comes; none once nobody listens any more.
+    #[must_use]
+    pub fn wait(&self) -> Option<Incoming> {
+        clock::receive_any_time(&self.incoming).ok()
     }
 
     /// The connections, to wait on together with other things.
@@ -77,15 +84,15 @@ impl Doorway {
     }
 }
 
-fn greet_all(listener: &TcpListener, sender: &Sender<Incoming>) {
+fn greet_all(listener: &dyn Listener, sender: &Sender<Incoming>) {
     let greetings = Arc::new(AtomicUsize::new(0));
     loop {
-        let (stream, peer) = match listener.accept() {
+        let (connection, peer) = match listener.accept() {
             Ok(accepted) => accepted,
             Err(e) => {
                 tracing::warn!(error = %e, "a connection could not be accepted");
                 // Out of descriptors, most likely: give others the time to end.
-                std::thread::sleep(Duration::from_millis(100));
+                clock::sleep(Duration::from_millis(100));
                 continue;
             }
         };
@@ -95,11 +102,11 @@ fn greet_all(listener: &TcpListener, sender: &Sender<Incoming>) {
         }
         greetings.fetch_add(1, Ordering::Relaxed);
         let (sender, counted) = (sender.clone(), Arc::clone(&greetings));
-        let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
-            match hear(stream, peer) {
+        let spawned = clock::spawn("greeting", move || {
+            match hear(connection, &peer) {
                 Ok(incoming) => {
                     // Nobody takes it off the queue: the receiver is busy or ending.
-                    let _ = sender.send_timeout(incoming, SETUP_MAX);
+                    let _ = clock::send(&sender, incoming, SETUP_MAX);
                 }
                 Err(e) => eprintln!("pageferry: ignored a connection from {peer}: {}", e.chain()),
             }
@@ -114,56 +121,52 @@ fn greet_all(listener: &TcpListener, sender: &Sender<Incoming>) {
 
 /// Reads the preamble and, of a control connection, the first message, so that a silent stranger keeps
 /// nobody waiting but this thread.
-fn hear(stream: TcpStream, peer: SocketAddr) -> Result<Incoming> {
-    let (preamble, stream) = hear_preamble(stream)?;
+fn hear(connection: Box<dyn Connection>, peer: &Address) -> Result<Incoming> {
+    let (preamble, connection) = hear_preamble(connection)?;
     let token = preamble.token;
     match preamble.role {
-        Role::Lane(index) => Ok(Incoming::Lane { token, index, stream }),
+        Role::Lane(index) => Ok(Incoming::Lane { token, index, connection }),
         Role::Control => {
-            let mut control = Box::new(Control::new(stream)?);
-            let first = control.receive("its first message", Instant::now() + SETUP_MAX)?;
-            Ok(Incoming::Control { token, control, first, peer })
+            let mut control = Box::new(Control::new(connection));
+            let first = control.receive("its first message", clock::now() + SETUP_MAX)?;
+            Ok(Incoming::Control { token, control, first, peer: peer.clone() })
         }
     }
 }
 
 /// Reads the preamble, within a deadline for the whole of it.
-fn hear_preamble(mut stream: TcpStream) -> Result<(Preamble, TcpStream)> {
-    let deadline = Instant::now() + SETUP_MAX;
+fn hear_preamble(mut connection: Box<dyn Connection>) -> Result<(Preamble, Box<dyn Connection>)> {
+    let deadline = clock::now() + SETUP_MAX;
     let mut bytes = [0; PREAMBLE_BYTES];
     let mut filled = 0;
     while filled < bytes.len() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::Timeout { what: "waiting for its first words".into() });
-        }
-        stream.set_read_timeout(Some(left)).map_err(|e| Error::os("setting up a connection", e))?;
-        match stream.read(&mut bytes[filled..]) {
+        match connection.read(&mut bytes[filled..], deadline) {
             Ok(0) => return Err(Error::Protocol("it closed without a word".into())),
             Ok(n) => filled += n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::TimedOut => {
+                return Err(Error::Timeout { what: "waiting for its first words".into() });
+            }
             Err(e) => return Err(Error::os("waiting for its first words", e)),
         }
     }
-    let preamble = Preamble::decode(&bytes).map_err(|e| {
-        // A pageferry of another version reads an Abort of this shape since version 1.
-        if matches!(e, pageferry_transport::preamble::PreambleError::Version { .. })
-            && let Ok(clone) = stream.try_clone()
-            && let Ok(mut control) = Control::new(clone)
-        {
-            control.abort(&e.to_string(), Cause::Refused, deadline);
+    match Preamble::decode(&bytes) {
+        Ok(preamble) => Ok((preamble, connection)),
+        Err(e) => {
+            // A pageferry of another version reads an Abort of this shape since version 1.
+            if matches!(e, PreambleError::Version { .. }) {
+                Control::new(connection).abort(&e.to_string(), Cause::Refused, deadline);
+            }
+            Err(Error::Protocol(e.to_string()))
         }
-        Error::Protocol(e.to_string())
-    })?;
-    detect_dead_peers(&stream)?;
-    Ok((preamble, stream))
+    }
 }
 
-/// The TCP lanes of one session, as they come.
+/// The lanes of one session that are connections, as they come.
 #[derive(Debug)]
 pub struct LaneCollector {
     token: Token,
-    lanes: Vec<Option<TcpStream>>,
+    lanes: Vec<Option<Box<dyn Connection>>>,
 }
 
 impl LaneCollector {
@@ -176,9 +179,9 @@ impl LaneCollector {
     /// Takes a connection if it is one of these lanes; gives it back if it is anything else.
     pub fn take(&mut self, incoming: Incoming) -> Result<Option<Incoming>> {
         match incoming {
-            Incoming::Lane { index, token, stream } if token == self.token => {
+            Incoming::Lane { index, token, connection } if token == self.token => {
                 match self.lanes.get_mut(usize::from(index)) {
-                    Some(lane @ None) => *lane = Some(stream),
+                    Some(lane @ None) => *lane = Some(connection),
                     _ => {
                         return Err(Error::Protocol(format!(
                             "lane {index} was opened twice or not agreed on"
@@ -197,7 +200,7 @@ impl LaneCollector {
         doorway: &Doorway,
         mut others: impl FnMut(Incoming),
         deadline: Instant,
-    ) -> Result<Vec<TcpStream>> {
+    ) -> Result<Vec<Box<dyn Connection>>> {
         while self.lanes.iter().any(Option::is_none) {
             let incoming = doorway
                 .next(deadline)
@@ -213,17 +216,20 @@ impl LaneCollector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::System;
     use crate::session::dial;
     use std::io::Write;
+    use std::net::TcpStream;
 
     #[test]
     fn garbage_and_silence_at_the_door_do_not_keep_others_out() {
         let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-        let _silent = TcpStream::connect(doorway.address).unwrap();
-        TcpStream::connect(doorway.address).unwrap().write_all(&[0x47; 100]).unwrap();
+        let at = doorway.address.tcp().unwrap();
+        let _silent = TcpStream::connect(at).unwrap();
+        TcpStream::connect(at).unwrap().write_all(&[0x47; 100]).unwrap();
         let token = Token([7; 16]);
-        let good = dial(doorway.address, Preamble { role: Role::Control, token }).unwrap();
-        let mut good = Control::new(good).unwrap();
+        let good = dial(&System, &doorway.address, Preamble { role: Role::Control, token }).unwrap();
+        let mut good = Control::new(good);
         good.send(&Message::Commit, Instant::now() + SETUP_MAX).unwrap();
         let incoming = doorway.next(Instant::now() + SETUP_MAX).expect("the good one comes through");
         assert!(matches!(incoming, Incoming::Control { token: t, first: Message::Commit, .. } if t == token));

@@ -1,6 +1,7 @@
 //! What a session has at the destination besides the guest: the lanes' target, and memory for the device state and for
 //! staged pages. Exposes it, and takes it down.
 
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
@@ -34,8 +35,8 @@ impl Fittings {
     /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a guest that lives in
     /// this process, and it has many at first.
     pub(crate) fn retire(self) {
-        let retiring = std::thread::Builder::new().name("retire".into()).spawn(move || {
-            std::thread::sleep(RETIRE_AFTER);
+        let retiring = clock::spawn("retire", move || {
+            clock::sleep(RETIRE_AFTER);
             drop(self);
         });
         if let Err(e) = retiring {

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! [`source::migrate`] and [`destination::Reception::serve`] read as the protocol does: eight control
-//! messages ([`protocol`]) over one connection, opened by [`session`] and heard by [`doorway`]. [`link`] chooses
+//! messages ([`protocol`]) over one connection ([`net`]), opened by [`session`] and heard by [`doorway`]. [`link`] chooses
 //! what the lanes are, RDMA or TCP; both ends tell them ahead what will be written, so that memory is pinned
 //! beside the data and not in the blackout. Who may run the guest at each moment is decided by two small state
 //! machines without I/O ([`protocol::phase`]).
@@ -44,6 +44,7 @@ pub mod guest;
 pub mod hold;
 pub mod link;
 pub mod memory;
+pub mod net;
 pub mod page;
 pub mod policy;
 pub mod precopy;
@@ -61,6 +62,7 @@ pub mod verify;
 mod warm;
 
 pub use error::{Error, Result};
+pub use pageferry_transport::clock;
 
 /// This release, as it introduces itself to a peer.
 pub const VERSION: &str = concat!("pageferry ", env!("CARGO_PKG_VERSION"));

@@ -13,14 +13,14 @@
 //! [`crate::source::migrate`] tries once more by TCP.
 
 use crate::error::{Error, Result};
+use crate::net::{Address, Connection};
 use crate::protocol::{Lanes, RdmaAnswer};
 use clap::{Args, ValueEnum};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::rdma::{RdmaInitiator, RdmaListener, RdmaOptions};
-use pageferry_transport::tcp::{TcpInitiator, TcpOptions, TcpTarget};
 use pageferry_transport::{Initiator, Target};
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 /// For all lanes to be connected by RDMA: milliseconds on a live path, but the connection manager repeats a
@@ -90,7 +90,7 @@ impl Wish {
     ///
     /// # Errors
     /// [`Error::Refused`] if the user wants RDMA or nothing and the guest cannot have it.
-    pub fn new(choice: &LinkChoice, to: SocketAddr, discards: bool) -> Result<Self> {
+    pub fn new(choice: &LinkChoice, to: &Address, discards: bool) -> Result<Self> {
         let not_rdma = match choice.transport {
             Transport::Tcp => Some("as asked for".into()),
             Transport::Rdma if discards => {
@@ -100,8 +100,9 @@ impl Wish {
             }
             Transport::Rdma => None,
             Transport::Auto if discards => Some(format!("not RDMA: {BALLOONED}")),
-            Transport::Auto if to.ip().is_loopback() => {
-                Some(format!("not RDMA: {} is this very host", to.ip()))
+            Transport::Auto if to.is_local() => {
+                let host = to.ip().map_or_else(|| to.to_string(), |ip| ip.to_string());
+                Some(format!("not RDMA: {host} is this very host"))
             }
             Transport::Auto => None,
         };
@@ -140,41 +141,54 @@ impl Opened {
     }
 }
 
-/// Opens the lanes of a session: by RDMA if both sides would, else the TCP connections that `dial` makes.
+/// Opens the lanes of a session: by RDMA if both sides would, else the connections that `dial` makes.
 /// `from` is this side's address of the control connection.
 pub fn open(
     wish: &Wish,
     answer: &RdmaAnswer,
-    to: SocketAddr,
-    from: IpAddr,
+    to: &Address,
+    from: Option<IpAddr>,
     token: Token,
     lanes: u8,
-    dial: impl FnOnce() -> Result<Vec<TcpStream>>,
+    dial: impl FnOnce() -> Result<Vec<Box<dyn Connection>>>,
 ) -> Result<Opened> {
     let why = match (&wish.not_rdma, answer) {
         (Some(why), _) => why.clone(),
         (None, RdmaAnswer::No(why)) => format!("not RDMA: the destination says: {why}"),
-        (None, RdmaAnswer::Port(port)) => {
-            let at = SocketAddr::new(to.ip(), *port);
-            // The address that the control connection came from leads there, unless the user says otherwise.
-            let from = wish.choice.rdma_gid_index.is_none().then_some(from);
-            let deadline = Instant::now() + CONNECT_MAX;
-            match RdmaInitiator::connect(at, from, token, lanes, &wish.choice.options(), deadline) {
-                Ok(link) => {
-                    let taken = format!("RDMA: {}", link.path());
-                    return Ok(Opened { link: Box::new(link), taken });
-                }
-                Err(e) => format!("not RDMA: {}", why_not(e)),
+        (None, RdmaAnswer::Port(port)) => match by_rdma(wish, *port, to, from, token, lanes) {
+            Ok(link) => {
+                let taken = format!("RDMA: {}", link.path());
+                return Ok(Opened { link: Box::new(link), taken });
             }
-        }
+            Err(e) => format!("not RDMA: {}", why_not(e)),
+        },
     };
     if wish.choice.transport == Transport::Rdma {
         return Err(Error::refused(format!(
             "{why}; `pageferry doctor` on both hosts shows what is missing, --transport auto would take TCP"
         )));
     }
-    let link = Box::new(TcpInitiator::new(dial()?, TcpOptions::default())?);
-    Ok(Opened { link, taken: format!("TCP, {why}") })
+    let mut connections = dial()?;
+    let first = connections.remove(0);
+    Ok(Opened { link: first.into_initiator(connections)?, taken: format!("TCP, {why}") })
+}
+
+/// Connects all lanes by RDMA to that port of the destination.
+fn by_rdma(
+    wish: &Wish,
+    port: u16,
+    to: &Address,
+    from: Option<IpAddr>,
+    token: Token,
+    lanes: u8,
+) -> pageferry_transport::Result<RdmaInitiator> {
+    let Some(ip) = to.ip() else {
+        return Err(pageferry_transport::Error::NoPath { what: format!("{to} is no IP address") });
+    };
+    // The address that the control connection came from leads there, unless the user says otherwise.
+    let from = from.filter(|_| wish.choice.rdma_gid_index.is_none());
+    let (at, deadline) = (SocketAddr::new(ip, port), Instant::now() + CONNECT_MAX);
+    RdmaInitiator::connect(at, from, token, lanes, &wish.choice.options(), deadline)
 }
 
 /// A destination's readiness to take lanes by RDMA, if it has any.
@@ -187,7 +201,7 @@ impl Listening {
     pub fn start(
         choice: &LinkChoice,
         wanted: bool,
-        local: IpAddr,
+        local: Option<IpAddr>,
         token: Token,
         lanes: u8,
     ) -> (Self, RdmaAnswer) {
@@ -197,6 +211,9 @@ impl Listening {
         if choice.transport == Transport::Tcp {
             return (Self(None), RdmaAnswer::No("it was started with --transport tcp".into()));
         }
+        let Some(local) = local else {
+            return (Self(None), RdmaAnswer::No("the control connection does not go over IP".into()));
+        };
         match RdmaListener::bind(local, token, lanes, &choice.options()) {
             Ok(listener) => {
                 let port = listener.port();
@@ -206,12 +223,12 @@ impl Listening {
         }
     }
 
-    /// Takes the lanes that the source says it has opened. `tcp` collects the TCP connections.
+    /// Takes the lanes that the source says it has opened. `collect` waits for those that are connections.
     pub fn take(
         self,
         choice: &LinkChoice,
         lanes: Lanes,
-        tcp: impl FnOnce() -> Result<Vec<TcpStream>>,
+        collect: impl FnOnce() -> Result<Vec<Box<dyn Connection>>>,
     ) -> Result<Box<dyn Target>> {
         match (lanes, self.0) {
             (Lanes::Rdma, Some(listener)) => {
@@ -221,7 +238,11 @@ impl Listening {
             (Lanes::Tcp, _) if choice.transport == Transport::Rdma => Err(Error::refused(
                 "this receiver takes guests by RDMA alone (--transport rdma), and the source came by TCP",
             )),
-            (Lanes::Tcp, _) => Ok(Box::new(TcpTarget::new(tcp()?)?)),
+            (Lanes::Tcp, _) => {
+                let mut connections = collect()?;
+                let first = connections.remove(0);
+                first.into_target(connections)
+            }
         }
     }
 }
@@ -237,6 +258,7 @@ fn why_not(error: pageferry_transport::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::{Network, System};
 
     fn choice(transport: Transport) -> LinkChoice {
         LinkChoice { transport, ..LinkChoice::default() }
@@ -244,7 +266,9 @@ mod tests {
 
     #[test]
     fn rdma_is_asked_for_only_where_it_can_serve() {
-        let (away, here) = ("10.0.0.2:1".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
+        let (away, here): (Address, Address) =
+            ("10.0.0.2:1".parse().unwrap(), "127.0.0.1:1".parse().unwrap());
+        let (away, here) = (&away, &here);
         let wish = |transport, to, discards| Wish::new(&choice(transport), to, discards);
         assert!(wish(Transport::Auto, away, false).unwrap().rdma());
         assert!(wish(Transport::Rdma, here, false).unwrap().rdma());
@@ -259,14 +283,15 @@ mod tests {
 
     #[test]
     fn a_destination_without_rdma_is_no_error_unless_nothing_else_will_do() {
-        let to = "10.0.0.2:1".parse().unwrap();
+        let to = &"10.0.0.2:1".parse().unwrap();
         let no = RdmaAnswer::No("no device".into());
-        let from = "10.0.0.1".parse().unwrap();
+        let from = Some("10.0.0.1".parse().unwrap());
         let open = |transport| {
             let wish = Wish::new(&choice(transport), to, false).unwrap();
             open(&wish, &no, to, from, Token::default(), 1, || {
                 let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-                Ok(vec![TcpStream::connect(listener.local_addr().unwrap()).unwrap()])
+                let at = listener.local_addr().unwrap().into();
+                System.connect(&at, CONNECT_MAX).map(|lane| vec![lane])
             })
         };
         let opened = open(Transport::Auto).unwrap();

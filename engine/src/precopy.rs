@@ -5,6 +5,7 @@
 //! ```
 
 use crate::bitmap::DirtyBitmap;
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
@@ -94,7 +95,7 @@ impl<'a> Pump<'a> {
         bytes_per_second_max: Option<u64>,
     ) -> Self {
         assert_eq!(slots.len(), memory.slots().len(), "one remote region a slot");
-        let now = Instant::now();
+        let now = clock::now();
         Self {
             link,
             memory,
@@ -169,7 +170,7 @@ impl<'a> Pump<'a> {
 
     /// Waits until that is so.
     pub fn wait_for_blackout(&mut self, state_bytes: usize, watch: &mut Watch<'_>) -> Result<()> {
-        self.last_completion = Instant::now();
+        self.last_completion = clock::now();
         while !self.expect_blackout(state_bytes)? {
             self.poll(watch)?;
         }
@@ -197,7 +198,7 @@ impl<'a> Pump<'a> {
             ready &= self.link.make_ready(batch)?;
         }
         for batch in writes.chunks(BATCH) {
-            self.last_completion = Instant::now();
+            self.last_completion = clock::now();
             while !self.link.make_ready(batch)? {
                 self.poll(watch)?;
             }
@@ -216,9 +217,9 @@ impl<'a> Pump<'a> {
         done: &mut dyn FnMut(u64),
     ) -> Result<u64> {
         self.separate(dirty, watch)?;
-        self.last_completion = Instant::now();
+        self.last_completion = clock::now();
         if let Some(pace) = &mut self.pace {
-            (pace.since, pace.bytes) = (Instant::now(), 0);
+            (pace.since, pace.bytes) = (clock::now(), 0);
         }
         // A bounded rate is kept in bursts of a tenth of a second.
         let burst = self.pace.as_ref().map_or(u64::MAX, |pace| pace.bytes_per_second_max / 10);
@@ -350,7 +351,7 @@ impl<'a> Pump<'a> {
 
     /// Posts a piece of the device state, which lies at `offset` of the local state region already.
     pub fn push_state(&mut self, offset: usize, len: usize, watch: &mut Watch<'_>) -> Result<()> {
-        self.last_completion = Instant::now();
+        self.last_completion = clock::now();
         let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
         let writes = self.writes(&local, remote, offset..offset + len)?;
         self.post_all(&writes, watch)?;
@@ -398,7 +399,7 @@ impl<'a> Pump<'a> {
 
     /// Waits until the peer's link has received the fence.
     pub fn wait_fence(&mut self, tag: FenceTag, watch: &mut Watch<'_>) -> Result<()> {
-        self.last_completion = Instant::now();
+        self.last_completion = clock::now();
         loop {
             self.poll(watch)?;
             let reached = self.completions.iter().any(|c| matches!(c, Completion::Fence(t) if *t >= tag));
@@ -480,15 +481,15 @@ impl<'a> Pump<'a> {
     /// One wait for completions, watched; they are left in `self.completions`.
     fn poll(&mut self, watch: &mut Watch<'_>) -> Result<()> {
         self.completions.clear();
-        let count = self.link.poll(&mut self.completions, Instant::now() + WATCH_EVERY)?;
+        let count = self.link.poll(&mut self.completions, clock::now() + WATCH_EVERY)?;
         if count > 0 {
-            self.last_completion = Instant::now();
+            self.last_completion = clock::now();
             self.in_flight -=
                 self.completions.iter().filter(|c| matches!(c, Completion::Write(_))).count() as u64;
             return Ok(());
         }
         watch()?;
-        if self.last_completion.elapsed() > STALL_MAX {
+        if clock::elapsed(self.last_completion) > STALL_MAX {
             tracing::warn!("{} writes are under way, none was completed", self.in_flight);
             return Err(pageferry_transport::Error::Timeout { what: "the peer to take data" }.into());
         }
@@ -501,7 +502,7 @@ impl<'a> Pump<'a> {
             return Ok(());
         }
         self.completions.clear();
-        match self.link.poll(&mut self.completions, Instant::now()) {
+        match self.link.poll(&mut self.completions, clock::now()) {
             Ok(_) => {
                 let last = Completion::Fence(FenceTag(self.last_tag));
                 self.last_fence_received = self.completions.contains(&last);
@@ -522,11 +523,11 @@ impl<'a> Pump<'a> {
         pace.bytes += bytes;
         let due = pace.since + Duration::from_secs_f64(pace.bytes as f64 / pace.bytes_per_second_max as f64);
         loop {
-            let left = due.saturating_duration_since(Instant::now());
+            let left = due.saturating_duration_since(clock::now());
             if left.is_zero() {
                 return Ok(());
             }
-            std::thread::sleep(left.min(WATCH_EVERY));
+            clock::sleep(left.min(WATCH_EVERY));
             watch()?;
         }
     }

@@ -1,11 +1,13 @@
 //! The source: `migrate` reads as the protocol does.
 
 use crate::bitmap::DirtyBitmap;
+use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
+use crate::net::{Address, Network, System};
 use crate::page::PAGE_BYTES;
 use crate::policy::{
     Decision, Estimator, Expected, Finished, Limits, Policy, WhenStuck, predict_blackout_us,
@@ -20,7 +22,6 @@ use crate::switchover::{Committed, Paused};
 use pageferry_transport::preamble::Token;
 use pageferry_transport::{MemoryRegion, STRIPE_BYTES, TransportKind};
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -109,26 +110,36 @@ pub fn default_lanes() -> u8 {
 ///
 /// A path by RDMA that breaks before Commit is given up for TCP, if the choice is left to us.
 pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
-    let started = Instant::now();
-    let (mut report, end) = attempt(guest, options, monitor, None);
+    migrate_over(&System, guest, options, monitor)
+}
+
+/// [`migrate`], over connections of this network.
+pub fn migrate_over(
+    network: &dyn Network,
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+) -> MigrationReport {
+    let started = clock::now();
+    let (mut report, end) = attempt(network, guest, options, monitor, None);
     if end == End::PathBroke && options.link.transport == Transport::Auto {
         let why = report.reason.take().unwrap_or_default();
         tracing::warn!("the path by RDMA broke, going on by TCP: {why}");
-        let until = Instant::now() + SECOND_ATTEMPT_MAX;
+        let until = clock::now() + SECOND_ATTEMPT_MAX;
         loop {
             let end;
-            (report, end) = attempt(guest, options, monitor, Some(&why));
+            (report, end) = attempt(network, guest, options, monitor, Some(&why));
             // The receiver may still be busy with taking the first attempt's copy away.
-            if end != End::Busy || Instant::now() >= until || monitor.check().is_err() {
+            if end != End::Busy || clock::now() >= until || monitor.check().is_err() {
                 break;
             }
-            std::thread::sleep(SECOND_ATTEMPT_EVERY);
+            clock::sleep(SECOND_ATTEMPT_EVERY);
         }
         // It was under way once, so it is no refusal any more.
         report.refused = false;
         report.fell_back = Some(why);
     }
-    report.total_us = started.elapsed().as_micros() as u64;
+    report.total_us = clock::elapsed(started).as_micros() as u64;
     monitor.enter(Stage::Done);
     report
 }
@@ -146,13 +157,14 @@ enum End {
 
 /// One attempt; by TCP if a first one broke.
 fn attempt(
+    network: &dyn Network,
     guest: &mut dyn SourceGuest,
     options: &MigrateOptions,
     monitor: &Monitor,
     broken: Option<&str>,
 ) -> (MigrationReport, End) {
     let mut report = MigrationReport::new(guest.memory().bytes());
-    let result = run(guest, options, monitor, broken, &mut report);
+    let result = run(network, guest, options, monitor, broken, &mut report);
     report.outcome = match &result {
         Ok(()) => Outcome::Completed,
         Err(Error::Unknown(_)) => Outcome::Unknown,
@@ -185,6 +197,7 @@ fn attempt(
 }
 
 fn run(
+    network: &dyn Network,
     guest: &mut dyn SourceGuest,
     options: &MigrateOptions,
     monitor: &Monitor,
@@ -192,7 +205,7 @@ fn run(
     report: &mut MigrationReport,
 ) -> Result<()> {
     monitor.enter(Stage::Setup);
-    let to = session::resolve(&options.to)?;
+    let to = &Address::resolve(&options.to)?;
     session::check_exposure(to, options.insecure)?;
     guest.preflight()?;
     crate::warm::map_own_code();
@@ -209,20 +222,20 @@ fn run(
         rdma: wish.rdma(),
     };
     let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { session::SETUP_MAX };
-    let mut session = session::open(to, hello, &wish, patience).map_err(refuse_unreachable)?;
+    let mut session = session::open(network, to, hello, &wish, patience).map_err(refuse_unreachable)?;
     report.transport = session.opened.link.kind().name().into();
     report.lanes = session.opened.link.lanes() as u32;
     report.link.clone_from(&session.opened.taken);
     monitor.take(&session.opened.taken);
 
-    let mut ferry = Ferry { guest, options, monitor, report, phase: SourcePhase::Copying };
+    let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
     let result = ferry.cross(&mut session, to, discards);
     let phase = ferry.phase;
     report.control_messages += session.control.messages();
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
     {
-        session.control.abort(&error.chain(), error.cause(), Instant::now() + session::SETUP_MAX);
+        session.control.abort(&error.chain(), error.cause(), clock::now() + session::SETUP_MAX);
     }
     result
 }
@@ -237,6 +250,7 @@ fn refuse_unreachable(error: Error) -> Error {
 
 /// One migration over an open session.
 struct Ferry<'m> {
+    network: &'m dyn Network,
     guest: &'m mut dyn SourceGuest,
     options: &'m MigrateOptions,
     monitor: &'m Monitor,
@@ -246,7 +260,7 @@ struct Ferry<'m> {
 
 impl Ferry<'_> {
     /// From the start of tracking to the destination's word that it runs the guest.
-    fn cross(&mut self, session: &mut Session, to: SocketAddr, mut discards: bool) -> Result<()> {
+    fn cross(&mut self, session: &mut Session, to: &Address, mut discards: bool) -> Result<()> {
         let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
         let Self { guest, options, monitor, .. } = self;
         let memory = Arc::clone(guest.memory());
@@ -322,7 +336,7 @@ impl Ferry<'_> {
         // The guest stands still.
         pump.stand_still();
         monitor.check()?;
-        let blackout_end = Instant::now() + blackout_max(options, memory.bytes());
+        let blackout_end = clock::now() + blackout_max(options, memory.bytes());
         let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| not_after(blackout_end));
         let paused = Paused::enter(*guest)?;
         self.phase = self.phase.on(SourceEvent::Pause);
@@ -350,12 +364,12 @@ impl Ferry<'_> {
         // The guest is the destination's.
         self.phase = self.phase.on(SourceEvent::CommitSent);
         let (committed, sent) = prepared
-            .commit(control, Instant::now() + RUNNING_MAX)
+            .commit(control, clock::now() + RUNNING_MAX)
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
         monitor.enter(Stage::Committed);
-        let answer = sent.and_then(|()| control.receive("Running", Instant::now() + RUNNING_MAX));
+        let answer = sent.and_then(|()| control.receive("Running", clock::now() + RUNNING_MAX));
         let (phase, report) = (&mut self.phase, &mut *self.report);
-        let blackout = settle(committed, answer, to, session.token, phase)?;
+        let blackout = settle(committed, answer, self.network, to, session.token, phase)?;
         drop(pump);
         self.guest.retire(tracking);
         report.blackout_us = blackout;
@@ -378,7 +392,7 @@ fn blackout_max(options: &MigrateOptions, memory_bytes: u64) -> Duration {
 }
 
 fn not_after(end: Instant) -> Result<()> {
-    if Instant::now() < end {
+    if clock::now() < end {
         Ok(())
     } else {
         Err(Error::Timeout {
@@ -394,7 +408,7 @@ fn offer_memory(
     state: &MemoryRegion,
     monitor: &Monitor,
 ) -> Result<Accept> {
-    let deadline = Instant::now() + ACCEPT_MAX;
+    let deadline = clock::now() + ACCEPT_MAX;
     control.send(&Message::Offer(offer), deadline)?;
     let accept = match control.receive_watched("Accept", deadline, &mut || monitor.check())? {
         Message::Accept(accept) => accept,
@@ -411,7 +425,7 @@ fn check_peer(control: &mut Control) -> Result<()> {
     if !control.readable(Duration::ZERO)? {
         return Ok(());
     }
-    match control.receive("nothing", Instant::now() + session::SETUP_MAX)? {
+    match control.receive("nothing", clock::now() + session::SETUP_MAX)? {
         Message::Abort(abort) => Err(aborted(abort)),
         other => Err(Error::Protocol(format!("{} during the rounds", other.name()))),
     }
@@ -442,7 +456,7 @@ impl Rounds<'_> {
         });
         let mut estimator = Estimator::default();
         for index in 0.. {
-            let begun = Instant::now();
+            let begun = clock::now();
             let monitor = self.monitor;
             monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
             let mut relieving = || watch().and_then(|()| tracking.relieve());
@@ -450,11 +464,11 @@ impl Rounds<'_> {
                 pump.push(dirty, &mut relieving, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut relieving)?;
-            let elapsed = begun.elapsed();
+            let elapsed = clock::elapsed(begun);
 
-            let harvesting = Instant::now();
+            let harvesting = clock::now();
             tracking.harvest(dirty)?;
-            let harvest = harvesting.elapsed();
+            let harvest = clock::elapsed(harvesting);
             guest.settle_io()?;
             let finished = Finished { round: index, pages, elapsed, harvest, residue_pages: dirty.count() };
             let expected = Expected {
@@ -497,11 +511,12 @@ impl Rounds<'_> {
 fn settle(
     committed: Committed,
     mut answer: Result<Message>,
-    to: SocketAddr,
+    network: &dyn Network,
+    to: &Address,
     token: Token,
     phase: &mut SourcePhase,
 ) -> Result<Blackout> {
-    let give_up = Instant::now() + ASK_AGAIN_MAX;
+    let give_up = clock::now() + ASK_AGAIN_MAX;
     loop {
         match answer {
             Ok(Message::Running(running)) => {
@@ -516,7 +531,7 @@ fn settle(
             Ok(other) => tracing::warn!(message = other.name(), "an answer to Commit that settles nothing"),
             Err(e) => tracing::warn!(error = %e.chain(), "no answer to Commit; asking again"),
         }
-        if Instant::now() >= give_up {
+        if clock::now() >= give_up {
             *phase = phase.on(SourceEvent::GivenUp);
             return Err(Error::Unknown(format!(
                 "the destination was told to run the guest and has not answered for {} s. The guest is stopped here and \
@@ -525,14 +540,14 @@ fn settle(
                 ASK_AGAIN_MAX.as_secs()
             )));
         }
-        std::thread::sleep(ASK_AGAIN_EVERY);
-        answer = ask_again(to, token);
+        clock::sleep(ASK_AGAIN_EVERY);
+        answer = ask_again(network, to, token);
     }
 }
 
 /// One more Commit on a new connection. The destination answers it like the first.
-fn ask_again(to: SocketAddr, token: Token) -> Result<Message> {
-    let mut control = session::reopen(to, token)?;
-    control.send(&Message::Commit, Instant::now() + RUNNING_MAX)?;
-    control.receive("Running", Instant::now() + RUNNING_MAX)
+fn ask_again(network: &dyn Network, to: &Address, token: Token) -> Result<Message> {
+    let mut control = session::reopen(network, to, token)?;
+    control.send(&Message::Commit, clock::now() + RUNNING_MAX)?;
+    control.receive("Running", clock::now() + RUNNING_MAX)
 }

@@ -17,6 +17,7 @@
 //! ```
 
 use crate::bitmap::DirtyBitmap;
+use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
@@ -55,7 +56,7 @@ impl Drop for ResumeOnDrop<'_> {
 
 /// Microseconds since `since`, and a new `since`.
 fn lap(since: &mut Instant) -> u64 {
-    let now = Instant::now();
+    let now = clock::now();
     now.duration_since(std::mem::replace(since, now)).as_micros() as u64
 }
 
@@ -101,7 +102,7 @@ impl<'g> Paused<'g> {
     /// Stops the vCPUs. The blackout begins.
     pub fn enter(guest: &'g mut dyn SourceGuest) -> Result<Self> {
         let was_running = guest.is_running()?;
-        let started = Instant::now();
+        let started = clock::now();
         let mut since = started;
         let mut guest = ResumeOnDrop { guest: Some(guest) };
         guest.guest().pause()?;
@@ -243,7 +244,7 @@ impl Committed {
     #[must_use]
     pub fn blackout(&self, running: &Running) -> Blackout {
         let since_then =
-            |begin: Instant| (begin.elapsed().as_micros() as u64).saturating_sub(running.running_us);
+            |begin: Instant| (clock::elapsed(begin).as_micros() as u64).saturating_sub(running.running_us);
         let elapsed = since_then(self.since);
         let mut blackout = self.blackout;
         blackout.resume = running.resume_us.min(elapsed);

@@ -48,8 +48,9 @@ fn attempt(
     change: impl FnOnce(&mut MigrateOptions),
 ) -> (MigrationReport, SyntheticDestination) {
     let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    let proxy = Proxy::to(doorway.address);
-    let to: SocketAddr = if matches!(trouble, Trouble::Cut(_)) { proxy.address } else { doorway.address };
+    let listening = doorway.address.tcp().expect("it listens by TCP");
+    let proxy = Proxy::to(listening);
+    let to: SocketAddr = if matches!(trouble, Trouble::Cut(_)) { proxy.address } else { listening };
     let mut options = MigrateOptions::to(to.to_string());
     (options.lanes, options.downtime_us_max) = (lanes, 200_000);
     change(&mut options);

@@ -48,6 +48,7 @@
 //! - **Revoke.** After [`Target::revoke`] returns, no byte of the exposed regions changes any more
 //!   through this link. The destination revokes before its guest's first instruction.
 
+pub mod clock;
 pub mod credit;
 pub mod error;
 mod exposed;

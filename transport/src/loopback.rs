@@ -11,6 +11,7 @@
 //!
 //! As on a real link, a completed write has not arrived yet: only a fence proves that.
 
+use crate::clock;
 use crate::credit::{Credits, Window};
 use crate::error::{Error, Result};
 use crate::exposed::Exposed;
@@ -355,16 +356,16 @@ impl Shared {
         let mut world = self.world();
         world.look();
         loop {
-            self.changed.notify_all();
+            clock::notify_all(&self.changed);
             if let Some(answer) = done(&mut world) {
                 return Some(answer);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = deadline.saturating_duration_since(clock::now());
             if left.is_zero() {
                 return None;
             }
             if !world.step() {
-                (world, _) = self.changed.wait_timeout(world, left).unwrap_or_else(PoisonError::into_inner);
+                world = clock::wait_timeout(&self.changed, &self.world, world, left);
             }
         }
     }
@@ -372,7 +373,7 @@ impl Shared {
     /// One end is gone: the other finds every lane closed, the first of them first.
     fn close(&self) {
         self.world().failure.get_or_insert(LaneFailure::Closed { lane: 0 });
-        self.changed.notify_all();
+        clock::notify_all(&self.changed);
     }
 }
 
@@ -418,7 +419,7 @@ impl Initiator for LoopbackInitiator {
             accepted += 1;
         }
         drop(world);
-        self.0.changed.notify_all();
+        clock::notify_all(&self.0.changed);
         Ok(accepted)
     }
 
@@ -442,7 +443,7 @@ impl Initiator for LoopbackInitiator {
         world.acks.send(tag)?;
         world.lanes.iter_mut().for_each(|lane| lane.posted.push_back(Item::Fence(tag)));
         drop(world);
-        self.0.changed.notify_all();
+        clock::notify_all(&self.0.changed);
         Ok(())
     }
 
@@ -473,7 +474,7 @@ impl Target for LoopbackTarget {
         let mut world = self.0.world();
         if !world.revoked {
             world.look();
-            self.0.changed.notify_all();
+            clock::notify_all(&self.0.changed);
             world.check()?;
         }
         Ok(world.placed_bytes)

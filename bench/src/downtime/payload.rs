@@ -88,7 +88,7 @@ impl Laboratory for Payload {
 
     fn move_once(&mut self) -> Result<Move> {
         let mut source = self.guest.take().context("the guest was lost by an earlier move")?;
-        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0))
+        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0).into())
             .with_context(|| format!("listening at {}", self.options.address))?;
         let options = self.options.migrate_options(doorway.address.to_string());
         let destination = KvmDestination::new(&self.config, Console::none())?;

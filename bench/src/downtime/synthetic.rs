@@ -97,7 +97,7 @@ impl Laboratory for Synthetic {
 
     fn move_once(&mut self) -> Result<Move> {
         let source = self.guest.take().context("the guest was lost by an earlier move")?;
-        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0))
+        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0).into())
             .with_context(|| format!("listening at {}", self.options.address))?;
         let options = self.options.migrate_options(doorway.address.to_string());
         let destination = Arriving {

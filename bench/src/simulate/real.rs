@@ -10,6 +10,7 @@ use pageferry::doorway::Doorway;
 use pageferry::guest::SourceGuest;
 use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry::link::{LinkChoice, Transport};
+use pageferry::net::Address;
 use pageferry::page::PAGE_BYTES;
 use pageferry::policy::{Limits, WhenStuck};
 use pageferry::progress::Monitor;
@@ -107,7 +108,7 @@ impl Setting {
         }
     }
 
-    fn options(&self, to: SocketAddr, limits: &Limits) -> MigrateOptions {
+    fn options(&self, to: &Address, limits: &Limits) -> MigrateOptions {
         let mut options = MigrateOptions::to(to.to_string());
         options.link = LinkChoice { transport: Transport::Tcp, ..LinkChoice::default() };
         options.downtime_us_max = limits.downtime_us_max;
@@ -175,10 +176,10 @@ pub fn move_once(
         // A namespace is a thread's own, so each end is a thread of its own; the threads that it starts follow it.
         let receiving = scope.spawn(move || -> Result<Option<SyntheticDestination>> {
             shaped.enter(End::Destination)?;
-            let doorway = Doorway::open(SocketAddr::new(shaped.address(End::Destination), 0))
+            let doorway = Doorway::open(SocketAddr::new(shaped.address(End::Destination), 0).into())
                 .context("listening at the far end of the cable")?;
             // Nobody listens only if the source has failed already.
-            let _ = opened.send(doorway.address);
+            let _ = opened.send(doorway.address.clone());
             receive(doorway, pages)
         });
         let source = &mut source;
@@ -186,7 +187,7 @@ pub fn move_once(
             shaped.enter(End::Source)?;
             let to = listening.recv().context("the far end does not listen")?;
             let begun = Instant::now();
-            Ok((migrate(source, &setting.options(to, &engine.limits), &Monitor::default()), begun))
+            Ok((migrate(source, &setting.options(&to, &engine.limits), &Monitor::default()), begun))
         });
         (moving.join(), receiving.join())
     });

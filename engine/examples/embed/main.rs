@@ -28,6 +28,7 @@ use pageferry::report::Outcome;
 use pageferry::source::{MigrateOptions, migrate};
 use pageferry::{Error, Result};
 use pageferry_transport::MemoryRegion;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -226,7 +227,7 @@ fn move_guest() -> Result<()> {
     println!("dirty pages by {}", if source.vm.rings.is_some() { "the rings" } else { "the log" });
     source.vm.wait_for_a_pass()?;
 
-    let doorway = Doorway::open(([127, 0, 0, 1], 0).into())?;
+    let doorway = Doorway::open(SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
     let mut options = MigrateOptions::to(doorway.address.to_string());
     // For emulators of KVM; on hardware it takes a millisecond or two.
     options.downtime_us_max = 1_000_000;

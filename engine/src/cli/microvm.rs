@@ -9,6 +9,7 @@ use crate::guest::kvm::machine::{MachineConfig, TrackingChoice, open_kvm};
 use crate::guest::kvm::payload::{Pattern, PayloadOptions};
 use crate::guest::kvm::source::Boot;
 use crate::link::LinkChoice;
+use crate::net::Address;
 use crate::page::PAGE_BYTES;
 use crate::session;
 use crate::supervisor::hosting::Hosting;
@@ -161,8 +162,8 @@ fn run(args: &MicrovmArgs, config: &MachineConfig, boot: &Boot) -> Result<u8> {
 }
 
 fn wait_for(args: &MicrovmArgs, address: &str, config: MachineConfig) -> Result<u8> {
-    let address = session::resolve(address)?;
-    session::check_exposure(address, args.insecure)?;
+    let address = Address::resolve(address)?;
+    session::check_exposure(&address, args.insecure)?;
     open_kvm()?;
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;

@@ -14,6 +14,7 @@ use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::link::LinkChoice;
+use crate::net::Address;
 use crate::policy::WhenStuck;
 use crate::session;
 use crate::source::{MigrateOptions, default_lanes};
@@ -311,8 +312,8 @@ fn attach(args: AttachArgs) -> Result<u8> {
 }
 
 fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
-    let address = session::resolve(&args.listen)?;
-    session::check_exposure(address, args.insecure)?;
+    let address = Address::resolve(&args.listen)?;
+    session::check_exposure(&address, args.insecure)?;
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;

@@ -10,6 +10,7 @@ pub mod kvm;
 pub mod qemu;
 pub mod synthetic;
 
+use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::Result;
 use crate::memory::GuestMemory;
@@ -159,7 +160,7 @@ pub trait DestinationGuest: Send {
     /// processor from the thread that let it run: a monitor that notes when each vCPU enters the guest knows better than
     /// the caller.
     fn running_since(&self) -> Option<Instant> {
-        Some(Instant::now())
+        Some(clock::now())
     }
 
     /// Throws the copy away. When it returns `Ok` the guest does not run here and never will.

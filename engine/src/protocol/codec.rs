@@ -2,10 +2,11 @@
 //! every read and write with a deadline.
 
 use super::message::{Abort, Cause, Message};
+use crate::clock;
 use crate::error::{Error, Result};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, TcpStream};
+use crate::net::Connection;
+use std::io::ErrorKind;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Longest body. The largest honest message is an Offer of a fragmented guest, a few MiB.
@@ -17,7 +18,7 @@ const WATCH_EVERY: Duration = Duration::from_millis(50);
 /// One control connection, and the count of what went over it.
 #[derive(Debug)]
 pub struct Control {
-    stream: TcpStream,
+    connection: Box<dyn Connection>,
     messages: u64,
 }
 
@@ -48,9 +49,9 @@ pub fn decode(body: &[u8]) -> Result<Message> {
 
 impl Control {
     /// Takes over a connection whose preamble has been exchanged.
-    pub fn new(stream: TcpStream) -> Result<Self> {
-        stream.set_nodelay(true).map_err(|e| Error::os("setting up the control connection", e))?;
-        Ok(Self { stream, messages: 0 })
+    #[must_use]
+    pub fn new(connection: Box<dyn Connection>) -> Self {
+        Self { connection, messages: 0 }
     }
 
     /// Messages sent and received so far.
@@ -59,19 +60,10 @@ impl Control {
         self.messages
     }
 
-    /// This side's address of the connection.
-    pub fn local_ip(&self) -> Result<IpAddr> {
-        let address = self.stream.local_addr();
-        let address =
-            address.map_err(|e| Error::os("asking for the address of the control connection", e))?;
-        // Who listens on [::] is reached at an IPv4 address too, which nothing but TCP knows in that form.
-        Ok(address.ip().to_canonical())
-    }
-
-    /// The connection itself, to wait on.
-    #[must_use]
-    pub fn stream(&self) -> &TcpStream {
-        &self.stream
+    /// This side's address of the connection, if it goes over IP.
+    pub fn local_ip(&self) -> Result<Option<IpAddr>> {
+        let address = self.connection.local_ip();
+        address.map_err(|e| Error::os("asking for the address of the control connection", e))
     }
 
     /// Sends one message.
@@ -80,11 +72,7 @@ impl Control {
         let what = || format!("sending {} to the peer", message.name());
         let mut rest = frame.as_slice();
         while !rest.is_empty() {
-            // Anew for each piece: a peer that takes one byte at a time must not stretch the deadline.
-            self.stream
-                .set_write_timeout(Some(remaining(deadline, &what)?))
-                .map_err(|e| Error::os(what(), e))?;
-            match self.stream.write(rest) {
+            match self.connection.write(rest, deadline) {
                 Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::WriteZero))),
                 Ok(n) => rest = &rest[n..],
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -117,13 +105,8 @@ impl Control {
 
     /// Whether something can be read, or the connection has ended, within this time.
     pub fn readable(&self, wait: Duration) -> Result<bool> {
-        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
-        let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-        match poll(&mut fds, Some(&wait)) {
-            Ok(ready) => Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => Ok(false),
-            Err(e) => Err(Error::os("waiting at the control connection", e)),
-        }
+        let readable = self.connection.readable(clock::now() + wait);
+        readable.map_err(|e| Error::os("waiting at the control connection", e))
     }
 
     /// Like [`Self::receive`], and asks `watch` every 50 ms whether to go on.
@@ -133,9 +116,11 @@ impl Control {
         deadline: Instant,
         watch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Message> {
-        while !self.readable(WATCH_EVERY.min(deadline.saturating_duration_since(Instant::now())))? {
+        while !self.readable(WATCH_EVERY.min(deadline.saturating_duration_since(clock::now())))? {
             watch()?;
-            remaining(deadline, &|| format!("waiting for {expected} from the peer"))?;
+            if clock::now() >= deadline {
+                return Err(Error::Timeout { what: format!("waiting for {expected} from the peer") });
+            }
         }
         self.receive(expected, deadline)
     }
@@ -151,10 +136,7 @@ impl Control {
     fn read_exact(&mut self, mut buffer: &mut [u8], expected: &'static str, deadline: Instant) -> Result<()> {
         let what = || format!("waiting for {expected} from the peer");
         while !buffer.is_empty() {
-            self.stream
-                .set_read_timeout(Some(remaining(deadline, &what)?))
-                .map_err(|e| Error::os(what(), e))?;
-            match self.stream.read(buffer) {
+            match self.connection.read(buffer, deadline) {
                 Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::ConnectionAborted))),
                 Ok(n) => buffer = &mut buffer[n..],
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
@@ -165,17 +147,8 @@ impl Control {
     }
 }
 
-/// Time left, or the error that there is none.
-fn remaining(deadline: Instant, what: &dyn Fn() -> String) -> Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(Error::Timeout { what: what() }) } else { Ok(left) }
-}
-
 fn timeout_or(error: std::io::Error, what: String) -> Error {
-    match error.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => Error::Timeout { what },
-        _ => Error::os(what, error),
-    }
+    if error.kind() == ErrorKind::TimedOut { Error::Timeout { what } } else { Error::os(what, error) }
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ pub fn receive(
     nursery: &mut impl Nursery,
     mut reception: Reception,
 ) -> Result<u8> {
-    let address = reception.doorway().address;
+    let address = reception.doorway().address.clone();
     // Nothing here is anybody's guest before Commit.
     claim.forget_guest();
     loop {
