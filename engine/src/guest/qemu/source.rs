@@ -263,7 +263,7 @@ impl SourceGuest for QemuSource {
     }
 
     fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
-        let uffd = userfaultfd_of(self.qemu.pid())?;
+        let uffd = userfaultfd_of(self.qemu.pid(), &self.qemu.pidfd())?;
         let ranges = self.qemu.memory().slots().iter().map(|slot| TrackedRange {
             process_address: slot.process_address,
             bytes: slot.region().len() as u64,
