@@ -103,7 +103,7 @@ fn images() -> (PathBuf, PathBuf) {
     (kernel, initrd)
 }
 
-fn console_path(stage: &Stage, name: &str) -> PathBuf {
+pub(crate) fn console_path(stage: &Stage, name: &str) -> PathBuf {
     stage.path(&format!("{name}.console"))
 }
 

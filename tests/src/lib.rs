@@ -5,8 +5,10 @@
 //!   Supervisor   `pageferry run`, `receive` or `attach`: its pid, its words, its QEMU
 //!   Moving       `pageferry migrate` under way
 //!   Proxy        a TCP proxy between source and destination that can cut and stall connections
+//!   random       numbers by seed
 //!   look         what /proc and a second QMP monitor say about a QEMU
 //!   throttle     a bound on the speed of a disk
+//!   ledger       a guest of two kilobytes that checks its memory
 //!   console      the Linux guest of docs/guest.md, through its serial port
 //! ```
 //!
@@ -14,8 +16,10 @@
 //! here says so through [`not_run`].
 
 pub mod console;
+pub mod ledger;
 pub mod look;
 pub mod proxy;
+pub mod random;
 pub mod stage;
 pub mod throttle;
 pub mod words;

@@ -180,6 +180,14 @@ impl Stage {
         supervisor
     }
 
+    /// `pageferry attach` to a guest that may be stopped in doubt, once it is there.
+    #[must_use]
+    pub fn attach_in_doubt(&self, name: &str) -> Supervisor {
+        let supervisor = self.supervise(name, &["attach", name], None, "");
+        supervisor.words.wait(&format!("attached to {name}"), SOON);
+        supervisor
+    }
+
     /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin and stdout are the
     /// guest's serial port. `hold` names a point, or none.
     ///
