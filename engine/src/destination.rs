@@ -7,6 +7,7 @@ use crate::fittings::Fittings;
 use crate::guest::DestinationGuest;
 use crate::hold;
 use crate::link::{LinkChoice, Listening};
+use crate::output::say;
 use crate::prefault::Prefault;
 use crate::protocol::{
     Abort, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
@@ -129,7 +130,7 @@ impl Reception {
             }
         };
         if let Err(refusal) = hello.check().and_then(|()| check_guest(&hello, guest)) {
-            eprintln!("pageferry: refused the guest of {peer}: {}", refusal.chain());
+            say(&format!("refused the guest of {peer}: {}", refusal.chain()));
             control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
         }
@@ -142,7 +143,7 @@ impl Reception {
         let (offer, target) = match self.open(&mut control, &hello, token, guest, watch) {
             Ok(opened) => opened,
             Err(error) => {
-                eprintln!("pageferry: no session with {peer}: {}", error.chain());
+                say(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
                 let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
@@ -178,9 +179,7 @@ impl Reception {
                 self.discarded.truncate(DISCARDED_MAX);
                 control.abort(&error.chain(), error.cause(), clock::now() + SETUP_MAX);
             }
-            Err(e) => {
-                eprintln!("pageferry: the unfinished copy of the guest could not be ended: {}", e.chain())
-            }
+            Err(e) => say(&format!("the unfinished copy of the guest could not be ended: {}", e.chain())),
         }
         Served::Discarded(error)
     }
@@ -407,10 +406,10 @@ impl Reception {
                     }
                     Err(e) => {
                         event(DestinationEvent::Failed);
-                        eprintln!(
-                            "pageferry: the source is gone ({}); waiting for it to come back with Commit",
+                        say(&format!(
+                            "the source is gone ({}); waiting for it to come back with Commit",
                             e.chain()
-                        );
+                        ));
                         connected = false;
                     }
                 }

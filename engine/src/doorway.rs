@@ -4,6 +4,7 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::net::tcp::TcpListening;
 use crate::net::{Address, Connection, Listener};
+use crate::output::say;
 use crate::protocol::{Cause, Control, Message};
 use crate::session::SETUP_MAX;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -108,7 +109,7 @@ fn greet_all(listener: &dyn Listener, sender: &Sender<Incoming>) {
                     // Nobody takes it off the queue: the receiver is busy or ending.
                     let _ = clock::send(&sender, incoming, SETUP_MAX);
                 }
-                Err(e) => eprintln!("pageferry: ignored a connection from {peer}: {}", e.chain()),
+                Err(e) => say(&format!("ignored a connection from {peer}: {}", e.chain())),
             }
             counted.fetch_sub(1, Ordering::Relaxed);
         });

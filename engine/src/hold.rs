@@ -5,6 +5,7 @@
 //! reached, or only until the file that is named behind them is gone, and says so on stderr. Points:
 //! `setup`, `rounds`, `switchover`, `committed` (source); `filling`, `loaded`, `owner` (destination).
 
+use crate::output::say;
 use crate::progress::Stage;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -42,7 +43,7 @@ pub fn point(name: &str) {
     if hold.file.as_ref().is_some_and(|file| !file.exists()) {
         return;
     }
-    eprintln!("pageferry: held at {name} for {} ms", hold.time.as_millis());
+    say(&format!("held at {name} for {} ms", hold.time.as_millis()));
     let until = Instant::now() + hold.time;
     while Instant::now() < until && hold.file.as_ref().is_none_or(|file| file.exists()) {
         std::thread::sleep(LOOK_EVERY.min(hold.time));

@@ -33,6 +33,9 @@
 //!
 //! [`supervisor`] holds a guest and takes orders for it, [`cli`] gives them.
 
+// All output goes through `output`, which neither fails nor waits.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod bitmap;
 pub mod cli;
 pub mod destination;
@@ -45,6 +48,7 @@ pub mod hold;
 pub mod link;
 pub mod memory;
 pub mod net;
+pub mod output;
 pub mod page;
 pub mod policy;
 pub mod precopy;

@@ -120,8 +120,17 @@ impl Stage {
     /// If it does not start.
     #[must_use]
     pub fn start(&self, arguments: &[&str]) -> Running {
-        let mut child = self.command(arguments).spawn().expect("the binary starts");
-        let stdout = Words::of(child.stdout.take().expect("piped"));
+        self.start_into(arguments, Stdio::piped())
+    }
+
+    /// The same with a stdout of the test's own, of which nothing is heard here.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[must_use]
+    pub fn start_into(&self, arguments: &[&str], stdout: impl Into<Stdio>) -> Running {
+        let mut child = self.command(arguments).stdout(stdout).spawn().expect("the binary starts");
+        let stdout = child.stdout.take().map_or_else(|| Words::of(std::io::empty()), Words::of);
         let stderr = Words::of(child.stderr.take().expect("piped"));
         Running { child, stdout, stderr, command: arguments.join(" ") }
     }
@@ -221,6 +230,22 @@ impl Stage {
     /// If it does not start.
     #[must_use]
     pub fn supervise(&self, name: &str, arguments: &[&str], qemu: Option<&str>, hold: &str) -> Supervisor {
+        self.supervise_into(name, arguments, qemu, hold, Stdio::piped())
+    }
+
+    /// The same with a stderr of the test's own, of which nothing is heard here.
+    ///
+    /// # Panics
+    /// If it does not start.
+    #[must_use]
+    pub fn supervise_into(
+        &self,
+        name: &str,
+        arguments: &[&str],
+        qemu: Option<&str>,
+        hold: &str,
+        stderr: impl Into<Stdio>,
+    ) -> Supervisor {
         let monitor = self.path(&format!("{name}.look"));
         let mut command = self.command(arguments);
         if let Some(qemu) = qemu {
@@ -228,8 +253,8 @@ impl Stage {
             command.args(monitor_options(&monitor));
         }
         self.hold_at(hold, &mut command);
-        let mut child = command.stdout(Stdio::null()).spawn().expect("the binary starts");
-        let words = Words::of(child.stderr.take().expect("piped"));
+        let mut child = command.stdout(Stdio::null()).stderr(stderr).spawn().expect("the binary starts");
+        let words = child.stderr.take().map_or_else(|| Words::of(std::io::empty()), Words::of);
         let name = name.to_owned();
         Supervisor { name, child, words, monitor, directory: self.directory.path().into() }
     }

@@ -48,6 +48,9 @@
 //! - **Revoke.** After [`Target::revoke`] returns, no byte of the exposed regions changes any more
 //!   through this link. The destination revokes before its guest's first instruction.
 
+// Failures go to the caller as errors, never to the terminal.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod clock;
 pub mod credit;
 pub mod error;

@@ -1,7 +1,9 @@
 //! The commands that talk to a supervisor: migrate, list, status, cancel, settle.
 
+use super::display::Display;
 use super::units::bytes;
 use crate::error::{Error, Result};
+use crate::output::{print, print_result, words};
 use crate::page::PAGE_BYTES;
 use crate::progress::{Progress, Stage};
 use crate::report::{MigrationReport, Outcome};
@@ -9,9 +11,7 @@ use crate::source::MigrateOptions;
 use crate::supervisor::api::{Client, Reply, Request, State, Status};
 use crate::supervisor::runtime::{Record, RuntimeDir};
 use crate::supervisor::say;
-use indicatif::{ProgressBar, ProgressStyle};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use std::io::IsTerminal;
 
 /// Moves a guest and shows how it goes.
 pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
@@ -31,13 +31,14 @@ pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
         }
     };
     display.clear();
+    // What became of the guest is the exit status, whatever becomes of the output.
     if json {
-        print_json(&report)?;
+        print_result(&in_json(&report)?);
     }
     if report.outcome != Outcome::Completed {
         say(report.reason.as_deref().unwrap_or("no reason given"));
     } else if !json {
-        print!("{}", summary(&report));
+        print_result(&summary(&report));
     }
     Ok(report.exit_status())
 }
@@ -70,59 +71,9 @@ fn cancel_on_signal(runtime: &RuntimeDir, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Progress: a bar on a terminal, a line a round elsewhere.
-#[derive(Debug)]
-pub struct Display {
-    bar: Option<ProgressBar>,
-    last: Option<(Stage, u32)>,
-    link: String,
-}
-
-impl Display {
-    /// A bar if stderr is a terminal.
-    #[must_use]
-    pub fn open() -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            if let Ok(style) =
-                ProgressStyle::with_template("{msg:38} {wide_bar} {bytes:>10} of {total_bytes:>10}")
-            {
-                bar.set_style(style);
-            }
-            bar
-        });
-        Self { bar, last: None, link: String::new() }
-    }
-
-    /// Shows how it goes.
-    pub fn show(&mut self, progress: &Progress) {
-        if self.link != progress.link {
-            self.link.clone_from(&progress.link);
-            let text = format!("going by {}", self.link);
-            match &self.bar {
-                Some(bar) => bar.suspend(|| say(&text)),
-                None => say(&text),
-            }
-        }
-        if let Some(bar) = &self.bar {
-            bar.set_length(progress.round_pages * PAGE_BYTES);
-            bar.set_position(progress.round_pages_sent * PAGE_BYTES);
-            bar.set_message(line(progress));
-        } else if self.last != Some((progress.stage, progress.round)) {
-            say(&line(progress));
-        }
-        self.last = Some((progress.stage, progress.round));
-    }
-
-    /// Takes the bar away.
-    pub fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}
-
-fn line(progress: &Progress) -> String {
+/// Where a migration stands, in one line.
+#[must_use]
+pub(super) fn line(progress: &Progress) -> String {
     match progress.stage {
         Stage::Idle | Stage::Setup => "setting up".into(),
         Stage::Rounds if progress.bytes_per_second == 0 => format!("round {}", progress.round),
@@ -155,7 +106,7 @@ pub fn summary(report: &MigrationReport) -> String {
         report.control_messages,
     );
     if let Some(why) = &report.fell_back {
-        text += &format!("  a first attempt by RDMA was given up: {why}\n");
+        text += &format!("  a first attempt by RDMA was given up: {}\n", words::reason(why));
     }
     for round in &report.rounds {
         text += &format!(
@@ -206,45 +157,44 @@ pub fn list(json: bool) -> Result<u8> {
             .iter()
             .map(|(status, name)| serde_json::json!({ "name": name, "status": status }))
             .collect();
-        print_json(&known)?;
-        return Ok(0);
+        return print(&in_json(&known)?).map(|()| 0);
     }
     if found.is_empty() {
         say("no guests on this host; start one with `pageferry run`");
     }
+    let mut text = String::new();
     for (status, name) in found {
-        match status {
-            Some(status) => println!("{name:<20} {}", describe(&status)),
+        let state = match status {
+            Some(status) => describe(&status),
             None => {
                 let pid = runtime.record(&name).map(|Record { pid, .. }| pid).unwrap_or_default();
-                println!(
-                    "{name:<20} without a supervisor, QEMU pid {pid}: `pageferry attach {name}` takes it up"
-                );
+                format!("without a supervisor, QEMU pid {pid}: `pageferry attach {name}` takes it up")
             }
-        }
+        };
+        // A file in the directory has whatever name it has.
+        text += &format!("{:<20} {}\n", words::name(&name), words::escape(&state));
     }
-    Ok(0)
+    print(&text).map(|()| 0)
 }
 
 /// Shows one guest.
 pub fn status(name: &str, json: bool) -> Result<u8> {
     let status = ask_status(&RuntimeDir::open()?, name)?;
     if json {
-        print_json(&status)?;
-    } else {
-        println!("{name}: {}", describe(&status));
-        if let Some(reason) = status.last.as_ref().and_then(|last| last.reason.as_ref()) {
-            println!("last migration: {reason}");
-        }
+        return print(&in_json(&status)?).map(|()| 0);
     }
-    Ok(0)
+    let mut text = format!("{name}: {}\n", words::escape(&describe(&status)));
+    if let Some(reason) = status.last.as_ref().and_then(|last| last.reason.as_ref()) {
+        text += &format!("last migration: {}\n", words::escape(reason));
+    }
+    print(&text).map(|()| 0)
 }
 
 /// A request with a one-line answer.
 pub fn simple(name: &str, request: &Request) -> Result<u8> {
     match Client::request(&RuntimeDir::open()?, name, request)?.next_reply()? {
         Reply::Done { text } => {
-            println!("{name}: {text}");
+            print_result(&format!("{name}: {}\n", words::escape(&text)));
             Ok(0)
         }
         Reply::Refused { text } => Err(Error::Refused(text)),
@@ -273,9 +223,8 @@ fn describe(status: &Status) -> String {
     }
 }
 
-fn print_json(value: &impl serde::Serialize) -> Result<()> {
+fn in_json(value: &impl serde::Serialize) -> Result<String> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|e| Error::os("printing JSON", std::io::Error::from(e)))?;
-    println!("{text}");
-    Ok(())
+    Ok(text + "\n")
 }

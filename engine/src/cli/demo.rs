@@ -3,9 +3,11 @@
 //! It uses the commands as an operator would: `run`, `receive` and `migrate`, in a runtime directory of its
 //! own. The guest (docs/guest.md) talks over its serial console.
 
-use super::client::{Display, summary};
+use super::client::summary;
+use super::display::Display;
 use super::units::duration;
 use crate::error::{Error, Result};
+use crate::output::{print_result, words};
 use crate::report::Outcome;
 use crate::source::MigrateOptions;
 use crate::supervisor::api::{Client, Reply, Request};
@@ -76,10 +78,10 @@ pub fn main(args: &DemoArgs) -> Result<u8> {
         }
     }
     let stage = Stage::set()?;
-    println!(
-        "a Linux guest of {} MiB boots under QEMU; it will write {} MB/s and check all it reads",
+    print_result(&format!(
+        "a Linux guest of {} MiB boots under QEMU; it will write {} MB/s and check all it reads\n",
         args.memory, args.rate
-    );
+    ));
     let mut names = [HERE.to_owned(), THERE.to_owned()];
     let mut here = stage.start(args, &names[0], &["run"])?;
     here.console.wait("WORKLOAD READY", BOOT_MAX)?;
@@ -105,15 +107,21 @@ pub fn main(args: &DemoArgs) -> Result<u8> {
         there.console.say("verdict")?;
         let verdict = there.console.wait("WORKLOAD VERDICT", VERDICT_MAX)?;
         intact &= verdict.contains("VERDICT intact") && verdict.contains("errors=0");
-        println!("the guest says: {}", verdict.trim_start_matches("WORKLOAD "));
+        print_result(&format!(
+            "the guest says: {}\n",
+            words::reason(verdict.trim_start_matches("WORKLOAD "))
+        ));
         if let Some(gap) = field(&verdict, "gap_max_ms=") {
-            println!("the longest gap that the guest itself noticed: {gap} ms");
+            print_result(&format!(
+                "the longest gap that the guest itself noticed: {} ms\n",
+                words::name(gap)
+            ));
         }
         drop(std::mem::replace(&mut here, there));
         names.swap(0, 1);
     }
     here.console.say("quit")?;
-    println!("{}", if intact { "nothing is lost" } else { "MEMORY WAS LOST: see CORRUPT lines above" });
+    print_result(if intact { "nothing is lost\n" } else { "MEMORY WAS LOST: see CORRUPT lines above\n" });
     Ok(if intact { 0 } else { 1 })
 }
 
@@ -126,7 +134,7 @@ fn migrate(stage: &Stage, name: &str, options: MigrateOptions) -> Result<()> {
             Reply::Report(report) => {
                 display.clear();
                 if report.outcome == Outcome::Completed {
-                    print!("{}", summary(&report));
+                    print_result(&summary(&report));
                     return Ok(());
                 }
                 return Err(Error::Guest(
@@ -300,7 +308,7 @@ impl Lines {
                 .recv_deadline(deadline)
                 .map_err(|_| Error::Timeout { what: format!("waiting for {text:?} from the guest") })?;
             if line.contains("WORKLOAD CORRUPT") || line.contains("WORKLOAD FAILED") {
-                return Err(Error::Guest(format!("the guest says: {line}")));
+                return Err(Error::Guest(format!("the guest says: {}", words::reason(&line))));
             }
             if line.contains(text) {
                 return Ok(line);

@@ -4,6 +4,9 @@ mod kvm;
 mod rdma;
 
 use super::units;
+use crate::error::Result;
+use crate::output::print;
+use crate::output::words::escape;
 use crate::supervisor::runtime::RuntimeDir;
 use std::fs;
 use std::process::Command;
@@ -35,8 +38,7 @@ struct Finding {
 }
 
 /// Prints every finding; 0 if a guest can be moved from and to this host, 1 if not.
-#[must_use]
-pub fn main(args: &DoctorArgs) -> u8 {
+pub fn main(args: &DoctorArgs) -> Result<u8> {
     let mut findings = vec![
         kernel(),
         tracking(),
@@ -49,15 +51,17 @@ pub fn main(args: &DoctorArgs) -> u8 {
     ];
     findings.extend(kvm::findings());
     findings.extend(rdma::findings(args.memory));
-    for Finding { grade, topic, text } in &findings {
+    let mut text = String::new();
+    for Finding { grade, topic, text: finding } in &findings {
         let mark = match grade {
             Grade::Good => "ok  ",
             Grade::Note => "note",
             Grade::Bad => "BAD ",
         };
-        println!("{mark}  {topic:<18} {text}");
+        text += &format!("{mark}  {topic:<18} {}\n", escape(finding));
     }
-    u8::from(findings.iter().any(|f| f.grade == Grade::Bad))
+    print(&text)?;
+    Ok(u8::from(findings.iter().any(|f| f.grade == Grade::Bad)))
 }
 
 fn good(topic: &'static str, text: impl Into<String>) -> Finding {

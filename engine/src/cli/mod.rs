@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod demo;
+mod display;
 pub mod doctor;
 pub mod microvm;
 pub mod units;
@@ -15,6 +16,7 @@ use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::link::LinkChoice;
 use crate::net::Address;
+use crate::output;
 use crate::policy::WhenStuck;
 use crate::session;
 use crate::source::{MigrateOptions, default_lanes};
@@ -195,9 +197,21 @@ struct SettleChoice {
 
 /// Runs the command; returns the exit status.
 pub fn main() -> u8 {
-    let cli = Cli::parse();
+    output::say_panics();
+    let status = run_command();
+    output::flush();
+    status
+}
+
+fn run_command() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return show_usage(&e),
+    };
     tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
+        .with_writer(|| output::TracingLog)
+        // A terminal's colours would be escaped with everything else that it obeys.
+        .with_ansi(false)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("PAGEFERRY_LOG")
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
@@ -216,6 +230,18 @@ pub fn main() -> u8 {
     }
 }
 
+/// Help, the version or what is wrong with the arguments, as the parser words and colours it.
+fn show_usage(error: &clap::Error) -> u8 {
+    // To stderr, or to stdout, whose reader may have gone.
+    if let Err(e) = error.print()
+        && e.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        say(&format!("the usage could not be printed: {e}"));
+        return u8::try_from(error.exit_code()).unwrap_or(2).max(1);
+    }
+    u8::try_from(error.exit_code()).unwrap_or(2)
+}
+
 fn dispatch(command: Command) -> Result<u8> {
     match command {
         Command::Run(args) => run(&args),
@@ -227,11 +253,12 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::Status { name, json } => client::status(&name, json),
         Command::Cancel { name } => client::simple(&name, &api::Request::Cancel),
         Command::Settle { name, choice } => client::simple(&name, &api::Request::Settle { run: choice.run }),
-        Command::Doctor(args) => Ok(doctor::main(&args)),
+        Command::Doctor(args) => doctor::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "pageferry", &mut std::io::stdout());
-            Ok(0)
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "pageferry", &mut script);
+            output::print(&String::from_utf8_lossy(&script)).map(|()| 0)
         }
         Command::Man { directory } => {
             std::fs::create_dir_all(&directory)

@@ -9,10 +9,10 @@ use crate::guest::kvm::devices::Devices;
 use crate::guest::kvm::machine::MachineConfig;
 use crate::guest::kvm::serial::Console;
 use crate::guest::kvm::source::{Boot, KvmSource};
-use crate::guest::kvm::spool::Spool;
 use crate::guest::kvm::terminal::Terminal;
 use crate::guest::kvm::vcpu::Ending;
 use crate::guest::{DestinationGuest, SourceGuest};
+use crate::output::spool::Spool;
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, never};
 use rustix::process::{Signal, getpid, kill_process};
 use std::convert::Infallible;
@@ -28,7 +28,7 @@ pub struct Desk {
 impl Desk {
     /// Takes stdout. Stdin is left alone until there is a guest.
     pub fn open() -> Result<Self> {
-        Ok(Self { output: Spool::new(Box::new(std::io::stdout()))? })
+        Ok(Self { output: crate::output::console()? })
     }
 
     fn console(&self) -> Console {

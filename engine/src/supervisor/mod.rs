@@ -16,6 +16,7 @@ pub mod receiving;
 pub mod runtime;
 
 use crate::error::{Error, Result};
+pub use crate::output::say;
 use api::{Order, State, Status};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use hosted::Vmm;
@@ -101,9 +102,4 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
         .spawn(body)
         .map(drop)
         .map_err(|e| Error::os("starting a thread", e))
-}
-
-/// A line for the operator, apart from the guest's own output on stdout.
-pub fn say(text: &str) {
-    eprintln!("pageferry: {text}");
 }

@@ -71,7 +71,9 @@ pub fn receive(
         };
         match served {
             Served::Nothing => {}
+            // The guest's record before any word about it.
             Served::Received(received) => {
+                claim.keep_guest();
                 say(&format!(
                     "{} runs here: {:.1} MiB received in {:.2} s",
                     claim.name(),
@@ -81,6 +83,7 @@ pub fn receive(
                 return host(claim, shared, inbox, place, reception);
             }
             Served::Doubtful(e) => {
+                claim.keep_guest();
                 say(&format!(
                     "{} is this host's, but whether it runs is not known: {}",
                     claim.name(),
@@ -119,14 +122,7 @@ fn hear(reception: &Reception, ended: &Receiver<()>, inbox: &Inbox) -> Heard {
 }
 
 /// The guest is ours: from here on this is its supervisor.
-fn host(
-    mut claim: Claim,
-    shared: Shared,
-    inbox: Inbox,
-    place: impl Waiting,
-    reception: Reception,
-) -> Result<u8> {
-    claim.keep_guest();
+fn host(claim: Claim, shared: Shared, inbox: Inbox, place: impl Waiting, reception: Reception) -> Result<u8> {
     reception.answer_afterwards();
     Hosting::new(claim, shared, inbox, place.into_hosted()?)?.run()
 }

@@ -198,7 +198,8 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut extensions = vec!["sock"];
-        if !self.keep_record {
+        // In a panic nobody knows whether the guest is gone, and a record of one that is harms nobody.
+        if !self.keep_record && !std::thread::panicking() {
             extensions.extend(["json", "qmp"]);
         }
         for extension in extensions {

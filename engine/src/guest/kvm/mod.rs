@@ -8,7 +8,7 @@
 //!   map_ahead              the guest's pages, mapped before it comes
 //!   boot, long_mode, layout, acpi     how a Linux guest begins
 //!   payload                a guest of a few hundred bytes that checks itself
-//!   serial, spool, power   what a guest can reach through ports;  terminal  the operator's, for its serial port
+//!   serial, power          what a guest can reach through ports;  terminal  the operator's, for its serial port
 //! ```
 
 pub mod acpi;
@@ -24,7 +24,6 @@ pub mod payload;
 pub mod power;
 pub mod serial;
 pub mod source;
-pub mod spool;
 pub mod state;
 pub mod terminal;
 #[cfg(test)]

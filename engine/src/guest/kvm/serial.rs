@@ -27,7 +27,7 @@ const MODEM_CONTROL: u8 = 4;
 
 /// Where a guest's serial port writes to.
 pub struct Console {
-    /// Must not block: a vCPU waits for it. A [`super::spool::Spool`] does not.
+    /// Must not block: a vCPU waits for it. A [`crate::output::spool::Spool`] does not.
     pub output: Box<dyn Write + Send>,
 }
 

@@ -17,13 +17,14 @@
 use super::qmp::Qmp;
 use super::stream::Settings;
 use crate::error::{Error, Result};
+use crate::output::say;
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fd::AsFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -199,11 +200,7 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
         .ok_or_else(|| Error::refused("not a process id"))?;
     let pidfd = pidfd_open(pid, PidfdFlags::empty())
         .map_err(|e| Error::os(format!("opening process {}", args.pid), e))?;
-    let mut stdout = std::io::stdout();
-    stdout
-        .write_all(b"ready\n")
-        .and_then(|()| stdout.flush())
-        .map_err(|e| Error::os("reporting for duty", e))?;
+    crate::output::print("ready\n")?;
 
     // Nothing is ever written: this returns when the supervisor is gone.
     let mut end = [0; 1];
@@ -213,25 +210,26 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
     shared.read(FLAG_AT, &mut bytes)?;
     let (open, sealed) = (bytes[0] == Flag::Open as u8, bytes[0] == Flag::Sealed as u8);
     let rescue = || put_right(&args.qmp, bytes[1] == 1, settings_in(&shared).as_ref());
+    // The guest first, then the word about it.
     match args.side {
         Side::Source if open => {
-            eprintln!("pageferry: the supervisor died during a migration; letting the guest run on here");
-            rescue()
+            rescue()?;
+            say("the supervisor died during a migration; the guest goes on here");
+            Ok(())
         }
         Side::Source if sealed => {
-            eprintln!(
-                "pageferry: the supervisor died after the destination was told to run the guest; the guest stays stopped here. \
-                 Look at the destination, then use `pageferry settle`"
+            say(
+                "the supervisor died after the destination was told to run the guest; the guest stays stopped here. \
+                 Look at the destination, then use `pageferry settle`",
             );
             Ok(())
         }
         Side::Destination if open => pidfd_send_signal(&pidfd, Signal::KILL)
             .map_err(|e| Error::os("ending the unfinished copy of the guest", e)),
         Side::Destination if sealed => {
-            eprintln!(
-                "pageferry: the supervisor died while it took over the guest; letting the guest run here"
-            );
-            rescue()
+            rescue()?;
+            say("the supervisor died while it took over the guest; the guest is let go on here");
+            Ok(())
         }
         _ => Ok(()),
     }
