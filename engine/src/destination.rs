@@ -499,6 +499,20 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
 }
 
 /// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.
+    if theirs.images != ours.images {
+        let show = |images: &[crate::guest::ImageDescription]| match images {
+            [] => "none".to_owned(),
+            images => {
+                let list: Vec<_> = images
+                    .iter()
+                    .map(|i| format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest))
+                    .collect();
+                list.join(", ")
+            }
+        };
+        let mend = "they are not moved, so both hosts must have the same files: copy the source's";
+        return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), mend);
+    }
 fn take_in(
     prepare: &Prepare,
     offer: &Offer,

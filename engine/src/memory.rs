@@ -1,12 +1,15 @@
 //! Guest memory as the engine sees it: slots, each a shared mapping, laid end to end on one line of
 //! pages.
 
+pub mod file;
 #[cfg(feature = "vm-memory")]
 pub mod rust_vmm;
+pub mod users;
 
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
+use file::FileId;
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -29,6 +32,7 @@ pub struct MemorySlot {
     pub process_address: u64,
     region: Arc<MemoryRegion>,
     file: File,
+    id: FileId,
 }
 
 impl MemorySlot {
@@ -38,9 +42,25 @@ impl MemorySlot {
         &self.region
     }
 
+    /// Which file it is.
+    #[must_use]
+    pub fn file_id(&self) -> FileId {
+        self.id
+    }
+
     /// Another descriptor of its file, for who maps it a second time.
     pub fn file(&self) -> Result<File> {
         self.file.try_clone().map_err(|e| Error::os(format!("keeping the file of {}", self.name), e))
+    }
+
+    /// Whether it maps this very block: the same part of the same file, for the same addresses of the guest's process.
+    fn is_of(&self, block: &SlotSource) -> Result<bool> {
+        Ok(self.name == block.name
+            && self.region.len() as u64 == block.bytes
+            && block.file_offset == 0
+            && self.backing_page_bytes == block.backing_page_bytes
+            && self.process_address == block.process_address
+            && self.id == FileId::of(&block.file)?)
     }
 
     /// Number of pages.
@@ -103,6 +123,7 @@ impl GuestMemory {
                 backing_page_bytes: block.backing_page_bytes,
                 process_address: block.process_address,
                 region,
+                id: FileId::of(&block.file)?,
                 file: block.file,
             });
             pages += block.bytes / PAGE_BYTES;
@@ -111,6 +132,15 @@ impl GuestMemory {
             return Err(Error::refused("the guest has no memory that could be moved"));
         }
         Ok(Self { slots, pages, mapped: OnceLock::new() })
+    }
+
+    /// Whether this maps these very blocks: files, addresses and lengths, and not names alone.
+    pub fn maps(&self, blocks: &[SlotSource]) -> Result<bool> {
+        let mut same = self.slots.len() == blocks.len();
+        for (slot, block) in self.slots.iter().zip(blocks) {
+            same = same && slot.is_of(block)?;
+        }
+        Ok(same)
     }
 
     /// The slots in order.

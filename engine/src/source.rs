@@ -210,6 +210,7 @@ fn run(
     guest.preflight()?;
     crate::warm::map_own_code();
     let discards = guest.may_discard()?;
+    report.memory_bytes = guest.memory().bytes();
     let wish = match broken {
         None => Wish::new(&options.link, to, discards)?,
         Some(why) => Wish::new(&options.link, to, discards)?.by_tcp(&format!("RDMA broke: {why}")),

@@ -189,8 +189,9 @@ impl<'g> Drained<'g> {
         self.registrations
     }
 
-    /// Digests all memory, to be compared at the destination.
+    /// Digests all memory that the guest has now, to be compared at the destination.
     pub fn digest(&mut self) -> Result<()> {
+        self.guest.guest().check_memory()?;
         self.digest = Some(crate::verify::digest(self.guest.guest().memory())?);
         self.blackout.verify = lap(&mut self.since);
         Ok(())

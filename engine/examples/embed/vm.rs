@@ -123,7 +123,7 @@ impl Vm {
         let slot = &self.memory.slots()[0];
         let block = BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 };
         let (monitor, machine) = ("example".into(), "counters-1".into());
-        GuestDescription { monitor, machine, vcpus: 1, blocks: vec![block], platform }
+        GuestDescription { monitor, machine, vcpus: 1, blocks: vec![block], images: Vec::new(), platform }
     }
 
     /// What the guest relies on, of this host's processor.

@@ -12,6 +12,7 @@ use crate::doorway::Doorway;
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::guardian::{self, GuardianArgs};
+use crate::guest::qemu::ownership::Ownership;
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::link::LinkChoice;
@@ -323,7 +324,7 @@ fn attach(args: AttachArgs) -> Result<u8> {
             args.name
         )));
     };
-    let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Instant::now() + ATTACH_MAX)?;
+    let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Ownership::default(), Instant::now() + ATTACH_MAX)?;
     match qemu.status()?.as_str() {
         "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),
         "postmigrate" => say(&format!(

@@ -30,6 +30,17 @@ pub struct BlockDescription {
     pub bytes: u64,
 }
 
+/// A block of guest memory that nobody writes, and that both ends have: an image that is mapped read-only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageDescription {
+    /// Name of the block.
+    pub name: String,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Digest of all of it.
+    pub digest: u128,
+}
+
 /// What must be equal on both sides for a guest to move.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestDescription {
@@ -41,6 +52,8 @@ pub struct GuestDescription {
     pub vcpus: u32,
     /// The memory blocks, in order.
     pub blocks: Vec<BlockDescription>,
+    /// The blocks that are not moved because nobody writes them, in the order of their names.
+    pub images: Vec<ImageDescription>,
     /// What only the monitor at the other end can compare, in a form of its own ([`DestinationGuest::admit`]).
     pub platform: Vec<u8>,
 }
@@ -59,8 +72,14 @@ pub trait SourceGuest: Send {
     /// Fails, with the mend, if something stands against moving it. Touches nothing.
     fn preflight(&mut self) -> Result<()>;
 
-    /// Its memory, mapped readable in this process.
+    /// Its memory, mapped readable in this process; what it is now, right after [`Self::preflight`].
     fn memory(&self) -> &Arc<GuestMemory>;
+
+    /// Fails if what [`Self::memory`] maps is not the memory that the guest has now: memory was plugged in or out, or
+    /// replaced. Asked before a digest of it is taken.
+    fn check_memory(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Largest device state that `save` may produce, in bytes.
     fn state_bytes_max(&self) -> u64;

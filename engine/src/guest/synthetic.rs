@@ -226,6 +226,7 @@ fn describe(memory: &GuestMemory) -> GuestDescription {
         machine: "threads".into(),
         vcpus: 1,
         blocks: blocks.collect(),
+        images: Vec::new(),
         platform: Vec::new(),
     }
 }

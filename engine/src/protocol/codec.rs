@@ -155,17 +155,20 @@ fn timeout_or(error: std::io::Error, what: String) -> Error {
 mod tests {
     use super::super::message::*;
     use super::*;
-    use crate::guest::{BlockDescription, GuestDescription};
+    use crate::guest::{BlockDescription, GuestDescription, ImageDescription};
     use proptest::prelude::*;
 
     fn guest() -> impl Strategy<Value = GuestDescription> {
         let blocks = prop::collection::vec((any::<String>(), any::<u64>()), 0..4);
-        (any::<String>(), any::<u32>(), blocks, any::<Vec<u8>>()).prop_map(
-            |(machine, vcpus, blocks, platform)| GuestDescription {
+        let images = prop::collection::vec((any::<String>(), any::<u64>(), any::<u128>()), 0..4);
+        let image = |(name, bytes, digest)| ImageDescription { name, bytes, digest };
+        (any::<String>(), any::<u32>(), blocks, images, any::<Vec<u8>>()).prop_map(
+            move |(machine, vcpus, blocks, images, platform)| GuestDescription {
                 monitor: "qemu".into(),
                 machine,
                 vcpus,
                 blocks: blocks.into_iter().map(|(name, bytes)| BlockDescription { name, bytes }).collect(),
+                images: images.into_iter().map(image).collect(),
                 platform,
             },
         )

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::guest::qemu::command::{GuestCommand, Role};
+use crate::guest::qemu::ownership::Ownership;
 use crate::guest::qemu::process::{Qemu, ended};
 use pageferry_transport::Access;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -15,8 +16,10 @@ const START_MAX: Duration = Duration::from_secs(600);
 /// For a QEMU that has hung up to be gone.
 const EXIT_MAX: Duration = Duration::from_secs(2);
 
-/// Starts QEMU and takes it up. On failure no process is left.
+/// Starts QEMU and takes it up, with the memory files that the command names. On failure no process is left, and where
+/// a file is in use none was started.
 pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)> {
+    let ownership = Ownership::ahead_of(user)?;
     // The name is ours by its lock, so a socket that is still there is a dead QEMU's.
     let _ = std::fs::remove_file(qmp);
     let prepared = GuestCommand::prepare(user, role, qmp)?;
@@ -29,7 +32,7 @@ pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)
         Error::refused(format!("cannot start {program}: {e}; is QEMU installed and in PATH?"))
     })?;
     let access = if role == Role::Source { Access::Read } else { Access::Write };
-    Qemu::attach(child.id(), qmp, access, Instant::now() + START_MAX)
+    Qemu::attach(child.id(), qmp, access, ownership, Instant::now() + START_MAX)
         .map_err(|e| {
             // It hangs up a moment before it has ended, and why it did so is on its stderr.
             if matches!(e, Error::Guest(_))

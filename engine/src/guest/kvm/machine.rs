@@ -264,6 +264,7 @@ impl Machine {
             blocks: blocks
                 .map(|slot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 })
                 .collect(),
+            images: Vec::new(),
             platform: profile.and_then(|profile| postcard::to_stdvec(profile).ok()).unwrap_or_default(),
         }
     }

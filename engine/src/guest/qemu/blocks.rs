@@ -11,8 +11,10 @@
 //! exactly those out of its own stream (capability `x-ignore-shared`). Until 8.0 shared was enough;
 //! since 8.1 (its flag `RAM_NAMED_FILE`) shared memory without a name, such as that of
 //! `memory-backend-memfd`, travels in QEMU's stream, in the blackout, and so is refused here.
-//! Everything small that is private (firmware, video memory) travels in that stream too.
+//! Everything small that is private (firmware, video memory) travels in that stream too. A shared file that QEMU
+//! maps read-only is left where it is ([`super::image`]).
 
+use super::image::Image;
 use super::qmp::{Qmp, Version};
 use crate::error::{Error, Result};
 use crate::memory::SlotSource;
@@ -34,6 +36,8 @@ pub struct GuestBlocks {
     pub shared: Vec<SlotSource>,
     /// Moved by QEMU in its own stream.
     pub unshared: Vec<UnsharedBlock>,
+    /// Not moved: nobody writes them. In the order of their names.
+    pub images: Vec<Image>,
 }
 
 /// A block that QEMU sends itself, with the device state.
@@ -71,18 +75,17 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
         _ => Error::os(format!("reading {maps_path}"), e),
     })?;
     let maps: Vec<Mapping> = maps.lines().filter_map(Mapping::parse).collect();
-    let mut found = GuestBlocks { shared: Vec::new(), unshared: Vec::new() };
+    let mut found = GuestBlocks { shared: Vec::new(), unshared: Vec::new(), images: Vec::new() };
     for block in blocks {
         if block.name.is_empty() {
             continue; // a backend that no device uses
         }
         let backend = backends.get(block.backend_id()).map(String::as_str);
         let file = shared_file(&maps, &block);
+        let mapped = || file.as_ref().ok_or_else(|| Error::Guest(format!("{} is not mapped", block.name)));
         match judge(version, &block, backend, file.is_some())? {
-            Way::Engine => {
-                let file = file.ok_or_else(|| Error::Guest(format!("{} is not mapped", block.name)))?;
-                found.shared.push(open(pid, &block, &file, access)?);
-            }
+            Way::Engine => found.shared.push(open(pid, &block, mapped()?, access)?),
+            Way::Stays => found.images.push(Image::open(pid, &block.name, block.used_bytes, mapped()?)?),
             Way::QemuStream => {
                 found.unshared.push(UnsharedBlock { name: block.name, bytes: block.used_bytes });
             }
@@ -94,6 +97,7 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
         ));
     }
     found.shared.sort_by(|a, b| a.name.cmp(&b.name));
+    found.images.sort_by(|a, b| a.name().cmp(b.name()));
     Ok(found)
 }
 
@@ -101,6 +105,8 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
 #[derive(Debug, PartialEq, Eq)]
 enum Way {
     Engine,
+    /// It is on both hosts, and nobody writes it.
+    Stays,
     QemuStream,
 }
 
@@ -120,6 +126,12 @@ fn judge(version: Version, block: &RamBlock, backend: Option<&str>, shared: bool
     );
     match (backend, shared) {
         (None, _) => Ok(Way::QemuStream),
+        (Some("memory-backend-file"), true) if block.read_only => Ok(Way::Stays),
+        (Some("memory-backend-file"), false) if block.read_only => Err(Error::refused(format!(
+            "memory block {id} ({} MiB) is a file that nobody can write, mapped in private: QEMU {version} would send all of \
+             it and could not write it at the destination: start QEMU under `pageferry run`, or add share=on to its -object",
+            block.used_bytes >> 20
+        ))),
         (Some("memory-backend-file"), true) => Ok(Way::Engine),
         (Some(_), true) if !needs_name => Ok(Way::Engine),
         (Some(kind), true) => Err(Error::refused(format!(
@@ -262,6 +274,8 @@ struct RamBlock {
     page_bytes: u64,
     used_bytes: u64,
     address: u64,
+    /// Whether the guest cannot write it.
+    read_only: bool,
 }
 
 impl RamBlock {
@@ -280,7 +294,7 @@ fn parse_ramblocks(text: &str) -> Result<Vec<RamBlock>> {
     let columns: Vec<&str> =
         header.trim().strip_prefix("Block Name").ok_or_else(|| odd(header))?.split_whitespace().collect();
     let column = |name: &str| columns.iter().position(|c| *c == name).ok_or_else(|| odd(header));
-    let (page, used, address) = (column("PSize")?, column("Used")?, column("HVA")?);
+    let (page, used, address, access) = (column("PSize")?, column("Used")?, column("HVA")?, column("RO")?);
     if page != 0 {
         return Err(odd(header));
     }
@@ -308,6 +322,7 @@ fn parse_ramblocks(text: &str) -> Result<Vec<RamBlock>> {
                 .ok_or_else(|| odd(line))?,
             used_bytes: hex(used).ok_or_else(|| odd(line))?,
             address: hex(address).ok_or_else(|| odd(line))?,
+            read_only: words.get(rest + 1 + access) == Some(&"ro"),
         });
     }
     Ok(blocks)
@@ -427,10 +442,12 @@ mod tests {
                 name: "pageferry.ram".into(),
                 page_bytes: 4096,
                 used_bytes: 256 << 20,
-                address: 0x7f0d_b7ff_f000
+                address: 0x7f0d_b7ff_f000,
+                read_only: false,
             }
         );
         assert_eq!(blocks[3].page_bytes, 2 << 20);
+        assert_eq!(blocks.iter().map(|b| b.read_only).collect::<Vec<_>>(), [false, false, true, false]);
     }
 
     #[test]
@@ -452,7 +469,13 @@ mod tests {
 
     #[test]
     fn only_one_unbroken_shared_mapping_of_one_file_will_do() {
-        let block = RamBlock { name: "r".into(), page_bytes: 4096, used_bytes: 0x3000, address: 0x10_1000 };
+        let block = RamBlock {
+            name: "r".into(),
+            page_bytes: 4096,
+            used_bytes: 0x3000,
+            address: 0x10_1000,
+            read_only: false,
+        };
         let find = |lines: &[&str]| {
             let maps: Vec<_> = lines.iter().map(|l| Mapping::parse(l).unwrap()).collect();
             shared_file(&maps, &block).map(|m| m.offset)
@@ -473,7 +496,13 @@ mod tests {
 
     #[test]
     fn what_cannot_move_is_refused_with_the_mend() {
-        let block = RamBlock { name: "ram0".into(), page_bytes: 4096, used_bytes: 1 << 30, address: 0 };
+        let block = RamBlock {
+            name: "ram0".into(),
+            page_bytes: 4096,
+            used_bytes: 1 << 30,
+            address: 0,
+            read_only: false,
+        };
         assert_eq!(judge(V10, &block, Some("memory-backend-file"), true).unwrap(), Way::Engine);
         assert_eq!(judge(V10, &block, None, false).unwrap(), Way::QemuStream);
         for (kind, shared) in
@@ -482,6 +511,10 @@ mod tests {
             let text = judge(V10, &block, Some(kind), shared).unwrap_err().to_string();
             assert!(text.contains("mem-path=/dev/shm/NAME,share=on"), "{text}");
         }
+        let image = RamBlock { read_only: true, ..block.clone() };
+        assert_eq!(judge(V10, &image, Some("memory-backend-file"), true).unwrap(), Way::Stays);
+        let text = judge(V10, &image, Some("memory-backend-file"), false).unwrap_err().to_string();
+        assert!(text.contains("nobody can write") && text.contains("share=on"), "{text}");
         let v8 = Version { major: 8, minor: 0, micro: 5 };
         assert_eq!(judge(v8, &block, Some("memory-backend-memfd"), true).unwrap(), Way::Engine);
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!   memory    a memfd that QEMU inherits, given to it as a named file:
 //!             -object memory-backend-file,...,mem-path=/proc/self/fd/N,share=on
-//!             in place of the machine's private memory, or of the user's own ram and memfd backends
+//!             in place of the machine's private memory, or of the user's own ram and memfd backends;
+//!             a file that nobody can write (an image as NVDIMM) becomes a shared mapping of itself
 //!   monitor   a listening socket that QEMU inherits: -chardev socket,fd=N -mon mode=control
 //!             (it takes connections before QEMU even runs, so nobody has to wait for it to appear)
 //!   -S -incoming defer                                                   for a destination only
@@ -12,6 +13,7 @@
 //! Why a file and not a memfd backend: see [`super::blocks`]. What cannot work is refused here, with
 //! the mend, before anything is started. [`rewrite`] is pure but for the files that it asks for.
 
+use super::readconfig;
 use crate::error::{Error, Result};
 use crate::page::PAGE_BYTES;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -20,7 +22,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Which end of a migration the QEMU is started for.
@@ -210,6 +212,12 @@ pub fn rewrite(
                 value.clone()
             }
             "object" => rewrite_object(text(word, value)?, memory)?.into(),
+            "readconfig" => {
+                let found = memory_of_config(Path::new(value))?;
+                own_memory |= found.own_memory;
+                memory_bytes = found.memory_bytes.unwrap_or(memory_bytes);
+                value.clone()
+            }
             _ => value.clone(),
         };
         out.extend([word.clone(), value]);
@@ -234,6 +242,119 @@ pub fn rewrite(
         out.extend(["-incoming".into(), "defer".into()]);
     }
     Ok(out)
+}
+
+/// What a file of `-readconfig` says of memory.
+#[derive(Debug, Default)]
+struct ConfiguredMemory {
+    /// Whether it names a backend for the machine's memory.
+    own_memory: bool,
+    /// The size that it gives.
+    memory_bytes: Option<u64>,
+}
+
+/// Reads a file of `-readconfig` as the same options on the command line.
+fn memory_of_config(path: &Path) -> Result<ConfiguredMemory> {
+    let mut found = ConfiguredMemory::default();
+    for group in readconfig::read(path)? {
+        match group.name.as_str() {
+            "memory" => {
+                if let Some(size) = group.get("size") {
+                    found.memory_bytes = memory_option_bytes(&format!("size={size}"))?;
+                }
+            }
+            "machine" => {
+                found.own_memory |= group.get("memory-backend").is_some();
+                if let Some(size) = group.get("memory.size") {
+                    found.memory_bytes = Some(parse_size(size, 1)?);
+                }
+            }
+            "numa" => found.own_memory |= group.get("memdev").is_some(),
+            "object" => {
+                let place = format!("-readconfig {}, {}", path.display(), group.heading());
+                let refuse = || {
+                    Error::refused(format!(
+                        "{place}: this memory would have to be changed, and pageferry changes no file of yours: write it on \
+                         the command line with -object, or make it a memory-backend-file with share = \"on\""
+                    ))
+                };
+                let mut properties = properties_of(&group);
+                if !matches!(
+                    rewrite_properties(&mut properties, "on".into(), &mut |_| Err(refuse())),
+                    Ok(false)
+                ) {
+                    return Err(refuse());
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+fn properties_of(group: &readconfig::Group) -> Map<String, Value> {
+    let mut properties: Map<String, Value> =
+        group.pairs.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
+    if let Some(id) = &group.id {
+        properties.insert("id".into(), id.clone().into());
+    }
+    properties
+}
+
+/// The files that a user's command names for memory that QEMU will write: those of shared, writable
+/// `memory-backend-file`s.
+pub fn memory_paths(words: &[OsString]) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    let mut rest = words.iter().skip(1);
+    while let Some(word) = rest.next() {
+        let Some(name) = option_name(word).filter(|name| !WITHOUT_VALUE.contains(name)) else { continue };
+        let Some(value) = rest.next() else { break };
+        match name {
+            "object" => paths.extend(memory_path(&properties(text(word, value)?)?)),
+            "readconfig" => {
+                let groups = readconfig::read(Path::new(value))?;
+                let objects = groups.iter().filter(|group| group.name == "object");
+                paths.extend(objects.filter_map(|group| memory_path(&properties_of(group))));
+            }
+            _ => {}
+        }
+    }
+    Ok(paths)
+}
+
+/// The file of a shared, writable `memory-backend-file`.
+fn memory_path(properties: &Map<String, Value>) -> Option<PathBuf> {
+    let path = string(properties, "mem-path")?;
+    let file = string(properties, "qom-type").is_some_and(|kind| kind == "memory-backend-file");
+    (file && on(properties, "share") && !on(properties, "readonly")).then(|| path.into())
+}
+
+/// The properties of `-object`, in either of its two ways of writing. Of a repeated key the last value counts.
+fn properties(value: &str) -> Result<Map<String, Value>> {
+    if value.trim_start().starts_with('{') {
+        return match serde_json::from_str(value) {
+            Ok(Value::Object(properties)) => Ok(properties),
+            _ => Err(Error::refused(format!("-object {value}: not a JSON object"))),
+        };
+    }
+    Ok(pairs(value, "qom-type").into_iter().map(|(key, value)| (key, value.into())).collect())
+}
+
+/// A property as the text that QEMU would take for it.
+fn string(properties: &Map<String, Value>, key: &str) -> Option<String> {
+    match properties.get(key) {
+        Some(Value::String(text)) => Some(text.clone()),
+        Some(other) => Some(other.to_string()),
+        None => None,
+    }
+}
+
+fn on(properties: &Map<String, Value>, key: &str) -> bool {
+    string(properties, key).is_some_and(|v| ["on", "yes", "true", "y"].contains(&v.as_str()))
+}
+
+fn off(properties: &Map<String, Value>, key: &str) -> bool {
+    string(properties, key).is_some_and(|v| ["off", "no", "false", "n"].contains(&v.as_str()))
 }
 
 /// The name of an option without its dashes, or none for a word that is not an option (a disk image).
@@ -299,24 +420,18 @@ fn memory_option_bytes(value: &str) -> Result<Option<u64>> {
 /// Turns the user's backend of nameless or private memory into a file that we make. Any other object
 /// is handed back as it is.
 fn rewrite_object(value: &str, memory: &mut dyn FnMut(&MemoryFile) -> Result<i32>) -> Result<String> {
+    let mut properties = properties(value)?;
     if value.trim_start().starts_with('{') {
-        let Ok(Value::Object(mut properties)) = serde_json::from_str::<Value>(value) else {
-            return Err(Error::refused(format!("-object {value}: not a JSON object")));
+        return match rewrite_properties(&mut properties, true.into(), memory)? {
+            true => Ok(Value::Object(properties).to_string()),
+            false => Ok(value.to_owned()),
         };
-        if rewrite_properties(&mut properties, true.into(), memory)? {
-            return Ok(Value::Object(properties).to_string());
-        }
-        return Ok(value.to_owned());
-    }
-    let pairs = pairs(value, "qom-type");
-    // Repeated keys make lists (host-nodes=0,host-nodes=1), so they are kept as pairs.
-    let mut properties: Map<String, Value> = Map::new();
-    for (key, value) in &pairs {
-        properties.insert(key.clone(), value.clone().into());
     }
     if !rewrite_properties(&mut properties, "on".into(), memory)? {
         return Ok(value.to_owned());
     }
+    // Repeated keys make lists (host-nodes=0,host-nodes=1), so they are kept as pairs.
+    let pairs = pairs(value, "qom-type");
     let mut words = Vec::new();
     for (key, _) in &pairs {
         let Some(changed) = properties.get(key).and_then(Value::as_str) else { continue };
@@ -349,18 +464,16 @@ fn rewrite_properties(
     yes: Value,
     memory: &mut dyn FnMut(&MemoryFile) -> Result<i32>,
 ) -> Result<bool> {
-    let string = |properties: &Map<String, Value>, key: &str| match properties.get(key) {
-        Some(Value::String(text)) => Some(text.clone()),
-        Some(other) => Some(other.to_string()),
-        None => None,
-    };
-    let on = |properties: &Map<String, Value>, key: &str| {
-        string(properties, key).is_some_and(|v| ["on", "yes", "true", "y"].contains(&v.as_str()))
-    };
     let kind = string(properties, "qom-type").unwrap_or_default();
     let id = string(properties, "id").unwrap_or_default();
     match kind.as_str() {
         "memory-backend-file" if on(properties, "share") => return Ok(false),
+        // Nobody can write it, so sharing it changes nothing but what QEMU takes it for: as private memory it would send
+        // all of it, and fail to write it at the destination. With rom=off the guest writes, into private memory.
+        "memory-backend-file" if on(properties, "readonly") && !off(properties, "rom") => {
+            properties.insert("share".into(), yes);
+            return Ok(true);
+        }
         "memory-backend-file" => {
             return Err(Error::refused(format!(
                 "-object memory-backend-file,id={id}: its memory is private to QEMU, and its file's content would \
@@ -602,6 +715,58 @@ mod tests {
         }
         let own = "qemu -m 64M -object memory-backend-file,id=x,size=64M,mem-path=/dev/shm/x,share=on -M q35,memory-backend=x";
         assert_eq!(source(own).unwrap(), (own.to_owned(), vec![]));
+    }
+
+    #[test]
+    fn memory_in_a_file_of_readconfig_is_read_as_that_of_the_command_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config");
+        let rewritten = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            source(&format!("qemu -readconfig {}", path.display()))
+        };
+        let (_, files) = rewritten("[memory]\n  size = \"256\"\n").unwrap();
+        assert_eq!(files.iter().map(|f| f.bytes).collect::<Vec<_>>(), [256 << 20]);
+        let shared = "[object \"m\"]\n qom-type = \"memory-backend-file\"\n share = \"on\"\n mem-path = \"/dev/shm/m\"\n";
+        let (out, files) = rewritten(&format!("{shared}[machine]\n memory-backend = \"m\"\n")).unwrap();
+        assert!(files.is_empty() && !out.contains("pageferry.ram"), "{out}");
+        let words = ["qemu", "-readconfig", path.to_str().unwrap()].map(OsString::from);
+        assert_eq!(memory_paths(&words).unwrap(), [Path::new("/dev/shm/m")]);
+        for kind in ["ram", "memfd", "file"] {
+            let text = format!("[object \"m\"]\n qom-type = \"memory-backend-{kind}\"\n size = \"64M\"\n");
+            let refusal = rewritten(&text).unwrap_err().to_string();
+            assert!(refusal.contains("[object \"m\"]") && refusal.contains("share = "), "{refusal}");
+        }
+        let iothread = "[object \"t\"]\n qom-type = \"iothread\"\n";
+        assert_eq!(rewritten(iothread).unwrap().1.len(), 1);
+    }
+
+    #[test]
+    fn a_file_that_nobody_writes_is_shared_and_one_that_is_written_in_private_is_refused() {
+        let image = "memory-backend-file,id=i,size=1G,mem-path=/img,readonly=on";
+        let (out, files) = source(&format!("qemu -m 64M -object {image}")).unwrap();
+        assert!(
+            out.contains(&format!("-object {image},share=on -object memory-backend-file,id=pageferry.ram")),
+            "{out}"
+        );
+        assert_eq!(files.len(), 1);
+        let (out, _) = source(&format!("qemu -m 64M -object {image},share=off,rom=auto")).unwrap();
+        assert!(out.contains(&format!("{image},share=on,rom=auto")), "{out}");
+        assert!(refusal(&format!("qemu -object {image},rom=off"), Role::Source).contains("add share=on"));
+        let json = r#"qemu -object {"qom-type":"memory-backend-file","id":"i","readonly":true,"size":1048576,"mem-path":"/img"}"#;
+        assert!(source(json).unwrap().0.contains(r#""share":true"#));
+    }
+
+    #[test]
+    fn the_files_of_memory_that_will_be_written_are_named() {
+        let file = "memory-backend-file,size=64M,mem-path";
+        let line = format!(
+            "qemu -name -object -object {file}=/a,,b,id=m,share=on -object {file}=/image,id=i,share=on,readonly=on \
+             -object {file}=/private,id=p -object memory-backend-ram,id=r,size=1M -object \
+             {{\"qom-type\":\"memory-backend-file\",\"id\":\"j\",\"mem-path\":\"/json\",\"share\":true}} -nodefaults"
+        );
+        let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        assert_eq!(memory_paths(&words).unwrap(), [Path::new("/a,b"), Path::new("/json")]);
     }
 
     #[test]

@@ -30,7 +30,12 @@ pub struct QemuDestination {
 
 impl QemuDestination {
     /// Makes a destination of a QEMU that was started with `-S -incoming defer`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if other processes map its memory. Nothing was written then.
     pub fn new(mut qemu: Qemu) -> Result<Self> {
+        qemu.refuse_shared_use()?;
+        qemu.describe_images()?;
         // Late activation: no lock on a disk image before the guest is ours.
         let settings = Settings::read(&mut qemu.qmp)?;
         settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
@@ -62,6 +67,13 @@ impl QemuDestination {
 impl DestinationGuest for QemuDestination {
     fn describe(&self) -> GuestDescription {
         self.qemu.description().clone()
+    }
+
+    fn admit(&self, _theirs: &GuestDescription) -> Result<()> {
+        // Equal when they were described; ours may have been changed while this waited.
+        self.qemu
+            .check_images()
+            .map_err(|e| Error::Refused(format!("{}; start the receiver again", e.chain())))
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {

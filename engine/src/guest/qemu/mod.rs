@@ -3,16 +3,19 @@
 //! Nothing is loaded into QEMU and nothing in it changes. Its memory is a file that both processes map
 //! ([`blocks`]); its writes are followed through a userfaultfd that one injected system call makes
 //! ([`inject`]); its device state is QEMU's own migration stream, held back until the guest is stopped
-//! ([`stream`]); everything else is said over QMP ([`qmp`]). If the supervisor dies in the blackout, a
+//! ([`stream`]); a lock says whose a memory file is ([`ownership`]); everything else is said over QMP ([`qmp`]). If the supervisor dies in the blackout, a
 //! [`guardian`] puts the guest right.
 
 pub mod blocks;
 pub mod command;
 pub mod destination;
 pub mod guardian;
+pub mod image;
 pub mod inject;
+pub mod ownership;
 pub mod process;
 pub mod qmp;
+pub mod readconfig;
 pub mod source;
 pub mod stream;
 #[cfg(test)]

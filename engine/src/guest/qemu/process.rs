@@ -1,11 +1,14 @@
 //! A running QEMU as the supervisor holds it: its process, its monitor, its memory.
 
 use super::blocks::{self, GuestBlocks};
+use super::image::Image;
+use super::ownership::{self, Ownership};
 use super::qmp::Qmp;
 use super::stream::QMP_MAX;
 use crate::error::{Error, Result};
 use crate::guest::{BlockDescription, GuestDescription, Liveness};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MemorySlot};
+use crate::page::PAGE_BYTES;
 use pageferry_transport::Access;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
@@ -30,11 +33,20 @@ pub struct Qemu {
     memory: Arc<GuestMemory>,
     description: GuestDescription,
     private_bytes: u64,
+    images: Vec<Image>,
+    ownership: Ownership,
 }
 
 impl Qemu {
-    /// Takes up the QEMU with this pid and QMP socket. Nothing about it changes.
-    pub fn attach(pid: u32, qmp_path: &Path, access: Access, deadline: Instant) -> Result<Self> {
+    /// Takes up the QEMU with this pid and QMP socket, and the files of its memory, some of which may be owned already.
+    /// Nothing about it changes.
+    pub fn attach(
+        pid: u32,
+        qmp_path: &Path,
+        access: Access,
+        mut ownership: Ownership,
+        deadline: Instant,
+    ) -> Result<Self> {
         let raw = i32::try_from(pid)
             .ok()
             .and_then(Pid::from_raw)
@@ -46,28 +58,30 @@ impl Qemu {
             e => Error::os(format!("opening process {pid}"), e),
         })?;
         let mut qmp = Qmp::connect(qmp_path, deadline)?;
-        let GuestBlocks { shared, unshared } = blocks::find(&mut qmp, pid, access, deadline)?;
+        let GuestBlocks { shared, unshared, images } = blocks::find(&mut qmp, pid, access, deadline)?;
         let private_bytes = unshared.iter().map(|block| block.bytes).sum();
-        let blocks =
-            shared.iter().map(|b| BlockDescription { name: b.name.clone(), bytes: b.bytes }).collect();
         let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }), deadline)?;
         let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
+        let memory = GuestMemory::map(shared, access)?;
+        ownership.cover(&memory)?;
         let description = GuestDescription {
             monitor: "qemu".into(),
             machine: machine.as_str().unwrap_or("unknown").trim_end_matches("-machine").to_owned(),
             vcpus: u32::try_from(cpus.as_array().map_or(0, Vec::len)).unwrap_or(u32::MAX),
-            blocks,
+            blocks: described(&memory),
+            images: Vec::new(),
             platform: Vec::new(),
         };
-        let memory = Arc::new(GuestMemory::map(shared, access)?);
         Ok(Self {
             qmp,
             qmp_path: qmp_path.into(),
             pid,
             pidfd: Arc::new(pidfd),
-            memory,
+            memory: Arc::new(memory),
             description,
             private_bytes,
+            images,
+            ownership,
         })
     }
 
@@ -87,6 +101,52 @@ impl Qemu {
     #[must_use]
     pub fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
+    }
+
+    /// Whether what QEMU maps now is what this maps: the same files at the same addresses, and not the same names alone.
+    pub fn memory_is_current(&mut self) -> Result<bool> {
+        let now = blocks::find(&mut self.qmp, self.pid, Access::Read, Instant::now() + QMP_MAX)?;
+        Ok(self.memory.maps(&now.shared)? && same_images(&self.images, &now.images))
+    }
+
+    /// Maps, to read, what QEMU maps now, if that has changed: memory was plugged in or out, or replaced. Says whether.
+    pub fn follow_memory(&mut self) -> Result<bool> {
+        let now = blocks::find(&mut self.qmp, self.pid, Access::Read, Instant::now() + QMP_MAX)?;
+        if self.memory.maps(&now.shared)? && same_images(&self.images, &now.images) {
+            return Ok(false);
+        }
+        let memory = GuestMemory::map(now.shared, Access::Read)?;
+        self.ownership.cover(&memory)?;
+        self.description.blocks = described(&memory);
+        self.private_bytes = now.unshared.iter().map(|block| block.bytes).sum();
+        (self.memory, self.images) = (Arc::new(memory), now.images);
+        Ok(true)
+    }
+
+    /// Reads the blocks that nobody writes, so that the description has what they hold.
+    pub fn describe_images(&mut self) -> Result<()> {
+        self.description.images = self.images.iter_mut().map(Image::describe).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// Fails if the file of a block that nobody writes was changed since it was described.
+    pub fn check_images(&self) -> Result<()> {
+        self.images.iter().try_for_each(Image::check)
+    }
+
+    /// Whether QEMU has reserved the huge pages of its memory, as it does unless `reserve=off` is said (since 6.1).
+    pub fn has_huge_pages_set_aside(&mut self) -> bool {
+        let huge = self.memory.slots().iter().filter(|slot| slot.backing_page_bytes != PAGE_BYTES);
+        let ids: Vec<&str> = huge.filter_map(|slot| slot.name.rsplit('/').next()).collect();
+        ids.into_iter().all(|id| {
+            let backend = json!({ "path": format!("/objects/{id}"), "property": "reserve" });
+            !matches!(self.qmp.execute("qom-get", backend, Instant::now() + QMP_MAX), Ok(Value::Bool(false)))
+        })
+    }
+
+    /// Fails, with their names, if other processes map this memory, which is about to be written.
+    pub fn refuse_shared_use(&self) -> Result<()> {
+        ownership::alone(&self.memory, self.pid)
     }
 
     /// What the other side must match.
@@ -143,6 +203,16 @@ impl Qemu {
     pub fn kill(&self) -> Result<()> {
         kill(&self.pidfd, self.pid)
     }
+}
+
+fn same_images(ours: &[Image], now: &[Image]) -> bool {
+    ours.len() == now.len() && ours.iter().zip(now).all(|(a, b)| a.is_same(b))
+}
+
+fn described(memory: &GuestMemory) -> Vec<BlockDescription> {
+    let describe =
+        |slot: &MemorySlot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 };
+    memory.slots().iter().map(describe).collect()
 }
 
 /// Ends a process by force and waits for it.

@@ -8,10 +8,9 @@ use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
 use crate::error::{Error, Result};
-use crate::guest::{BlockDescription, GuestDescription, Liveness, SourceGuest};
-use crate::memory::{GuestMemory, SlotSource};
+use crate::guest::{GuestDescription, Liveness, SourceGuest};
+use crate::memory::GuestMemory;
 use crate::policy::FixedCosts;
-use pageferry_transport::Access;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -179,21 +178,6 @@ impl QemuSource {
             writers.join(", ")
         )))
     }
-
-    fn refuse_changed_memory(&mut self, deadline: Instant) -> Result<()> {
-        let pid = self.qemu.pid();
-        let now = blocks::find(&mut self.qemu.qmp, pid, Access::Read, deadline)?;
-        let known = &self.qemu.description().blocks;
-        let same = |(now, known): (&SlotSource, &BlockDescription)| {
-            now.name == known.name && now.bytes == known.bytes
-        };
-        if now.shared.len() == known.len() && now.shared.iter().zip(known).all(same) {
-            return Ok(());
-        }
-        Err(Error::refused(
-            "the guest's memory was changed since it was taken up (hot-plug): end this supervisor and `pageferry attach` again",
-        ))
-    }
 }
 
 impl SourceGuest for QemuSource {
@@ -205,7 +189,10 @@ impl SourceGuest for QemuSource {
         self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
         self.refuse_what_escapes_tracking(deadline)?;
-        self.refuse_changed_memory(deadline)?;
+        if self.qemu.follow_memory()? {
+            tracing::info!("the guest's memory has changed since it was taken up, and is mapped anew");
+        }
+        self.qemu.describe_images()?;
         let status = self.qemu.status()?;
         let movable = matches!(status.as_str(), "running" | "paused" | "suspended" | "prelaunch")
             || (status == "postmigrate" && self.postmigrate_is_ours);
@@ -292,7 +279,19 @@ impl SourceGuest for QemuSource {
         // What was plugged in during the rounds. From here on QEMU plugs nothing.
         let deadline = Instant::now() + QMP_MAX;
         self.refuse_what_escapes_tracking(deadline)?;
-        self.refuse_changed_memory(deadline)
+        self.check_memory()
+    }
+
+    fn check_memory(&mut self) -> Result<()> {
+        self.qemu.check_images()?;
+        if self.qemu.memory_is_current()? {
+            return Ok(());
+        }
+        Err(Error::Guest(
+            "the guest's memory was changed while it was being moved (plugged in, out, or replaced), so what was sent is \
+             not what it has; move it again"
+                .into(),
+        ))
     }
 
     fn pause(&mut self) -> Result<()> {
