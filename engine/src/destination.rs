@@ -13,6 +13,7 @@ use crate::protocol::{
     Abort, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
     Running, Welcome,
 };
+use crate::room;
 use crate::session::{SETUP_MAX, new_token};
 use crate::staging;
 use pageferry_transport::preamble::Token;
@@ -220,7 +221,7 @@ impl Reception {
         }
     }
 
-    /// Welcome, and then the lanes that the Offer names.
+    /// Welcome, and then the lanes that the Offer names. Fails also where there is no room for what it offers.
     fn open(
         &self,
         control: &mut Control,
@@ -239,6 +240,9 @@ impl Reception {
         let target = listening.take(&self.choice, offer.lanes, || {
             lanes.wait(&self.doorway, |other| self.turn_away(other), deadline)
         })?;
+        let touched = offer.runs(guest.memory().pages())?;
+        room::check(guest.memory(), &touched, guest.has_huge_pages_set_aside())?;
+        hold::point("room");
         Ok((offer, target))
     }
 
@@ -495,10 +499,6 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
         };
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);
     }
-    guest.admit(theirs)
-}
-
-/// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.
     if theirs.images != ours.images {
         let show = |images: &[crate::guest::ImageDescription]| match images {
             [] => "none".to_owned(),
@@ -513,6 +513,10 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
         let mend = "they are not moved, so both hosts must have the same files: copy the source's";
         return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), mend);
     }
+    guest.admit(theirs)
+}
+
+/// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.
 fn take_in(
     prepare: &Prepare,
     offer: &Offer,

@@ -2,7 +2,7 @@
 //! staged pages. Exposes it, and takes it down.
 
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::GuestMemory;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::protocol::{Accept, Hello};
@@ -44,11 +44,10 @@ impl Fittings {
         }
     }
 
-    /// Exposes every slot, the state and the staging region, if there is room for what the guest has touched. The memory
-    /// reads as zeros: whoever made the destination saw to that ([`GuestMemory::make_zero`]).
+    /// Exposes every slot, the state and the staging region. The memory reads as zeros: whoever made the destination saw
+    /// to that ([`GuestMemory::make_zero`]).
     pub(crate) fn expose(&mut self, memory: &GuestMemory, touched: &[PageRun]) -> Result<Accept> {
         let Self { target, state, staging } = self;
-        check_room(memory, touched.iter().map(PageRun::bytes).sum())?;
         let mut slots = Vec::with_capacity(memory.slots().len());
         // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
         let exposed_state = target.expose(state)?.into();
@@ -64,33 +63,4 @@ impl Fittings {
         }
         Ok(Accept { slots, state: exposed_state, staging: exposed_staging })
     }
-}
-
-/// Fails if the host has less memory free than the guest will take. Huge pages were set aside when
-/// QEMU started, or it would not have.
-fn check_room(memory: &GuestMemory, touched_bytes: u64) -> Result<()> {
-    if memory.slots().iter().any(|slot| slot.backing_page_bytes != PAGE_BYTES) {
-        return Ok(());
-    }
-    let Some(available) = mem_available() else { return Ok(()) };
-    if touched_bytes <= available {
-        return Ok(());
-    }
-    // What it holds already takes nothing more; looked at only here, as it takes 13 ms a GiB.
-    let held: u64 = memory.touched()?.iter().map(PageRun::bytes).sum();
-    if touched_bytes.saturating_sub(held) > available {
-        return Err(Error::Refused(format!(
-            "no room for the guest: it has touched {} MiB of its memory and this host has {} MiB available",
-            touched_bytes >> 20,
-            (available + held) >> 20
-        )));
-    }
-    Ok(())
-}
-
-/// MemAvailable of /proc/meminfo, in bytes.
-fn mem_available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }

@@ -57,6 +57,7 @@ mod proc_maps;
 pub mod progress;
 pub mod protocol;
 pub mod report;
+mod room;
 pub mod session;
 pub mod source;
 pub mod staging;

@@ -114,7 +114,9 @@ impl Shared {
             if let Err(e) = region.populate(offset as usize, piece.bytes() as usize) {
                 tracing::debug!(error = %e, "prefault");
                 *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(Error::Guest(format!(
-                    "no memory for the guest on this host: {}",
+                    "no memory for the guest on this host: its block {} cannot be populated (is the file system behind it, a \
+                     pool of huge pages, or a memory cgroup full?): {}",
+                    self.memory.slots()[slot].name,
                     Error::from(e).chain()
                 )));
                 return;

@@ -25,6 +25,8 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// For a destination whose lanes have ended to say why: it ends its copy of the guest first.
+const REASON_MAX: Duration = Duration::from_secs(5);
 /// For the destination to expose its memory.
 const ACCEPT_MAX: Duration = Duration::from_secs(60);
 /// For the destination to let the vCPUs run, and for one answer when asked again.
@@ -208,9 +210,9 @@ fn run(
     let to = &Address::resolve(&options.to)?;
     session::check_exposure(to, options.insecure)?;
     guest.preflight()?;
+    report.memory_bytes = guest.memory().bytes();
     crate::warm::map_own_code();
     let discards = guest.may_discard()?;
-    report.memory_bytes = guest.memory().bytes();
     let wish = match broken {
         None => Wish::new(&options.link, to, discards)?,
         Some(why) => Wish::new(&options.link, to, discards)?.by_tcp(&format!("RDMA broke: {why}")),
@@ -232,6 +234,7 @@ fn run(
     let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
     let result = ferry.cross(&mut session, to, discards);
     let phase = ferry.phase;
+    let result = result.map_err(|error| with_the_peers_reason(error, phase, &mut session.control, monitor));
     report.control_messages += session.control.messages();
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
@@ -239,6 +242,24 @@ fn run(
         session.control.abort(&error.chain(), error.cause(), clock::now() + session::SETUP_MAX);
     }
     result
+}
+
+/// A destination that fails ends its lanes at once, and says why when its copy is dead: that reason is the one to be told,
+/// not that the lanes were closed. The guest runs here meanwhile.
+fn with_the_peers_reason(
+    error: Error,
+    phase: SourcePhase,
+    control: &mut Control,
+    monitor: &Monitor,
+) -> Error {
+    let ended_there = matches!(&error, Error::Transport(e) if e.is_the_peers_end());
+    if !ended_there || phase.on(SourceEvent::Failed) != SourcePhase::Resumed {
+        return error;
+    }
+    match control.receive_watched("Abort", clock::now() + REASON_MAX, &mut || monitor.check()) {
+        Ok(Message::Abort(abort)) => aborted(abort),
+        _ => error,
+    }
 }
 
 /// Nothing was touched while no session is open: not reaching the peer is a refusal.

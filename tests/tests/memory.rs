@@ -438,7 +438,9 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         // What was in it has ended; the kernel may need a moment to see so.
-        let _ = eventually("the cgroup is empty", SOON, || std::fs::remove_dir(&self.0).ok());
+        if !std::thread::panicking() {
+            eventually("the cgroup is empty", SOON, || std::fs::remove_dir(&self.0).ok());
+        }
     }
 }
 

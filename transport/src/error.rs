@@ -95,4 +95,17 @@ impl Error {
     pub fn os(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Os { what: what.into(), source: source.into() }
     }
+
+    /// Whether it was the peer that ended a lane: it knows why, and may say so elsewhere.
+    #[must_use]
+    pub fn is_the_peers_end(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset};
+        match self {
+            Self::Closed { .. } => true,
+            Self::Lane { source, .. } => {
+                matches!(source.kind(), BrokenPipe | ConnectionAborted | ConnectionReset)
+            }
+            _ => false,
+        }
+    }
 }

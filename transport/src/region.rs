@@ -34,7 +34,9 @@ impl MemoryRegion {
             return Err(Error::Bounds { what: "a memory region of zero bytes".into() });
         }
         let mut options = MmapOptions::new();
-        options.offset(offset).len(len);
+        // Huge pages are set aside by whoever made the memory, or by nobody: all of a guest's memory that touches
+        // little of it may be more than the host has.
+        options.offset(offset).len(len).no_reserve_swap();
         let map = match access {
             Access::Read => options.map_raw_read_only(file.as_raw_fd()),
             Access::Write => options.map_raw(file.as_raw_fd()),

@@ -160,6 +160,11 @@ pub trait DestinationGuest: Send {
     /// A check, usable from anywhere, that whoever will run the guest still lives.
     fn liveness(&self) -> Liveness;
 
+    /// Whether every huge page of its memory was reserved when it was made, so that none can be missing later.
+    fn has_huge_pages_set_aside(&self) -> bool {
+        true
+    }
+
     /// Maps pages of populated memory for the guest before it is here; `None` where that cannot be done.
     fn map_ahead(&self) -> Option<MapAhead> {
         None

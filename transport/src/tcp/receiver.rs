@@ -16,6 +16,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+/// What is said where it fails.
+const RECEIVING: &str = "receiving";
+const NO_PAGE: &str =
+    "placing bytes in memory (is the file system behind it, a pool of huge pages, or a memory cgroup full?)";
+
 /// Everything the thread owns. Buffers that the kernel fills are boxed, so that they stay where
 /// they are.
 pub(super) struct Receiver {
@@ -147,7 +152,7 @@ impl Receiver {
             // Not MSG_WAITALL: it is no faster here, and a slow peer's progress would not show
             // before a whole frame has come.
             let entry = opcode::RecvMsg::new(fd, self.vector.message()).build();
-            let bytes = self.run_one("receiving", entry)?;
+            let bytes = self.run_one(RECEIVING, entry)?;
             self.vector.advance(bytes);
             let placed = bytes.min(payload_bytes);
             payload_bytes -= placed;
@@ -175,6 +180,10 @@ impl Receiver {
                 return match result {
                     Ok(0) => Err(LaneFailure::Closed { lane: self.lane }),
                     Ok(bytes) => Ok(bytes),
+                    // The buffers are mapped, so it is their pages that cannot be had.
+                    Err(e) if operation == RECEIVING && e.raw_os_error() == Some(libc::EFAULT) => {
+                        Err(self.broken(NO_PAGE, &e))
+                    }
                     Err(e) => Err(self.broken(operation, &e)),
                 };
             }

@@ -7,6 +7,7 @@ use super::stream::{self, Incoming, STATE_MAX, Settings};
 use crate::error::{Error, Result};
 use crate::guest::{DestinationGuest, GuestDescription, Liveness};
 use crate::memory::GuestMemory;
+use crate::room;
 use pageferry_transport::MemoryRegion;
 use serde_json::json;
 use std::io::Write;
@@ -26,6 +27,7 @@ pub struct QemuDestination {
     stream: Option<UnixStream>,
     settings: Settings,
     guardian: Option<Guardian>,
+    huge_pages_set_aside: bool,
 }
 
 impl QemuDestination {
@@ -35,6 +37,8 @@ impl QemuDestination {
     /// [`Error::Refused`] if other processes map its memory. Nothing was written then.
     pub fn new(mut qemu: Qemu) -> Result<Self> {
         qemu.refuse_shared_use()?;
+        let huge_pages_set_aside = qemu.has_huge_pages_set_aside();
+        room::check_huge_pages(qemu.memory(), huge_pages_set_aside)?;
         qemu.describe_images()?;
         // Late activation: no lock on a disk image before the guest is ours.
         let settings = Settings::read(&mut qemu.qmp)?;
@@ -44,7 +48,7 @@ impl QemuDestination {
         qemu.memory().make_zero()?;
         let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.qmp_path())?;
         guardian.entrust(&settings)?;
-        Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian) })
+        Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian), huge_pages_set_aside })
     }
 
     /// The source that the guest, which runs here now, can be moved on from.
@@ -82,6 +86,10 @@ impl DestinationGuest for QemuDestination {
 
     fn liveness(&self) -> Liveness {
         self.qemu.liveness()
+    }
+
+    fn has_huge_pages_set_aside(&self) -> bool {
+        self.huge_pages_set_aside
     }
 
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {
