@@ -16,6 +16,7 @@ pub mod ownership;
 pub mod process;
 pub mod qmp;
 pub mod readconfig;
+pub mod settings;
 pub mod source;
 pub mod stream;
 #[cfg(test)]

@@ -16,37 +16,41 @@
 //! takes some 0.3 ms to be read. One that is wanted at an exact moment is typed ahead, all but its last
 //! byte ([`Qmp::type_ahead`]): QEMU runs nothing before the closing brace.
 //!
-//! Every wait blocks in `poll(2)` until bytes or its deadline come. A command is one `sendmsg`. What
-//! QEMU sends is checked: a line has a bounded length, and no answer can panic.
+//! Every wait blocks in `poll(2)` until bytes or its deadline come, and looks at its deadline between two
+//! lines too. A command is one `sendmsg`. What QEMU sends is checked: a line has a bounded length, events
+//! are kept up to a number of bytes, a line that nobody waits for is not parsed, and no answer can panic.
+
+mod events;
+mod lines;
+
+pub use events::{Event, Turns};
 
 use crate::error::{Error, Result};
+use events::{DATA_BYTES_MAX, EventLog};
+use lines::{LINE_BYTES_MAX, LineBuffer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType, connect, recv, sendmsg, socket_with,
 };
+use serde::Deserialize;
 use serde_json::{Value, json};
-use std::collections::VecDeque;
+use std::borrow::Cow;
 use std::fmt;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Longest line that is taken from QEMU, in bytes. Its longest answers (`query-qmp-schema`, a device
-/// tree) are some hundred KiB.
-const LINE_BYTES_MAX: usize = 8 << 20;
-
-/// Events that are kept until somebody waits for them; beyond that the oldest are dropped.
-const EVENTS_MAX: usize = 4096;
-
-/// Bytes asked for in one `recv`.
-const RECV_BYTES: usize = 64 << 10;
+/// For taking what is there already. A QEMU that still sends after this long sends without end.
+const DRAIN_MAX: Duration = Duration::from_millis(200);
+/// How often a wait that is watched looks up.
+const LOOK_UP_EVERY: Duration = Duration::from_millis(20);
 
 /// QEMU's version, from its greeting.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 pub struct Version {
     /// 10 in 10.0.2.
     pub major: u32,
@@ -62,17 +66,6 @@ impl fmt::Display for Version {
     }
 }
 
-/// Something that QEMU said without being asked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// Its name: `STOP`, `MIGRATION`, `SHUTDOWN`.
-    pub name: String,
-    /// Its data; null where it has none.
-    pub data: Value,
-    /// When QEMU says it happened, since the epoch, in microseconds; zero where it did not say.
-    pub at_us: u64,
-}
-
 /// A connection to one QEMU. See the [module](self).
 #[derive(Debug)]
 pub struct Qmp {
@@ -80,7 +73,7 @@ pub struct Qmp {
     path: PathBuf,
     version: Version,
     lines: LineBuffer,
-    events: VecDeque<Event>,
+    events: EventLog,
     next_id: u64,
     /// A command that was typed ahead, and its id.
     typed_ahead: Option<(&'static str, u64)>,
@@ -107,33 +100,56 @@ impl Qmp {
         Self::over(socket, path, deadline)
     }
 
-    /// Greets and negotiates over a connected socket, which is made non-blocking. `path` is for
-    /// messages alone.
-    pub fn over(socket: OwnedFd, path: &Path, deadline: Instant) -> Result<Self> {
-        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| Error::os("making a socket non-blocking", e))?;
-        let mut qmp = Self {
+    /// A dead one, for the place of one that is lent.
+    pub(super) fn stand_in(path: &Path) -> Result<Self> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|e| Error::os("making a unix socket", e))?;
+        Ok(Self { broken: true, ..Self::new(socket, path) })
+    }
+
+    fn new(socket: OwnedFd, path: &Path) -> Self {
+        Self {
             socket,
             path: path.to_owned(),
             version: Version { major: 0, minor: 0, micro: 0 },
             lines: LineBuffer::default(),
-            events: VecDeque::new(),
+            events: EventLog::default(),
             next_id: 1,
             typed_ahead: None,
             broken: false,
-        };
-        let greeting = qmp.read_value(deadline, "the greeting").map_err(|e| match e {
+        }
+    }
+
+    /// Greets and negotiates over a connected socket, which is made non-blocking. `path` is for
+    /// messages alone.
+    pub fn over(socket: OwnedFd, path: &Path, deadline: Instant) -> Result<Self> {
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| Error::os("making a socket non-blocking", e))?;
+        let mut qmp = Self::new(socket, path);
+        let line = qmp.read_line(deadline, "the greeting").map_err(|e| match e {
             Error::Timeout { .. } => busy(path),
             other => other,
         })?;
-        qmp.version = version_in(&greeting).ok_or_else(|| {
+        qmp.version = version_in(&line).ok_or_else(|| {
             Error::refused(format!(
                 "{} is not a QMP socket: it answered {} (is it a monitor in `readline` mode, or another program?)",
                 path.display(),
-                excerpt(&greeting.to_string())
+                excerpt(&String::from_utf8_lossy(&line))
             ))
         })?;
         qmp.execute("qmp_capabilities", Value::Null, deadline)?;
         Ok(qmp)
+    }
+
+    /// Where its socket lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether nothing more can be said over it.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// QEMU's version.
@@ -149,7 +165,19 @@ impl Qmp {
     /// [`Error::Qmp`] if QEMU refuses it, [`Error::Guest`] if QEMU hangs up, [`Error::Timeout`].
     /// After a timeout the connection is still good: the late answer is thrown away.
     pub fn execute(&mut self, command: &str, arguments: Value, deadline: Instant) -> Result<Value> {
-        self.send_and_wait(command, arguments, &[], deadline)
+        self.send_and_wait(command, arguments, &[], deadline, &mut || Ok(()))
+    }
+
+    /// Like [`Qmp::execute`], and asks `watch` all the while whether to go on. QEMU carries the command out all
+    /// the same if it says no.
+    pub fn execute_watched(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        deadline: Instant,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Value> {
+        self.send_and_wait(command, arguments, &[], deadline, watch)
     }
 
     /// Like [`Qmp::execute`], with a file descriptor that QEMU gets a copy of (`getfd`, `add-fd`).
@@ -160,12 +188,15 @@ impl Qmp {
         fd: BorrowedFd<'_>,
         deadline: Instant,
     ) -> Result<Value> {
-        self.send_and_wait(command, arguments, &[fd], deadline)
+        self.send_and_wait(command, arguments, &[fd], deadline, &mut || Ok(()))
     }
 
     /// Hands QEMU a command without arguments but for its last byte, which the next [`Qmp::execute`] of the
     /// same command sends. Any other command takes it back first.
     pub fn type_ahead(&mut self, command: &'static str, deadline: Instant) -> Result<()> {
+        if self.typed_ahead.is_some_and(|(typed, _)| typed == command) {
+            return Ok(());
+        }
         self.take_back(deadline)?;
         let id = self.new_id();
         let line = json!({ "execute": command, "id": id }).to_string();
@@ -180,13 +211,14 @@ impl Qmp {
             return Ok(());
         }
         self.send("taking a command back", b"?\n", &[], deadline)?;
+        let what = "its word that a command was taken back";
         loop {
-            let value = self.read_value(deadline, "its word that a command was taken back")?;
-            if let Some(event) = event_in(&value) {
-                self.keep(event);
-            } else if value.get("id").is_none() && value.get("error").is_some() {
+            if let Said::Answer { id: None, line } = self.hear(deadline, what)?
+                && reason_in(&line).is_some()
+            {
                 return Ok(());
             }
+            not_after(deadline, || self.waiting_for(what))?;
         }
     }
 
@@ -197,31 +229,68 @@ impl Qmp {
 
     /// Returns the first event that `wanted` accepts: one already kept, or one still to come. Other
     /// events stay kept, in their order.
-    pub fn wait_event(&mut self, deadline: Instant, mut wanted: impl FnMut(&Event) -> bool) -> Result<Event> {
-        if let Some(index) = self.events.iter().position(&mut wanted)
-            && let Some(event) = self.events.remove(index)
-        {
-            return Ok(event);
-        }
+    pub fn wait_event(&mut self, deadline: Instant, wanted: impl FnMut(&Event) -> bool) -> Result<Event> {
+        self.wait_event_watched(deadline, wanted, &mut || Ok(()))
+    }
+
+    /// Like [`Self::wait_event`], and asks `watch` all the while whether to go on.
+    pub fn wait_event_watched(
+        &mut self,
+        deadline: Instant,
+        mut wanted: impl FnMut(&Event) -> bool,
+        watch: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Event> {
         loop {
-            let value = self.read_value(deadline, "an event")?;
-            if let Some(event) = event_in(&value) {
-                if wanted(&event) {
-                    return Ok(event);
-                }
-                self.keep(event);
+            // What has arrived is kept, so one look finds old and new ones.
+            if let Some(event) = self.events.take(&mut wanted) {
+                return Ok(event);
+            }
+            watch()?;
+            match self.hear(deadline.min(Instant::now() + LOOK_UP_EVERY), "an event") {
+                Ok(_) | Err(Error::Timeout { .. }) => {}
+                Err(e) => return Err(e),
+            }
+            // The last one heard may be the one.
+            if Instant::now() >= deadline {
+                let last = self.events.take(&mut wanted);
+                return last.ok_or_else(|| self.waiting_for("an event"));
             }
         }
     }
 
     /// Takes every event that is there now, oldest first, without waiting.
     pub fn drain_events(&mut self) -> Result<Vec<Event>> {
-        while let Some(value) = self.read_ready()? {
-            if let Some(event) = event_in(&value) {
-                self.keep(event);
-            }
+        self.look()?;
+        Ok(self.events.take_all())
+    }
+
+    /// Takes in what is there now, without waiting; events stay kept.
+    pub fn look(&mut self) -> Result<()> {
+        let deadline = Instant::now() + DRAIN_MAX;
+        while self.hear_ready()?.is_some() {
+            not_after(deadline, || {
+                Error::Guest(format!("QEMU sends without end on {}", self.path.display()))
+            })?;
         }
-        Ok(self.events.drain(..).collect())
+        Ok(())
+    }
+
+    /// When the vCPUs were stopped, let run or reset last, as far as was heard.
+    #[must_use]
+    pub fn turns(&self) -> Turns {
+        self.events.turns()
+    }
+
+    /// The number of the last event that was heard.
+    #[must_use]
+    pub fn events_heard(&self) -> u64 {
+        self.events.arrived()
+    }
+
+    /// The socket, to wait on.
+    #[must_use]
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     fn send_and_wait(
@@ -230,6 +299,7 @@ impl Qmp {
         arguments: Value,
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
+        watch: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Value> {
         let bare = fds.is_empty() && arguments.as_object().is_none_or(serde_json::Map::is_empty);
         let id = match self.typed_ahead {
@@ -252,26 +322,32 @@ impl Qmp {
             }
         };
         loop {
-            let mut value = self.read_value(deadline, command)?;
-            if let Some(event) = event_in(&value) {
-                self.keep(event);
-            } else if value.get("id").and_then(Value::as_u64) == Some(id) {
-                return match value.get("error") {
-                    None => Ok(value.get_mut("return").map_or(Value::Null, Value::take)),
-                    Some(error) => Err(Error::Qmp {
-                        command: command.into(),
-                        reason: error
-                            .get("desc")
-                            .and_then(Value::as_str)
-                            .map_or_else(|| excerpt(&error.to_string()), str::to_owned),
-                    }),
-                };
-            } else if value.get("id").is_none() && value.get("error").is_some() {
-                return Err(
-                    self.broke(format!("it could not read a command: {}", excerpt(&value.to_string())))
-                );
+            match self.hear(deadline.min(Instant::now() + LOOK_UP_EVERY), command) {
+                Ok(Said::Answer { id: Some(theirs), line }) if theirs == id => {
+                    return self.answer_in(command, &line);
+                }
+                Ok(Said::Answer { id: None, line }) => {
+                    if let Some(reason) = reason_in(&line) {
+                        return Err(self.broke(format!("it could not read a command: {}", excerpt(&reason))));
+                    }
+                }
+                // An event, which is kept; or the late answer to a command that timed out.
+                Ok(_) | Err(Error::Timeout { .. }) => {}
+                Err(e) => return Err(e),
             }
-            // Anything else is the late answer to a command that timed out.
+            watch()?;
+            not_after(deadline, || self.waiting_for(command))?;
+        }
+    }
+
+    /// What the answer to a command says.
+    fn answer_in(&mut self, command: &str, line: &[u8]) -> Result<Value> {
+        match serde_json::from_slice::<Answer>(line) {
+            Ok(Answer { error: Some(error), .. }) => {
+                Err(Error::Qmp { command: command.into(), reason: error.desc })
+            }
+            Ok(Answer { value, .. }) => Ok(value.unwrap_or(Value::Null)),
+            Err(e) => Err(self.broke(format!("its answer to {command} is not understood: {e}"))),
         }
     }
 
@@ -301,36 +377,73 @@ impl Qmp {
         Ok(())
     }
 
-    fn read_value(&mut self, deadline: Instant, what: &str) -> Result<Value> {
+    /// The next thing that QEMU says. An event is kept for whoever waits for it.
+    fn hear(&mut self, deadline: Instant, what: &str) -> Result<Said> {
+        let line = self.read_line(deadline, what)?;
+        self.understand(line)
+    }
+
+    /// The same, if it is here already.
+    fn hear_ready(&mut self) -> Result<Option<Said>> {
+        self.read_ready()?.map(|line| self.understand(line)).transpose()
+    }
+
+    /// What a line is. Only an event is parsed to its end.
+    fn understand(&mut self, line: Vec<u8>) -> Result<Said> {
+        let not_json = |line: &[u8], e| {
+            format!("it sent a line that is no message ({e}): {}", excerpt(&String::from_utf8_lossy(line)))
+        };
+        let head: Head<'_> = match serde_json::from_slice(&line) {
+            Ok(head) => head,
+            Err(e) => {
+                let what = not_json(&line, e);
+                return Err(self.broke(what));
+            }
+        };
+        let id = head.id;
+        let Some(name) = head.event.map(Cow::into_owned) else { return Ok(Said::Answer { id, line }) };
+        let data = match line.len() {
+            0..=DATA_BYTES_MAX => serde_json::from_slice::<Data>(&line).map(|data| data.data),
+            _ => Ok(Value::Null),
+        };
+        match data {
+            Ok(data) => {
+                let event = self.events.arrive(name, data);
+                self.events.keep(event, line.len());
+                Ok(Said::Event)
+            }
+            Err(e) => {
+                let what = not_json(&line, e);
+                Err(self.broke(what))
+            }
+        }
+    }
+
+    fn read_line(&mut self, deadline: Instant, what: &str) -> Result<Vec<u8>> {
         loop {
-            if let Some(value) = self.read_ready()? {
-                return Ok(value);
+            if let Some(line) = self.read_ready()? {
+                return Ok(line);
             }
             self.wait(PollFlags::IN, deadline, what)?;
+            // Half a line after the other wakes it as well.
+            not_after(deadline, || self.waiting_for(what))?;
         }
     }
 
     /// The next line if it has come in whole, without waiting.
-    fn read_ready(&mut self) -> Result<Option<Value>> {
-        loop {
-            if let Some(line) = self.lines.next_line() {
-                if line.iter().all(u8::is_ascii_whitespace) {
-                    continue;
-                }
-                return match serde_json::from_slice(&line) {
-                    Ok(value) => Ok(Some(value)),
-                    Err(e) => Err(self.broke(format!(
-                        "it sent a line that is not JSON ({e}): {}",
-                        excerpt(&String::from_utf8_lossy(&line))
-                    ))),
-                };
-            }
-            if self.broken {
-                return Err(self.closed());
-            }
+    fn read_ready(&mut self) -> Result<Option<Vec<u8>>> {
+        if let Some(line) = self.lines.next_line() {
+            return Ok(Some(line));
+        }
+        if self.broken {
+            return Err(self.closed());
+        }
+        // Blank lines are lines, too.
+        let mut blank = 0;
+        while blank < LINE_BYTES_MAX {
             match recv(&self.socket, self.lines.room(), RecvFlags::empty()) {
                 Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(self.closed()),
-                Ok((_, count)) if self.lines.came(count) => {}
+                Ok((_, count)) if self.lines.came(count) => blank += count,
                 Ok(_) => {
                     return Err(self.broke(format!("it sent a line of more than {LINE_BYTES_MAX} bytes")));
                 }
@@ -338,7 +451,11 @@ impl Qmp {
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(Error::os("reading from QEMU's QMP socket", e)),
             }
+            if let Some(line) = self.lines.next_line() {
+                return Ok(Some(line));
+            }
         }
+        Ok(None)
     }
 
     fn wait(&self, flags: PollFlags, deadline: Instant, what: &str) -> Result<()> {
@@ -346,11 +463,7 @@ impl Qmp {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
             match poll(&mut [PollFd::new(&self.socket, flags)], Some(&timeout)) {
-                Ok(0) if Instant::now() >= deadline => {
-                    return Err(Error::Timeout {
-                        what: format!("waiting for QEMU ({}): {what}", self.path.display()),
-                    });
-                }
+                Ok(0) if Instant::now() >= deadline => return Err(self.waiting_for(what)),
                 Ok(0) | Err(Errno::INTR) => {}
                 Ok(_) => return Ok(()),
                 Err(e) => return Err(Error::os("waiting for QEMU's QMP socket", e)),
@@ -358,11 +471,8 @@ impl Qmp {
         }
     }
 
-    fn keep(&mut self, event: Event) {
-        if self.events.len() == EVENTS_MAX {
-            self.events.pop_front();
-        }
-        self.events.push_back(event);
+    fn waiting_for(&self, what: &str) -> Error {
+        Error::Timeout { what: format!("waiting for QEMU ({}): {what}", self.path.display()) }
     }
 
     fn closed(&mut self) -> Error {
@@ -412,19 +522,75 @@ fn busy(path: &Path) -> Error {
     ))
 }
 
-fn version_in(greeting: &Value) -> Option<Version> {
-    let qemu = greeting.get("QMP")?.get("version")?.get("qemu")?;
-    let part = |name: &str| u32::try_from(qemu.get(name)?.as_u64()?).ok();
-    Some(Version { major: part("major")?, minor: part("minor")?, micro: part("micro")? })
+/// What tells a line's kind.
+#[derive(Deserialize)]
+struct Head<'l> {
+    #[serde(borrow, default)]
+    event: Option<Cow<'l, str>>,
+    #[serde(default)]
+    id: Option<u64>,
 }
 
-fn event_in(value: &Value) -> Option<Event> {
-    let name = value.get("event")?.as_str()?.to_owned();
-    let stamp = |part: &str| value.get("timestamp")?.get(part)?.as_u64();
-    let at_us = stamp("seconds")
-        .zip(stamp("microseconds"))
-        .and_then(|(s, us)| s.checked_mul(1_000_000)?.checked_add(us));
-    Some(Event { name, data: value.get("data").cloned().unwrap_or(Value::Null), at_us: at_us.unwrap_or(0) })
+/// An event's data.
+#[derive(Deserialize)]
+struct Data {
+    #[serde(default)]
+    data: Value,
+}
+
+/// The answer to a command.
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(rename = "return", default)]
+    value: Option<Value>,
+    #[serde(default)]
+    error: Option<Reason>,
+}
+
+/// Why QEMU refuses a command.
+#[derive(Deserialize)]
+struct Reason {
+    #[serde(default)]
+    desc: String,
+}
+
+/// Only why a command was refused: what else stands in the line is not parsed.
+#[derive(Deserialize)]
+struct Refusal {
+    error: Reason,
+}
+
+/// Something that QEMU has said.
+enum Said {
+    /// An event, which is kept.
+    Event,
+    /// An answer, or anything else, as it came.
+    Answer { id: Option<u64>, line: Vec<u8> },
+}
+
+fn version_in(greeting: &[u8]) -> Option<Version> {
+    #[derive(Deserialize)]
+    struct Greeting {
+        #[serde(rename = "QMP")]
+        qmp: Versions,
+    }
+    #[derive(Deserialize)]
+    struct Versions {
+        version: Qemu,
+    }
+    #[derive(Deserialize)]
+    struct Qemu {
+        qemu: Version,
+    }
+    serde_json::from_slice(greeting).ok().map(|greeting: Greeting| greeting.qmp.version.qemu)
+}
+
+fn reason_in(line: &[u8]) -> Option<String> {
+    serde_json::from_slice(line).ok().map(|refusal: Refusal| refusal.error.desc)
+}
+
+fn not_after(deadline: Instant, error: impl FnOnce() -> Error) -> Result<()> {
+    if Instant::now() < deadline { Ok(()) } else { Err(error()) }
 }
 
 /// The beginning of a text, for messages.
@@ -436,45 +602,10 @@ fn excerpt(text: &str) -> String {
     }
 }
 
-/// Bytes received and not yet taken as lines.
-#[derive(Debug, Default)]
-struct LineBuffer {
-    bytes: Vec<u8>,
-    /// How many of `bytes` were received; the rest is room.
-    filled: usize,
-    /// How many of those were searched in vain for the end of a line.
-    searched: usize,
-}
-
-impl LineBuffer {
-    fn room(&mut self) -> &mut [u8] {
-        self.bytes.resize(self.filled + RECV_BYTES, 0);
-        &mut self.bytes[self.filled..]
-    }
-
-    /// Counts what was received into the room. False if a line is too long.
-    fn came(&mut self, count: usize) -> bool {
-        self.filled = (self.filled + count).min(self.bytes.len());
-        let unsearched = &self.bytes[self.searched..self.filled];
-        self.filled <= LINE_BYTES_MAX || unsearched.contains(&b'\n')
-    }
-
-    fn next_line(&mut self) -> Option<Vec<u8>> {
-        let Some(length) = self.bytes[self.searched..self.filled].iter().position(|b| *b == b'\n') else {
-            self.searched = self.filled;
-            return None;
-        };
-        let end = self.searched + length + 1;
-        let line = self.bytes.drain(..end).collect();
-        self.filled -= end;
-        self.searched = 0;
-        Some(line)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::testing::TestQemu;
+    use super::lines::RECV_BYTES;
     use super::*;
     use proptest::prelude::*;
     use std::io::{BufRead, BufReader, Read, Write};
@@ -527,7 +658,7 @@ mod tests {
         let active = qmp.wait_event(soon(), |e| e.data["status"] == "active").unwrap();
         assert_eq!(active.name, "MIGRATION");
         let stop = qmp.wait_event(soon(), |_| true).unwrap();
-        assert_eq!((stop.name.as_str(), stop.at_us), ("STOP", 3_000_007));
+        assert_eq!((stop.name.as_str(), stop.number), ("STOP", 1));
         assert_eq!(qmp.drain_events().unwrap().len(), 1);
         drop(qmp);
         qemu.join().unwrap();
@@ -641,6 +772,50 @@ mod tests {
         drop((reader, writer));
         assert_eq!(qemu.join().unwrap(), "through");
         std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_qemu_that_sends_without_end_stretches_no_deadline_and_fills_no_memory() {
+        // One line after the other, half lines, blank ones, and answers that nobody waits for.
+        let kinds = [
+            b"{\"event\": \"NOISE\", \"data\": [[], [], [], [], [], [], [], [], [], []]}\n".repeat(40),
+            b"\n".repeat(4096),
+            b"{\"return\": [[], [], [], [], [], []], \"id\": 99}\n".repeat(80),
+            b" ".repeat(100),
+        ];
+        for noise in kinds {
+            let (qmp, qemu) = fake(move |mut stream| while stream.get_mut().write_all(&noise).is_ok() {});
+            let mut qmp = qmp.unwrap();
+            let begun = Instant::now();
+            let short = || within(Duration::from_millis(50));
+            assert!(qmp.execute("stop", Value::Null, short()).is_err());
+            assert!(qmp.wait_event(short(), |_| false).is_err());
+            let _ = qmp.drain_events();
+            assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+            drop(qmp);
+            qemu.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_watched_wait_ends_when_its_watch_says_no() {
+        let (qmp, qemu) = fake(|mut stream| {
+            hear(&mut stream);
+            hear(&mut stream);
+        });
+        let mut qmp = qmp.unwrap();
+        let mut looks = 0;
+        let mut watch = || {
+            looks += 1;
+            if looks < 3 { Ok(()) } else { Err(Error::Cancelled) }
+        };
+        let begun = Instant::now();
+        assert!(matches!(qmp.wait_event_watched(soon(), |_| true, &mut watch), Err(Error::Cancelled)));
+        let said = qmp.execute_watched("stop", Value::Null, soon(), &mut || Err(Error::Cancelled));
+        assert!(matches!(said, Err(Error::Cancelled)));
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        drop(qmp);
+        qemu.join().unwrap();
     }
 
     #[test]

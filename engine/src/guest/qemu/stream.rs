@@ -1,5 +1,5 @@
-//! QEMU's own migration stream, used for the device state alone: its capabilities and parameters, the
-//! socket that holds it back, and its end.
+//! QEMU's own migration stream, used for the device state alone: the socket that holds it back, and its
+//! end.
 //!
 //! QEMU's migration is started **ahead** of the blackout into a socket that takes only a few KiB and
 //! that nobody reads. QEMU does its set-up, writes until the socket is full, and waits there with the
@@ -7,6 +7,7 @@
 //! left for the blackout is the device state and the few blocks that are not shared.
 
 use super::qmp::{Event, Qmp};
+pub use super::settings::Settings;
 use crate::error::{Error, Result};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 use serde_json::{Value, json};
@@ -32,6 +33,9 @@ const PIECE_BYTES: usize = 256 << 10;
 /// QEMU cleans up in its main loop, in about a millisecond, and no event tells when.
 const YANK_LOOK_EVERY: Duration = Duration::from_millis(1);
 
+/// For QEMU to say why a migration failed.
+const WORDS_MAX: Duration = Duration::from_secs(1);
+
 /// The name under which QEMU keeps our end of the stream.
 const FD_NAME: &str = "pageferry-stream";
 
@@ -39,72 +43,6 @@ const FD_NAME: &str = "pageferry-stream";
 #[must_use]
 pub fn under_way(status: &str) -> bool {
     !matches!(status, "none" | "completed" | "failed" | "cancelled")
-}
-
-/// Migration settings as the operator left them.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub struct Settings {
-    capabilities: Vec<Value>,
-    parameters: Value,
-}
-
-impl Settings {
-    /// Asks QEMU for its settings.
-    pub fn read(qmp: &mut Qmp) -> Result<Self> {
-        let deadline = Instant::now() + QMP_MAX;
-        let capabilities = qmp.execute("query-migrate-capabilities", json!({}), deadline)?;
-        let all = qmp.execute("query-migrate-parameters", json!({}), deadline)?;
-        let mut parameters = serde_json::Map::new();
-        for name in ["max-bandwidth", "downtime-limit"] {
-            if let Some(value) = all.get(name) {
-                parameters.insert(name.into(), value.clone());
-            }
-        }
-        Ok(Self {
-            capabilities: capabilities.as_array().cloned().unwrap_or_default(),
-            parameters: Value::Object(parameters),
-        })
-    }
-
-    /// Makes QEMU's settings ours: `on` on and every other capability off, no bound on bandwidth, and any
-    /// downtime allowed, so that QEMU goes to the end once it is let.
-    pub fn impose(&self, qmp: &mut Qmp, on: &[&str]) -> Result<()> {
-        let deadline = Instant::now() + QMP_MAX;
-        let known = |name: &str| self.capabilities.iter().any(|c| c["capability"] == name);
-        if let Some(missing) = on.iter().find(|name| !known(name)) {
-            let version = qmp.version();
-            return Err(Error::refused(format!(
-                "this QEMU ({version}) does not know {missing}: 8.0 or newer is needed"
-            )));
-        }
-        let wanted = self.capabilities.iter().filter_map(|c| {
-            let name = c["capability"].as_str()?;
-            let wanted = on.contains(&name);
-            (c["state"].as_bool() != Some(wanted)).then(|| json!({ "capability": name, "state": wanted }))
-        });
-        let changes: Vec<Value> = wanted.collect();
-        if !changes.is_empty() {
-            qmp.execute("migrate-set-capabilities", json!({ "capabilities": changes }), deadline)?;
-        }
-        // A TiB a second and the longest downtime that QEMU accepts: no bounds.
-        let unbounded = json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 2_000_000 });
-        qmp.execute("migrate-set-parameters", unbounded, deadline)?;
-        Ok(())
-    }
-
-    /// Puts everything back as it was.
-    pub fn restore(&self, qmp: &mut Qmp) -> Result<()> {
-        let deadline = Instant::now() + QMP_MAX;
-        let now = qmp.execute("query-migrate-capabilities", json!({}), deadline)?;
-        let now = now.as_array().cloned().unwrap_or_default();
-        // Only what differs: QEMU reads a long command slowly, and the guest's devices wait meanwhile.
-        let changes: Vec<_> = self.capabilities.iter().filter(|&c| !now.contains(c)).collect();
-        if !changes.is_empty() {
-            qmp.execute("migrate-set-capabilities", json!({ "capabilities": changes }), deadline)?;
-        }
-        qmp.execute("migrate-set-parameters", self.parameters.clone(), deadline)?;
-        Ok(())
-    }
 }
 
 /// A MIGRATION event with one of these states.
@@ -119,8 +57,8 @@ pub struct Outgoing {
     ours: UnixStream,
     /// A second handle of QEMU's end while it is held back: only to widen its buffer.
     theirs: Option<OwnedFd>,
-    /// QEMU's own time of its beginning, since the epoch: tells its events from an earlier migration's.
-    begun_us: u64,
+    /// The number of the event of its beginning: tells its events from an earlier migration's.
+    begun: u64,
 }
 
 impl Outgoing {
@@ -130,21 +68,20 @@ impl Outgoing {
         sockopt::set_socket_send_buffer_size(&theirs, HELD_BYTES)
             .map_err(|e| Error::os("narrowing a socket", e))?;
         let deadline = Instant::now() + QMP_MAX;
-        // What is known of an earlier attempt must not be taken for this one's.
-        qmp.drain_events()?;
         qmp.execute_with_fd("getfd", json!({ "fdname": FD_NAME }), theirs.as_fd(), deadline)?;
+        // What is known of an earlier attempt must not be taken for this one's.
         qmp.drain_events()?;
         qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }), deadline)?;
         // Whatever set-up fails, fails now, with the guest running. `active` comes after the set-up. The end
         // of an earlier migration that was cancelled may still be on its way, ahead of our `setup`.
         let setup = qmp.wait_event(deadline, |e| is_migration(e, &["setup"]))?;
         let begun = qmp.wait_event(deadline, |e| {
-            e.at_us >= setup.at_us && is_migration(e, &["active", "failed", "cancelled", "completed"])
+            e.number > setup.number && is_migration(e, &["active", "failed", "cancelled", "completed"])
         })?;
         if !is_migration(&begun, &["active"]) {
             return Err(migration_error(qmp, "QEMU cannot save this guest's devices"));
         }
-        Ok(Self { ours, theirs: Some(theirs), begun_us: begun.at_us })
+        Ok(Self { ours, theirs: Some(theirs), begun: begun.number })
     }
 
     /// Lets QEMU go on.
@@ -175,9 +112,9 @@ impl Outgoing {
                 Err(e) => return Err(Error::os(what, e)),
             }
         }
-        let end = qmp.wait_event(deadline, |e| {
-            e.at_us >= self.begun_us && is_migration(e, &["completed", "failed", "cancelled"])
-        })?;
+        let is_end =
+            |e: &Event| e.number > self.begun && is_migration(e, &["completed", "failed", "cancelled"]);
+        let end = qmp.wait_event_watched(deadline, is_end, &mut || sink(&[]))?;
         if is_migration(&end, &["completed"]) {
             Ok(())
         } else {
@@ -224,8 +161,16 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
         if !under_way(status.get("status").and_then(Value::as_str).unwrap_or("none")) {
             break;
         }
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout { what: "waiting for QEMU to end its migration".into() });
+        }
         qmp.execute("migrate_cancel", json!({}), deadline)?;
-        qmp.wait_event(deadline, |e| is_migration(e, &["cancelled", "failed", "completed"]))?;
+        // The event is only quicker than asking again: it may be gone, or an earlier migration's.
+        let soon = Instant::now() + LOOK_UP_EVERY;
+        match qmp.wait_event(soon, |e| is_migration(e, &["cancelled", "failed", "completed"])) {
+            Ok(_) | Err(Error::Timeout { .. }) => {}
+            Err(e) => return Err(e),
+        }
     }
     // QEMU 10 aborts if a migration begins while the one before still holds its yank instance.
     loop {
@@ -246,9 +191,61 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
 
 /// An error with QEMU's own words, where it has some.
 fn migration_error(qmp: &mut Qmp, what: &str) -> Error {
-    let status = qmp.execute("query-migrate", json!({}), Instant::now() + QMP_MAX);
+    // The guest may be stopped meanwhile.
+    let status = qmp.execute("query-migrate", json!({}), Instant::now() + WORDS_MAX);
     match status.as_ref().ok().and_then(|s| s.get("error-desc")).and_then(Value::as_str) {
         Some(words) => Error::Guest(format!("{what}: {words}")),
         None => Error::Guest(what.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+    use std::path::Path;
+
+    /// A QEMU whose clock is set back with each event, and that had a migration before.
+    fn clock_going_back(stream: UnixStream) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap());
+        let mut stream = stream;
+        let mut second = 1000;
+        let mut event = |status: &str| {
+            second -= 60;
+            format!(
+                "{{\"timestamp\": {{\"seconds\": {second}, \"microseconds\": 0}}, \"event\": \"MIGRATION\", \
+                 \"data\": {{\"status\": \"{status}\"}}}}\n"
+            )
+        };
+        writeln!(
+            stream,
+            "{{\"QMP\": {{\"version\": {{\"qemu\": {{\"micro\": 0, \"minor\": 0, \"major\": 10}}}}}}}}"
+        )
+        .unwrap();
+        let mut line = String::new();
+        while std::mem::take(&mut line).is_empty() && lines.read_line(&mut line).unwrap_or(0) > 0 {
+            let command: Value = serde_json::from_str(&line).unwrap();
+            let mut said = format!("{{\"return\": {{}}, \"id\": {}}}\n", command["id"]);
+            if command["execute"] == "migrate" {
+                // The end of the migration before comes late, ahead of our own.
+                said += &["cancelled", "setup", "active", "completed"].map(&mut event).concat();
+            }
+            stream.write_all(said.as_bytes()).unwrap();
+            line.clear();
+        }
+    }
+
+    #[test]
+    fn events_are_told_apart_by_their_arrival_and_not_by_qemus_clock() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(|| clock_going_back(theirs));
+        let begun = Instant::now();
+        let deadline = begun + QMP_MAX;
+        let mut qmp = Qmp::over(ours.into(), Path::new("/fake"), deadline).unwrap();
+        let outgoing = Outgoing::start(&mut qmp).unwrap();
+        outgoing.drain(&mut qmp, &mut |_| Ok(())).unwrap();
+        assert!(begun.elapsed() < QMP_MAX / 2, "{:?}", begun.elapsed());
+        drop(qmp);
+        qemu.join().unwrap();
     }
 }
