@@ -325,7 +325,8 @@ fn attach(args: AttachArgs) -> Result<u8> {
         )));
     };
     let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Ownership::default(), Instant::now() + ATTACH_MAX)?;
-    match qemu.status()?.as_str() {
+    let state = qemu.status()?;
+    match state.as_str() {
         "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),
         "postmigrate" => say(&format!(
             "attached to {} (QEMU pid {pid}), which was stopped for a migration. Make sure that it does not run at the destination \
@@ -336,7 +337,11 @@ fn attach(args: AttachArgs) -> Result<u8> {
             say(&format!("attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}", args.name))
         }
     }
-    Hosting::new(claim, shared, inbox, QemuHosted::new(QemuSource::new(qemu), None))?.run()
+    let mut guest = QemuSource::new(qemu);
+    if state == "postmigrate" {
+        guest.watch_in_doubt()?;
+    }
+    Hosting::new(claim, shared, inbox, QemuHosted::new(guest, None))?.run()
 }
 
 fn receive_guest(args: &ReceiveArgs) -> Result<u8> {

@@ -68,6 +68,9 @@ impl Hosted for QemuHosted {
     }
 
     fn look_after(&mut self) {
+        if self.guest.is_watched() {
+            return;
+        }
         self.guest.settle_in();
         // So that they do not pile up in QEMU.
         if let Err(e) = self.guest.qemu_mut().qmp.drain_events() {
@@ -77,7 +80,8 @@ impl Hosted for QemuHosted {
     }
 
     fn in_doubt(&mut self) -> bool {
-        matches!(self.guest.qemu_mut().status().as_deref(), Ok("postmigrate" | "finish-migrate"))
+        self.guest.is_watched()
+            || matches!(self.guest.qemu_mut().status().as_deref(), Ok("postmigrate" | "finish-migrate"))
     }
 
     fn run_here(&mut self) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use super::guardian::{Guardian, Side};
 use super::process::Qemu;
+use super::sentry::{Post, Sentry};
 use super::source::QemuSource;
 use super::stream::{self, Incoming, STATE_MAX, Settings};
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ use pageferry_transport::MemoryRegion;
 use serde_json::json;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// For QEMU to take over the disks and let the vCPUs run.
@@ -28,6 +29,12 @@ pub struct QemuDestination {
     settings: Settings,
     guardian: Option<Guardian>,
     huge_pages_set_aside: bool,
+    /// The number of the last event before it waited: no RESUME and no RESET may follow before Commit.
+    waiting_since: u64,
+    /// Has the monitor from the load to Commit.
+    sentry: Option<Sentry>,
+    /// Why the sentry ended the copy, if it did.
+    struck: Arc<OnceLock<String>>,
 }
 
 impl QemuDestination {
@@ -44,11 +51,24 @@ impl QemuDestination {
         let settings = Settings::read(&mut qemu.qmp)?;
         settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
         let stream = Incoming::start(&mut qemu.qmp)?.into_stream();
+        qemu.qmp.look()?;
+        let waiting_since = qemu.qmp.events_heard();
         // Firmware and tables that QEMU laid into guest memory; the source's will come.
         qemu.memory().make_zero()?;
         let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.qmp_path())?;
         guardian.entrust(&settings)?;
-        Ok(Self { qemu, stream: Some(stream), settings, guardian: Some(guardian), huge_pages_set_aside })
+        let sentry = Sentry::ready(Post::Destination(qemu.pidfd()))?;
+        let struck = sentry.struck();
+        Ok(Self {
+            qemu,
+            stream: Some(stream),
+            settings,
+            guardian: Some(guardian),
+            huge_pages_set_aside,
+            waiting_since,
+            sentry: Some(sentry),
+            struck,
+        })
     }
 
     /// The source that the guest, which runs here now, can be moved on from.
@@ -85,7 +105,11 @@ impl DestinationGuest for QemuDestination {
     }
 
     fn liveness(&self) -> Liveness {
-        self.qemu.liveness()
+        let (alive, struck) = (self.qemu.liveness(), Arc::clone(&self.struck));
+        Arc::new(move || match struck.get() {
+            Some(why) => Err(Error::Guest(why.clone())),
+            None => alive(),
+        })
     }
 
     fn has_huge_pages_set_aside(&self) -> bool {
@@ -95,15 +119,17 @@ impl DestinationGuest for QemuDestination {
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {
         let deadline = Instant::now() + STATE_MAX;
         let what = "handing the device state to QEMU";
+        self.refuse_interference()?;
         self.qemu.qmp.type_ahead("cont", deadline)?;
         let mut stream =
             self.stream.take().ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;
-        stream.set_write_timeout(Some(STATE_MAX)).map_err(|e| Error::os(what, e))?;
         let mut piece = vec![0; PIECE_BYTES.min(len)];
         let mut at = 0;
         while at < len {
             let part = PIECE_BYTES.min(len - at);
             state.read(at, &mut piece[..part])?;
+            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            stream.set_write_timeout(Some(left)).map_err(|e| Error::os(what, e))?;
             stream.write_all(&piece[..part]).map_err(|e| refused(&Error::os(what, e)))?;
             at += part;
         }
@@ -111,13 +137,20 @@ impl DestinationGuest for QemuDestination {
         let loaded =
             self.qemu.qmp.wait_event(deadline, |e| stream::is_migration(e, &["completed", "failed"]));
         match loaded {
-            Ok(event) if stream::is_migration(&event, &["completed"]) => Ok(()),
+            Ok(event) if stream::is_migration(&event, &["completed"]) => {
+                let sentry = self.sentry.as_ref();
+                sentry.map_or(Ok(()), |sentry| sentry.post(&mut self.qemu.qmp, self.waiting_since))
+            }
             Ok(_) => Err(refused(&Error::Guest("its migration failed".into()))),
             Err(e) => Err(refused(&e)),
         }
     }
 
     fn seal(&mut self, was_running: bool) -> Result<()> {
+        // From here on a `cont` is nobody's mistake.
+        if let Some(sentry) = self.sentry.take() {
+            sentry.relieve(&mut self.qemu.qmp);
+        }
         let Some(guardian) = &self.guardian else { return Ok(()) };
         guardian.was_running(was_running)?;
         guardian.seal()
@@ -143,11 +176,24 @@ impl DestinationGuest for QemuDestination {
 }
 
 impl QemuDestination {
+    /// Fails if another monitor has let the copy run, or reset it: a reset writes memory.
+    fn refuse_interference(&mut self) -> Result<()> {
+        self.qemu.qmp.look()?;
+        let turns = self.qemu.qmp.turns();
+        if turns.resume.max(turns.reset) <= self.waiting_since {
+            return Ok(());
+        }
+        Err(Error::Guest(
+            "another monitor at the destination let the waiting QEMU run, or reset it, so its memory is not the guest's"
+                .into(),
+        ))
+    }
+
     /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a disk's
     /// lock and then succeed.
     fn cont(&mut self) -> Result<()> {
         // A QEMU that has ended before it was told to run the guest has not run it.
-        self.qemu.liveness()()?;
+        self.liveness()()?;
         let deadline = Instant::now() + CONT_MAX;
         match self.qemu.qmp.execute("cont", json!({}), deadline) {
             Ok(_) => Ok(()),

@@ -8,7 +8,7 @@
 //! | the byte says | source: the supervisor died   | destination: the supervisor died |
 //! | ---           | ---                           | ---                              |
 //! | open          | cancel, let the guest run     | end the copy                     |
-//! | sealed        | leave it stopped: Commit may be out | let the guest run: it is ours |
+//! | sealed        | keep it stopped: Commit may be out  | let the guest run: it is ours |
 //! | finished      | nothing                       | nothing                          |
 //!
 //! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as they were,
@@ -222,7 +222,7 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
                 "the supervisor died after the destination was told to run the guest; the guest stays stopped here. \
                  Look at the destination, then use `pageferry settle`",
             );
-            Ok(())
+            super::sentry::keep_stopped(&args.qmp, &pidfd)
         }
         Side::Destination if open => pidfd_send_signal(&pidfd, Signal::KILL)
             .map_err(|e| Error::os("ending the unfinished copy of the guest", e)),

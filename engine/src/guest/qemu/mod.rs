@@ -3,8 +3,9 @@
 //! Nothing is loaded into QEMU and nothing in it changes. Its memory is a file that both processes map
 //! ([`blocks`]); its writes are followed through a userfaultfd that one injected system call makes
 //! ([`inject`]); its device state is QEMU's own migration stream, held back until the guest is stopped
-//! ([`stream`]); a lock says whose a memory file is ([`ownership`]); everything else is said over QMP ([`qmp`]). If the supervisor dies in the blackout, a
-//! [`guardian`] puts the guest right.
+//! ([`stream`]); a lock says whose a memory file is ([`ownership`]); everything else is said over QMP
+//! ([`qmp`]). If the supervisor dies in the blackout, a [`guardian`] puts the guest right; if another monitor
+//! lets a guest run that must not, a [`sentry`] stops it.
 
 pub mod blocks;
 pub mod command;
@@ -16,6 +17,7 @@ pub mod ownership;
 pub mod process;
 pub mod qmp;
 pub mod readconfig;
+pub mod sentry;
 pub mod settings;
 pub mod source;
 pub mod stream;

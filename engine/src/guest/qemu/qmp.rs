@@ -402,13 +402,15 @@ impl Qmp {
         };
         let id = head.id;
         let Some(name) = head.event.map(Cow::into_owned) else { return Ok(Said::Answer { id, line }) };
-        let data = match line.len() {
-            0..=DATA_BYTES_MAX => serde_json::from_slice::<Data>(&line).map(|data| data.data),
-            _ => Ok(Value::Null),
+        let data: serde_json::Result<Data> = match line.len() {
+            0..=DATA_BYTES_MAX => serde_json::from_slice(&line),
+            _ => Ok(Data { data: Value::Null, timestamp: None }),
         };
         match data {
-            Ok(data) => {
-                let event = self.events.arrive(name, data);
+            Ok(Data { data, timestamp }) => {
+                let at_us =
+                    timestamp.and_then(|at| at.seconds.checked_mul(1_000_000)?.checked_add(at.microseconds));
+                let event = self.events.arrive(name, data, at_us.unwrap_or(0));
                 self.events.keep(event, line.len());
                 Ok(Said::Event)
             }
@@ -536,6 +538,14 @@ struct Head<'l> {
 struct Data {
     #[serde(default)]
     data: Value,
+    #[serde(default)]
+    timestamp: Option<Stamp>,
+}
+
+#[derive(Deserialize)]
+struct Stamp {
+    seconds: u64,
+    microseconds: u64,
 }
 
 /// The answer to a command.
@@ -658,7 +668,7 @@ mod tests {
         let active = qmp.wait_event(soon(), |e| e.data["status"] == "active").unwrap();
         assert_eq!(active.name, "MIGRATION");
         let stop = qmp.wait_event(soon(), |_| true).unwrap();
-        assert_eq!((stop.name.as_str(), stop.number), ("STOP", 1));
+        assert_eq!((stop.name.as_str(), stop.number, stop.at_us), ("STOP", 1, 3_000_007));
         assert_eq!(qmp.drain_events().unwrap().len(), 1);
         drop(qmp);
         qemu.join().unwrap();

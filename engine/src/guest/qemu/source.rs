@@ -3,7 +3,8 @@
 use super::blocks;
 use super::guardian::{Guardian, Side};
 use super::inject::userfaultfd_of;
-use super::process::Qemu;
+use super::process::{Qemu, ended};
+use super::sentry::{Post, Sentry};
 use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
@@ -23,6 +24,8 @@ const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 const FIXED_COSTS: FixedCosts =
     FixedCosts { pause_us: 400, harvest_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
 
+/// For a QEMU that has hung up to be gone.
+const EXIT_MAX: Duration = Duration::from_millis(500);
 /// For a guest whose migration failed to run again. QEMU may be busy with its disks.
 const RESUME_MAX: Duration = Duration::from_secs(30);
 /// Pause between two attempts at it.
@@ -38,6 +41,11 @@ pub struct QemuSource {
     was_running: bool,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
+    /// The number of the last event when the vCPUs had been stopped for the switchover: a RESUME behind it
+    /// is another monitor's.
+    halted: u64,
+    /// Has the monitor while the guest is sealed or in doubt.
+    sentry: Option<Sentry>,
     /// See [`Self::is_sealed`].
     sealed: bool,
     /// See [`SourceGuest::retire`].
@@ -53,6 +61,8 @@ pub struct QemuSource {
 struct Armed {
     settings: Settings,
     outgoing: Option<Outgoing>,
+    /// Ready, and not yet posted.
+    sentry: Option<Sentry>,
 }
 
 impl QemuSource {
@@ -65,6 +75,8 @@ impl QemuSource {
             armed: None,
             was_running: false,
             stopped: false,
+            halted: 0,
+            sentry: None,
             sealed: false,
             retired: None,
             postmigrate_is_ours: false,
@@ -111,6 +123,48 @@ impl QemuSource {
         self.sealed
     }
 
+    /// Keeps a guest stopped that was found stopped in doubt, until the operator has decided about it.
+    pub fn watch_in_doubt(&mut self) -> Result<()> {
+        let sentry = Sentry::ready(Post::Source)?;
+        let heard = self.qemu.qmp.events_heard();
+        sentry.post(&mut self.qemu.qmp, heard)?;
+        self.sentry = Some(sentry);
+        Ok(())
+    }
+
+    /// Whether the guest is watched because it must not run.
+    #[must_use]
+    pub fn is_watched(&self) -> bool {
+        self.sentry.is_some()
+    }
+
+    /// The monitor is this supervisor's again.
+    fn relieve(&mut self) {
+        if let Some(sentry) = self.sentry.take() {
+            sentry.relieve(&mut self.qemu.qmp);
+        }
+    }
+
+    /// Fails if another monitor has let the guest run, or reset it, since it was stopped for the switchover.
+    /// QEMU says so before a vCPU runs: what is not here yet has not happened.
+    fn refuse_interference(&mut self) -> Result<()> {
+        if let Err(e) = self.qemu.qmp.look() {
+            // A QEMU that has died lets nothing run, and its guest may live on at the destination.
+            return if ended(&self.qemu.pidfd(), EXIT_MAX)? { Ok(()) } else { Err(e) };
+        }
+        let turns = self.qemu.qmp.turns();
+        let (what, command) = if turns.resume > self.halted {
+            ("let the guest run", "cont")
+        } else if turns.reset > self.halted {
+            ("reset the guest", "system_reset")
+        } else {
+            return Ok(());
+        };
+        Err(Error::Guest(format!(
+            "another monitor {what} (`{command}`) while it was stopped for the switchover. Keep libvirt, scripts and              people from that until the move is over, then try again"
+        )))
+    }
+
     fn armed(&mut self) -> Result<&mut Armed> {
         self.armed.as_mut().ok_or_else(|| Error::Guest("the switchover was not armed".into()))
     }
@@ -136,6 +190,7 @@ impl QemuSource {
         guardian.was_running(was_running)?;
         self.stopped = was_running;
         self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
+        self.halted = self.qemu.qmp.events_heard();
         Ok(())
     }
 
@@ -158,6 +213,11 @@ impl QemuSource {
         stream::cancel(&mut self.qemu.qmp)?;
         if self.stopped {
             self.cont()?;
+            // Under QEMU's word and not by the absence of an error: a guest is never said to run that does not.
+            if let state @ ("postmigrate" | "finish-migrate") = self.qemu.status()?.as_str() {
+                self.stopped = true;
+                return Err(Error::Guest(format!("QEMU let the guest run and says {state:?} all the same")));
+            }
         } else if self.armed.is_some() && !self.was_running {
             self.postmigrate_is_ours = true;
         }
@@ -186,6 +246,12 @@ impl SourceGuest for QemuSource {
     }
 
     fn preflight(&mut self) -> Result<()> {
+        if self.is_watched() {
+            return Err(Error::refused(
+                "the guest is stopped after a migration in doubt: look whether it runs at the destination, then \
+                 `pageferry settle NAME --run` or `--end`",
+            ));
+        }
         self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
         self.refuse_what_escapes_tracking(deadline)?;
@@ -273,7 +339,8 @@ impl SourceGuest for QemuSource {
     fn arm(&mut self) -> Result<()> {
         let settings = Settings::read(&mut self.qemu.qmp)?;
         self.guardian()?.entrust(&settings)?;
-        let armed = self.armed.insert(Armed { settings, outgoing: None });
+        let sentry = Some(Sentry::ready(Post::Source)?);
+        let armed = self.armed.insert(Armed { settings, outgoing: None, sentry });
         armed.settings.impose(&mut self.qemu.qmp, &["x-ignore-shared", "events"])?;
         armed.outgoing = Some(Outgoing::start(&mut self.qemu.qmp)?);
         // What was plugged in during the rounds. From here on QEMU plugs nothing.
@@ -295,7 +362,17 @@ impl SourceGuest for QemuSource {
     }
 
     fn pause(&mut self) -> Result<()> {
-        self.stop()
+        let asked = self.qemu.qmp.events_heard();
+        self.stop()?;
+        let turns = self.qemu.qmp.turns();
+        // After it was asked whether the guest runs, and before it was stopped.
+        if !self.was_running && turns.resume > asked {
+            self.stopped = true;
+            return Err(Error::Guest(
+                "another monitor let the guest run at the moment of the switchover".into(),
+            ));
+        }
+        Ok(())
     }
 
     fn begin_save(&mut self) -> Result<()> {
@@ -308,16 +385,24 @@ impl SourceGuest for QemuSource {
             .outgoing
             .take()
             .ok_or_else(|| Error::Guest("the device state was saved already".into()))?;
-        outgoing.drain(&mut self.qemu.qmp, sink)
+        outgoing.drain(&mut self.qemu.qmp, sink)?;
+        // Before the destination compares digests: memory that the guest has written since would be its excuse.
+        self.refuse_interference()
     }
 
     fn seal(&mut self) -> Result<()> {
+        self.refuse_interference()?;
         self.guardian()?.seal()?;
         self.sealed = true;
+        if let Some(sentry) = self.armed()?.sentry.take() {
+            sentry.post(&mut self.qemu.qmp, self.halted)?;
+            self.sentry = Some(sentry);
+        }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.relieve();
         let Some(guardian) = &self.guardian else { return Ok(()) };
         guardian.unseal()?;
         self.sealed = false;
@@ -346,6 +431,7 @@ impl SourceGuest for QemuSource {
     }
 
     fn end(&mut self) -> Result<()> {
+        self.relieve();
         let ended = self.qemu.quit();
         self.retired = None;
         self.stand_down();

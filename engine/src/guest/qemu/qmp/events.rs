@@ -21,6 +21,9 @@ pub struct Event {
     pub data: Value,
     /// Its place among all events of this connection, from 1 on.
     pub number: u64,
+    /// When QEMU says it happened, since the epoch, in microseconds; zero where it did not say. To measure
+    /// with, and for nothing else: the clock may be set back.
+    pub at_us: u64,
 }
 
 /// When the vCPUs were stopped, let run or reset last, as numbers of events; zero for never. Counted as
@@ -46,7 +49,7 @@ pub struct EventLog {
 
 impl EventLog {
     /// Numbers an event that came in a line of so many bytes.
-    pub fn arrive(&mut self, name: String, data: Value) -> Event {
+    pub fn arrive(&mut self, name: String, data: Value, at_us: u64) -> Event {
         self.arrived += 1;
         let number = self.arrived;
         match name.as_str() {
@@ -55,7 +58,7 @@ impl EventLog {
             "RESET" => self.turns.reset = number,
             _ => {}
         }
-        Event { name, data, number }
+        Event { name, data, number, at_us }
     }
 
     /// Keeps it for somebody who waits for it later.
@@ -102,7 +105,7 @@ mod tests {
     fn what_is_kept_is_bounded_in_bytes_and_no_turn_is_lost() {
         let mut log = EventLog::default();
         let mut say = |name: &str, bytes| {
-            let event = log.arrive(name.into(), Value::Null);
+            let event = log.arrive(name.into(), Value::Null, 0);
             log.keep(event, bytes);
             log.kept_bytes
         };
