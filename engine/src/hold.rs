@@ -50,6 +50,14 @@ pub fn point(name: &str) {
     }
 }
 
+/// The limit of this name, for tests that must outlast one: `PAGEFERRY_LIMIT=ask-again:2000` is two seconds.
+pub fn limit(name: &str, otherwise: Duration) -> Duration {
+    static LIMITS: OnceLock<Vec<Hold>> = OnceLock::new();
+    let limits =
+        LIMITS.get_or_init(|| std::env::var("PAGEFERRY_LIMIT").map(|text| parse(&text)).unwrap_or_default());
+    limits.iter().find(|limit| limit.point == name).map_or(otherwise, |limit| limit.time)
+}
+
 fn parse(text: &str) -> Vec<Hold> {
     text.split(',')
         .filter_map(|part| {

@@ -45,6 +45,7 @@ pub mod error;
 mod fittings;
 pub mod guest;
 pub mod hold;
+pub mod inquiry;
 pub mod link;
 pub mod memory;
 pub mod net;

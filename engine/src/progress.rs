@@ -1,6 +1,7 @@
 //! What an observer may see of a migration under way, and how it asks for an end.
 
 use crate::error::{Error, Result};
+use crate::inquiry::Inquiry;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -70,6 +71,7 @@ pub struct Monitor {
 struct Shared {
     progress: Mutex<Progress>,
     cancelled: AtomicBool,
+    inquiry: Mutex<Option<Inquiry>>,
 }
 
 impl Monitor {
@@ -93,6 +95,17 @@ impl Monitor {
     /// Notes the way that the data take.
     pub fn take(&self, link: &str) {
         self.update(|p| p.link = link.into());
+    }
+
+    /// Leaves the question that a migration with the outcome `unknown` could not get an answer to.
+    pub(crate) fn leave_inquiry(&self, inquiry: Inquiry) {
+        *self.shared.inquiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(inquiry);
+    }
+
+    /// After a migration with the outcome `unknown`: the question to go on asking, if Commit got no answer.
+    #[must_use]
+    pub fn take_inquiry(&self) -> Option<Inquiry> {
+        self.shared.inquiry.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Asks the migration to stop. It does so at its next step unless Commit has been sent.

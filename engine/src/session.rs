@@ -45,14 +45,29 @@ pub(crate) fn dial(network: &dyn Network, to: &Address, preamble: Preamble) -> R
 
 /// The source's side of an opened session.
 pub struct Session {
-    /// The control connection.
-    pub control: Control,
+    /// The control connection, until Commit is out: then it is the inquiry's.
+    pub control: Option<Control>,
     /// The data lanes.
     pub opened: Opened,
     /// Ties further connections to this session.
     pub token: Token,
     /// Round trip of the control connection, in microseconds.
     pub round_trip_us: u64,
+}
+
+impl Session {
+    /// The control connection.
+    ///
+    /// # Errors
+    /// If it was given to an inquiry.
+    pub fn control(&mut self) -> Result<&mut Control> {
+        self.control.as_mut().ok_or_else(over)
+    }
+}
+
+/// The error of a session without a control connection.
+pub(crate) fn over() -> Error {
+    Error::Protocol("the session is over".into())
 }
 
 /// Opens a session: Hello, Welcome, lanes. `patience` is for the destination to say Welcome.
@@ -85,7 +100,7 @@ pub fn open(
     let dial_lanes = || (0..lanes).map(|lane| dial(Preamble { role: Role::Lane(lane), token })).collect();
     let opened = link::open(wish, &welcome.rdma, to, control.local_ip()?, token, lanes, dial_lanes)
         .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
-    Ok(Session { control, opened, token, round_trip_us: round_trip_us.get() })
+    Ok(Session { control: Some(control), opened, token, round_trip_us: round_trip_us.get() })
 }
 
 /// A new control connection of a session whose old one is lost, to ask how it ended.

@@ -5,6 +5,8 @@ use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
+use crate::hold;
+use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
 use crate::net::{Address, Network, System};
@@ -14,12 +16,11 @@ use crate::policy::{
 };
 use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
-use crate::protocol::{Accept, Cause, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
+use crate::protocol::{Accept, Control, Hello, Message, Offer, SourceEvent, SourcePhase};
 use crate::report::{Blackout, MigrationReport, Outcome, Round};
 use crate::session::{self, Session, aborted};
 use crate::staging::{STAGING_BYTES, Staging};
 use crate::switchover::{Committed, Paused};
-use pageferry_transport::preamble::Token;
 use pageferry_transport::{MemoryRegion, STRIPE_BYTES, TransportKind};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -29,10 +30,8 @@ use std::time::{Duration, Instant};
 const REASON_MAX: Duration = Duration::from_secs(5);
 /// For the destination to expose its memory.
 const ACCEPT_MAX: Duration = Duration::from_secs(60);
-/// For the destination to let the vCPUs run, and for one answer when asked again.
-const RUNNING_MAX: Duration = Duration::from_secs(20);
-/// How long a source whose Commit got no answer asks again before it says "unknown". Longer than a
-/// switch or a route needs to come back.
+/// How long a source whose Commit got no answer asks again before it says "unknown", and its supervisor goes on
+/// asking. Longer than a switch or a route needs to come back.
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(60);
 /// Pause between two attempts at it.
 const ASK_AGAIN_EVERY: Duration = Duration::from_millis(500);
@@ -234,12 +233,14 @@ fn run(
     let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
     let result = ferry.cross(&mut session, to, discards);
     let phase = ferry.phase;
-    let result = result.map_err(|error| with_the_peers_reason(error, phase, &mut session.control, monitor));
-    report.control_messages += session.control.messages();
+    // After Commit the connection is the inquiry's, which counts for itself.
+    let Some(control) = &mut session.control else { return result };
+    let result = result.map_err(|error| with_the_peers_reason(error, phase, control, monitor));
+    report.control_messages += control.messages();
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
     {
-        session.control.abort(&error.chain(), error.cause(), clock::now() + session::SETUP_MAX);
+        control.abort(&error.chain(), error.cause(), clock::now() + session::SETUP_MAX);
     }
     result
 }
@@ -284,7 +285,7 @@ impl Ferry<'_> {
     /// From the start of tracking to the destination's word that it runs the guest.
     fn cross(&mut self, session: &mut Session, to: &Address, mut discards: bool) -> Result<()> {
         let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
-        let Self { guest, options, monitor, .. } = self;
+        let (options, monitor, guest) = (self.options, self.monitor, &mut *self.guest);
         let memory = Arc::clone(guest.memory());
         let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
@@ -306,7 +307,7 @@ impl Ferry<'_> {
             link.expect(slot.region(), &parts)?;
         }
         let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
-        let accept = offer_memory(&mut session.control, offer, &memory, &state, monitor)?;
+        let accept = offer_memory(session.control()?, offer, &memory, &state, monitor)?;
 
         let mut dirty = DirtyBitmap::new(memory.pages());
         touched.iter().for_each(|run| dirty.insert(*run));
@@ -318,7 +319,7 @@ impl Ferry<'_> {
         let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
         pump.expect_blackout(state_ahead)?;
         let alive = guest.liveness();
-        let control = &mut session.control;
+        let control = session.control.as_mut().ok_or_else(session::over)?;
 
         // The guest runs, and rounds shrink.
         monitor.enter(Stage::Rounds);
@@ -326,7 +327,7 @@ impl Ferry<'_> {
             let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control));
             let mut rounds =
                 Rounds { monitor, report: self.report, round_trip_us: session.round_trip_us, options };
-            rounds.run(*guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
+            rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
             // Whatever can be done ahead of the pause; what was written until then goes now.
             guest.arm()?;
             // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing is.
@@ -360,7 +361,7 @@ impl Ferry<'_> {
         monitor.check()?;
         let blackout_end = clock::now() + blackout_max(options, memory.bytes());
         let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| not_after(blackout_end));
-        let paused = Paused::enter(*guest)?;
+        let paused = Paused::enter(guest)?;
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
         let tracked = tracking.as_mut();
@@ -389,15 +390,49 @@ impl Ferry<'_> {
             .commit(control, clock::now() + RUNNING_MAX)
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
         monitor.enter(Stage::Committed);
-        let answer = sent.and_then(|()| control.receive("Running", clock::now() + RUNNING_MAX));
-        let (phase, report) = (&mut self.phase, &mut *self.report);
-        let blackout = settle(committed, answer, self.network, to, session.token, phase)?;
+        let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
+        let blackout = self.settle(committed, sent, inquiry)?;
         drop(pump);
         self.guest.retire(tracking);
-        report.blackout_us = blackout;
+        self.report.blackout_us = blackout;
         // The destination would have aborted before Ready, had its digest been another.
-        report.verified = options.verify.then_some(true);
+        self.report.verified = options.verify.then_some(true);
         Ok(())
+    }
+
+    /// After Commit: acts on the destination's word, and asks again where there is none. Returns the blackout.
+    /// A question that is still open in the end is left with the monitor.
+    fn settle(&mut self, committed: Committed, sent: Result<()>, mut inquiry: Inquiry) -> Result<Blackout> {
+        let ask_again_max = hold::limit("ask-again", ASK_AGAIN_MAX);
+        let mut answer = match sent {
+            Ok(()) => inquiry.wait(clock::now() + RUNNING_MAX.min(ask_again_max)),
+            Err(e) => {
+                tracing::warn!(error = %e.chain(), "Commit could not be sent; asking again");
+                None
+            }
+        };
+        let give_up = clock::now() + ask_again_max;
+        loop {
+            self.report.control_messages = inquiry.messages();
+            match answer {
+                Some(Answer::Running(running)) => {
+                    self.phase = self.phase.on(SourceEvent::RunningReceived);
+                    return Ok(committed.blackout(&running));
+                }
+                Some(Answer::Discarded(error)) => {
+                    self.phase = self.phase.on(SourceEvent::AbortReceived);
+                    return Err(error);
+                }
+                None if clock::now() >= give_up => {
+                    self.phase = self.phase.on(SourceEvent::GivenUp);
+                    let unanswered = unanswered(inquiry.to(), ask_again_max);
+                    self.monitor.leave_inquiry(inquiry);
+                    return Err(Error::Unknown(unanswered));
+                }
+                None => clock::sleep(ASK_AGAIN_EVERY),
+            }
+            answer = inquiry.ask(self.network);
+        }
     }
 }
 
@@ -528,48 +563,13 @@ impl Rounds<'_> {
     }
 }
 
-/// After Commit: acts on the destination's word, and asks again on new connections where there is none.
-/// Returns the blackout.
-fn settle(
-    committed: Committed,
-    mut answer: Result<Message>,
-    network: &dyn Network,
-    to: &Address,
-    token: Token,
-    phase: &mut SourcePhase,
-) -> Result<Blackout> {
-    let give_up = clock::now() + ASK_AGAIN_MAX;
-    loop {
-        match answer {
-            Ok(Message::Running(running)) => {
-                *phase = phase.on(SourceEvent::RunningReceived);
-                return Ok(committed.blackout(&running));
-            }
-            // A refusal says that there is no session for us now, and nothing about the one there was.
-            Ok(Message::Abort(abort)) if !matches!(abort.cause, Cause::Refused | Cause::Busy) => {
-                *phase = phase.on(SourceEvent::AbortReceived);
-                return Err(aborted(abort));
-            }
-            Ok(other) => tracing::warn!(message = other.name(), "an answer to Commit that settles nothing"),
-            Err(e) => tracing::warn!(error = %e.chain(), "no answer to Commit; asking again"),
-        }
-        if clock::now() >= give_up {
-            *phase = phase.on(SourceEvent::GivenUp);
-            return Err(Error::Unknown(format!(
-                "the destination was told to run the guest and has not answered for {} s. The guest is stopped here and \
-                 stays so. Look at the destination (`pageferry list` there): if the guest runs there, end this one; if it \
-                 does not and its receiver is gone for good, let it run here again (`pageferry settle NAME --run` or `--end`)",
-                ASK_AGAIN_MAX.as_secs()
-            )));
-        }
-        clock::sleep(ASK_AGAIN_EVERY);
-        answer = ask_again(network, to, token);
-    }
-}
-
-/// One more Commit on a new connection. The destination answers it like the first.
-fn ask_again(network: &dyn Network, to: &Address, token: Token) -> Result<Message> {
-    let mut control = session::reopen(network, to, token)?;
-    control.send(&Message::Commit, clock::now() + RUNNING_MAX)?;
-    control.receive("Running", clock::now() + RUNNING_MAX)
+/// What the operator is told of a Commit without an answer.
+fn unanswered(to: &Address, asked_for: Duration) -> String {
+    format!(
+        "the destination was told to run the guest and has not answered for {} s. The guest is stopped here and stays so. \
+         Its supervisor goes on asking {to} and acts on the answer. If the destination is gone for good, look whether the guest \
+         runs there (`pageferry list` on that host): if it does, end this one; if it does not, let it run here again \
+         (`pageferry settle NAME --end` or `--run`)",
+        asked_for.as_secs()
+    )
 }

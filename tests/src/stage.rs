@@ -23,6 +23,8 @@ pub const BARE: &str = "qemu-system-x86_64 -accel tcg -machine q35 -nodefaults -
 pub struct Stage {
     directory: tempfile::TempDir,
     binary: PathBuf,
+    /// Limits of the supervisors that are not theirs by default.
+    limits: Option<&'static str>,
 }
 
 /// A command that has ended.
@@ -52,9 +54,17 @@ impl Stage {
         let stage = Self {
             directory: tempfile::Builder::new().prefix("pf").tempdir().expect("a directory"),
             binary: crate::binary(),
+            limits: None,
         };
         std::fs::write(stage.hold_file(), "").expect("the file of held points");
         stage
+    }
+
+    /// Has what it starts give up asking after Commit within a second, and ask on twice a second from then on.
+    #[must_use]
+    pub fn impatient(mut self) -> Self {
+        self.limits = Some("ask-again:1000,ask-later:500");
+        self
     }
 
     /// Starts everything through a shell that runs `before` first, in a mount namespace of its own.
@@ -109,7 +119,8 @@ impl Stage {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
         command.args(arguments).env("PAGEFERRY_RUNTIME_DIR", self.directory.path());
-        command.env_remove("PAGEFERRY_HOLD").env_remove("PAGEFERRY_LOG");
+        command.env_remove("PAGEFERRY_HOLD").env_remove("PAGEFERRY_LOG").env_remove("PAGEFERRY_LIMIT");
+        command.envs(self.limits.map(|limits| ("PAGEFERRY_LIMIT", limits)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -57,7 +57,10 @@ const SOURCE_POINTS: [&str; 4] = ["setup", "rounds", "switchover", "committed"];
 
 impl Pair {
     fn new(point: &str) -> Self {
-        let stage = Stage::new();
+        Self::on(Stage::new(), point)
+    }
+
+    fn on(stage: Stage, point: &str) -> Self {
         let at_source = SOURCE_POINTS.contains(&point);
         let source = stage.run("src", BARE, if at_source { point } else { "" });
         let destination = stage.receive("dst", BARE, if at_source { "" } else { point });
@@ -350,7 +353,7 @@ table! {
 
 #[test]
 fn owner_destination_supervisor_killed_the_guest_runs_there_and_the_source_says_unknown() {
-    let mut pair = Pair::new("owner");
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
     let moving = pair.held_at("owner");
     pair.strike(KillDestinationSupervisor);
     let ended = pair.follow(moving, false, |_| true);
@@ -371,9 +374,56 @@ fn owner_destination_supervisor_killed_the_guest_runs_there_and_the_source_says_
     pair.destination.wait_guest_runs();
 }
 
+/// A migration whose network goes away after Commit for longer than `migrate` asks: status 3, and the guest is
+/// in doubt. With `cut` the old connection is lost too.
+fn network_away_after_commit(cut: bool) -> Pair {
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
+    let moving = pair.held_at("owner");
+    pair.strike(Stall);
+    if cut {
+        pair.strike(CutControl);
+    }
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(3), "{}", ended.stderr);
+    pair.source.words.wait("asking", SOON);
+    let status = pair.stage.done(&["status", "src"]);
+    assert!(status.stdout.contains("STOPPED"), "{}", status.stdout);
+    pair
+}
+
+#[test]
+fn when_the_network_is_back_after_status_3_the_source_hears_that_the_guest_runs_and_ends_its_own() {
+    for cut in [false, true] {
+        let mut pair = network_away_after_commit(cut);
+        pair.stage.release();
+        pair.destination.words.wait("dst runs here", SOON);
+        assert_eq!(pair.look(), (false, true));
+        pair.proxy.stall(false);
+        pair.source.words.wait("settled: src has moved", SOON);
+        assert_eq!(pair.source.end(), Some(0));
+        wait_gone(pair.source_qemu);
+        assert_eq!(pair.look(), (false, true));
+    }
+}
+
+#[test]
+fn when_the_network_is_back_after_status_3_the_source_hears_of_a_discarded_copy_and_resumes() {
+    let mut pair = network_away_after_commit(true);
+    pair.strike(KillDestinationQemu);
+    pair.stage.release();
+    pair.destination.wait_state(State::Waiting);
+    assert_eq!(pair.look(), (false, false), "nothing was heard yet");
+    pair.proxy.stall(false);
+    pair.source.words.wait("settled: src was not moved", SOON);
+    pair.source.wait_guest_runs();
+    pair.check_source_is_as_before();
+    pair.check_copy_is_gone();
+    pair.second_attempt();
+}
+
 #[test]
 fn owner_destination_host_lost_the_source_says_unknown_and_settle_run_brings_the_guest_back() {
-    let mut pair = Pair::new("owner");
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
     let moving = pair.held_at("owner");
     pair.strike(KillDestinationHost);
     let ended = pair.follow(moving, false, |_| true);

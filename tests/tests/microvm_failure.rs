@@ -72,7 +72,10 @@ struct Pair {
 
 impl Pair {
     fn new(point: &str) -> Self {
-        let stage = Stage::new();
+        Self::on(Stage::new(), point)
+    }
+
+    fn on(stage: Stage, point: &str) -> Self {
         let at_source = SOURCE_POINTS.contains(&point);
         let (source, _) = stage.microvm("src", PAYLOAD, if at_source { point } else { "" });
         let (destination, _) = stage.microvm("dst", WAITING, if at_source { "" } else { point });
@@ -254,7 +257,7 @@ fn in_doubt(name: &str) -> Option<Pair> {
     if !kvm_is_here(name) {
         return None;
     }
-    let mut pair = Pair::new("owner");
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
     let moving = pair.held_at("owner");
     pair.strike(KillDestination);
     let ended = pair.follow(moving, false, |_| true);
@@ -264,6 +267,28 @@ fn in_doubt(name: &str) -> Option<Pair> {
     let status = pair.stage.done(&["status", "src"]);
     assert!(status.stdout.contains("STOPPED"), "{}", status.stdout);
     Some(pair)
+}
+
+#[test]
+fn when_the_network_is_back_after_status_3_the_source_hears_that_the_guest_runs_and_ends_its_own() {
+    if !kvm_is_here(
+        "when_the_network_is_back_after_status_3_the_source_hears_that_the_guest_runs_and_ends_its_own",
+    ) {
+        return;
+    }
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
+    let moving = pair.held_at("owner");
+    pair.strike(Stall);
+    pair.strike(CutControl);
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(3), "{}", ended.stderr);
+    pair.stage.release();
+    pair.destination.words.wait("dst runs here", SOON);
+    assert_eq!(pair.look(), Destination);
+    pair.proxy.stall(false);
+    pair.source.words.wait("settled: src has moved", SOON);
+    assert_eq!(pair.source.end(), Some(0));
+    pair.runs_in_the_end(Destination);
 }
 
 #[test]

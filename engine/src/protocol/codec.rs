@@ -20,6 +20,8 @@ const WATCH_EVERY: Duration = Duration::from_millis(50);
 pub struct Control {
     connection: Box<dyn Connection>,
     messages: u64,
+    /// A message was begun and not received to its end: what follows makes no sense.
+    torn: bool,
 }
 
 /// The bytes of a message, length first.
@@ -51,13 +53,19 @@ impl Control {
     /// Takes over a connection whose preamble has been exchanged.
     #[must_use]
     pub fn new(connection: Box<dyn Connection>) -> Self {
-        Self { connection, messages: 0 }
+        Self { connection, messages: 0, torn: false }
     }
 
     /// Messages sent and received so far.
     #[must_use]
     pub fn messages(&self) -> u64 {
         self.messages
+    }
+
+    /// Whether a message was begun here and not received to its end, so that nothing can be received any more.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.torn
     }
 
     /// This side's address of the connection, if it goes over IP.
@@ -97,6 +105,7 @@ impl Control {
         }
         let mut body = vec![0; length];
         self.read_exact(&mut body, expected, deadline)?;
+        self.torn = false;
         let message = decode(&body)?;
         self.messages += 1;
         tracing::debug!(message = message.name(), bytes = length, "received");
@@ -138,7 +147,10 @@ impl Control {
         while !buffer.is_empty() {
             match self.connection.read(buffer, deadline) {
                 Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::ConnectionAborted))),
-                Ok(n) => buffer = &mut buffer[n..],
+                Ok(n) => {
+                    self.torn = true;
+                    buffer = &mut buffer[n..];
+                }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(timeout_or(e, what())),
             }

@@ -1,14 +1,16 @@
 //! The loop of a supervisor whose guest is here: orders, signals, and the guest's end.
 
 use super::api::{Answer, Order, Reply, State};
+use super::asking::Asking;
 use super::hosted::{Ended, Hosted, Vmm};
 use super::runtime::Claim;
 use super::{Inbox, Shared, say};
 use crate::error::Result;
+use crate::inquiry::{self, ASK_LATER_EVERY, Inquiry};
 use crate::progress::Monitor;
 use crate::report::{MigrationReport, Outcome};
 use crate::source::{MigrateOptions, migrate};
-use crossbeam_channel::{Receiver, after, bounded, select};
+use crossbeam_channel::{Receiver, after, bounded, never, select};
 use std::time::Duration;
 
 /// How often a guest is looked after while nothing happens.
@@ -31,6 +33,8 @@ pub struct Hosting<H> {
     outlives_us: bool,
     /// Whether the guest is stopped, may run here, and could not be let run yet.
     owes_resume: bool,
+    /// The question to the destination whose Commit got no answer.
+    asking: Option<Asking>,
     /// Whether the operator was told that to leave now may be the end of the only copy.
     warned: bool,
 }
@@ -54,13 +58,32 @@ impl<H: Hosted> Hosting<H> {
             (s.state, s.listen) = (State::Hosting, None);
             (s.vmm, s.pid) = (hosted.vmm(), Some(hosted.pid()));
         });
-        Ok(Self { claim, shared, inbox, hosted, ended, outlives_us, owes_resume: false, warned: false })
+        Ok(Self {
+            claim,
+            shared,
+            inbox,
+            hosted,
+            ended,
+            outlives_us,
+            owes_resume: false,
+            asking: None,
+            warned: false,
+        })
     }
 
     /// Until the guest is gone or a signal comes. Returns the exit status.
     pub fn run(mut self) -> Result<u8> {
         loop {
+            let answers = self.asking.as_ref().map_or_else(never, |asking| asking.answers().clone());
             select! {
+                recv(answers) -> answer => {
+                    self.asking = None;
+                    if let Ok(answer) = answer
+                        && let Some(status) = self.answered(answer)
+                    {
+                        return Ok(status);
+                    }
+                }
                 recv(self.ended) -> _ => return Ok(self.guest_ended()),
                 recv(self.inbox.signals) -> _ => {
                     if let Some(status) = self.leave() {
@@ -103,7 +126,7 @@ impl<H: Hosted> Hosting<H> {
         let mut leaving = false;
         let report = std::thread::scope(|scope| {
             let (sender, done) = bounded(1);
-            let watched = monitor.clone();
+            let (watched, monitor) = (monitor.clone(), monitor.clone());
             let migrating = scope.spawn(move || {
                 let _ = sender.send(migrate(guest, &options, &monitor));
             });
@@ -149,6 +172,7 @@ impl<H: Hosted> Hosting<H> {
         let state = if report.outcome == Outcome::Unknown { State::Unknown } else { State::Hosting };
         self.shared.update(|s| (s.state, s.last) = (state, Some(report.clone())));
         let completed = report.outcome == Outcome::Completed;
+        self.ask_on(monitor.take_inquiry());
         reply.deliver(Reply::Report(report));
         if completed {
             // Freeing gigabytes keeps a core busy. If the destination is this very host, the guest that has
@@ -169,6 +193,57 @@ impl<H: Hosted> Hosting<H> {
             report.outcome = Outcome::Unknown;
         }
         report
+    }
+
+    /// Goes on with the question that a migration has left open.
+    fn ask_on(&mut self, inquiry: Option<Inquiry>) {
+        let Some(inquiry) = inquiry else { return };
+        let name = self.claim.name();
+        say(&format!("asking {} on about {name}, every {} s", inquiry.to(), ASK_LATER_EVERY.as_secs()));
+        match Asking::start(inquiry) {
+            Ok(asking) => self.asking = Some(asking),
+            Err(e) => say(&format!("{}: the destination is not asked again about {name}", e.chain())),
+        }
+    }
+
+    /// The destination has settled what became of a guest in doubt. Returns an exit status if this supervisor
+    /// is to end.
+    fn answered(&mut self, answer: inquiry::Answer) -> Option<u8> {
+        let name = self.claim.name().to_owned();
+        match answer {
+            inquiry::Answer::Running(_) => {
+                say(&format!("settled: {name} has moved, the destination says that it runs there"));
+                self.settled(State::Hosting, Outcome::Completed, None);
+                self.end_guest();
+                Some(0)
+            }
+            inquiry::Answer::Discarded(why) => {
+                let why = why.chain();
+                match self.hosted.guest().resume() {
+                    Ok(()) => {
+                        say(&format!("settled: {name} was not moved and runs on here: {why}"));
+                        self.settled(State::Hosting, Outcome::Aborted, Some(why));
+                    }
+                    Err(e) => {
+                        let e = e.chain();
+                        say(&format!("settled: {name} was not moved ({why}), but cannot run here yet: {e}"));
+                        self.owes_resume = true;
+                    }
+                }
+                None
+            }
+        }
+    }
+
+    /// A doubt is over: what `status` shows from now on.
+    fn settled(&mut self, state: State, outcome: Outcome, reason: Option<String>) {
+        self.warned = false;
+        self.shared.update(|s| {
+            s.state = state;
+            if let Some(last) = &mut s.last {
+                (last.outcome, last.reason) = (outcome, reason);
+            }
+        });
     }
 
     /// Takes away what is left of a guest that runs elsewhere.
@@ -197,7 +272,7 @@ impl<H: Hosted> Hosting<H> {
                 let text = if run { "the guest runs here" } else { "the guest has ended here" };
                 say(text);
                 self.shared.update(|s| s.state = State::Hosting);
-                (self.owes_resume, self.warned) = (false, false);
+                (self.owes_resume, self.asking, self.warned) = (false, None, false);
                 reply.deliver(Reply::Done { text: text.into() });
                 (!run).then(|| {
                     self.claim.forget_guest();

@@ -7,6 +7,7 @@
 //! ```
 
 pub mod api;
+pub mod asking;
 pub mod hosted;
 pub mod hosting;
 pub mod kvm;
