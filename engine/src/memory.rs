@@ -15,7 +15,7 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 
 /// One block of guest memory: a memfd or a file in a memory file system, shared with whoever runs
@@ -93,6 +93,9 @@ pub struct SlotSource {
     pub process_address: u64,
 }
 
+/// One of the two ways to map a block: file, offset, length, access.
+type MapRegion = fn(BorrowedFd<'_>, u64, usize, Access) -> pageferry_transport::Result<Arc<MemoryRegion>>;
+
 /// All memory of one guest.
 #[derive(Debug)]
 pub struct GuestMemory {
@@ -103,8 +106,17 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Maps every block, in this order.
+    /// Maps every block, in this order. Huge pages are reserved for all of them.
     pub fn map(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
+        Self::map_by(blocks, access, MemoryRegion::map_shared)
+    }
+
+    /// Maps every block of a guest whose monitor has reserved its huge pages, or has not on purpose.
+    pub fn map_unreserved(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
+        Self::map_by(blocks, access, MemoryRegion::map_unreserved)
+    }
+
+    fn map_by(blocks: Vec<SlotSource>, access: Access, map: MapRegion) -> Result<Self> {
         let mut slots = Vec::with_capacity(blocks.len());
         let mut pages = 0;
         for block in blocks {
@@ -116,7 +128,7 @@ impl GuestMemory {
             }
             let len = usize::try_from(block.bytes)
                 .map_err(|_| Error::refused("guest memory exceeds the address space"))?;
-            let region = MemoryRegion::map_shared(block.file.as_fd(), block.file_offset, len, access)?;
+            let region = map(block.file.as_fd(), block.file_offset, len, access)?;
             slots.push(MemorySlot {
                 name: block.name,
                 first_page: pages,

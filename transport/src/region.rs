@@ -28,15 +28,33 @@ pub struct MemoryRegion {
 
 impl MemoryRegion {
     /// Maps `len` bytes of `file` (a memfd, a file in a memory file system) at `offset`, shared with
-    /// everyone else who maps it.
+    /// everyone else who maps it. Huge pages are reserved for all of it.
     pub fn map_shared(file: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Arc<Self>> {
+        Self::map(&mut MmapOptions::new(), file, offset, len, access)
+    }
+
+    /// The same for memory that somebody else has made, who has reserved its huge pages, or has not on purpose: all of the
+    /// memory of a guest that touches little of it may be more than the host has.
+    pub fn map_unreserved(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<Arc<Self>> {
+        Self::map(MmapOptions::new().no_reserve_swap(), file, offset, len, access)
+    }
+
+    fn map(
+        options: &mut MmapOptions,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<Arc<Self>> {
         if len == 0 {
             return Err(Error::Bounds { what: "a memory region of zero bytes".into() });
         }
-        let mut options = MmapOptions::new();
-        // Huge pages are set aside by whoever made the memory, or by nobody: all of a guest's memory that touches
-        // little of it may be more than the host has.
-        options.offset(offset).len(len).no_reserve_swap();
+        options.offset(offset).len(len);
         let map = match access {
             Access::Read => options.map_raw_read_only(file.as_raw_fd()),
             Access::Write => options.map_raw(file.as_raw_fd()),

@@ -492,3 +492,17 @@ fn register(vm: &Arc<VmFd>, memory: &Arc<GuestMemory>, config: &MachineConfig) -
     // SAFETY: these are the slots as they were just registered, and the machine keeps memory and slots together.
     unsafe { KvmSlots::new(Arc::clone(vm), slots) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn huge_pages_that_the_host_does_not_have_are_missed_at_the_start_and_not_by_the_guest() {
+        // More than any host sets aside. Nothing of it is touched.
+        let config = MachineConfig { huge_pages: true, ..MachineConfig::new(64 << 40, 1) };
+        let text = allocate(&config).unwrap_err().chain();
+        let without_huge_pages = text.contains("allocating");
+        assert!(without_huge_pages || text.contains("nr_hugepages"), "{text}");
+    }
+}

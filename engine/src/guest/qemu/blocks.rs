@@ -562,6 +562,44 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_nobody_writes_is_known_as_such_in_a_real_qemu_and_must_be_shared() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("image");
+        std::fs::write(&path, vec![7; 16 << 20]).unwrap();
+        let ram = tempfile::tempdir_in("/dev/shm").unwrap();
+        let ram = format!(
+            "memory-backend-file,id=ram0,size=64M,mem-path={},share=on",
+            ram.path().join("ram").display()
+        );
+        let found = |share: &str| {
+            let image = format!(
+                "memory-backend-file,id=i,size=16M,mem-path={},readonly=on,share={share}",
+                path.display()
+            );
+            let mut qemu = TestQemu::start(&[
+                "-m",
+                "64M,slots=1,maxmem=1G",
+                "-object",
+                &ram,
+                "-object",
+                &image,
+                "-machine",
+                "q35,nvdimm=on,memory-backend=ram0",
+                "-device",
+                "nvdimm,memdev=i,unarmed=on",
+            ]);
+            let pid = qemu.pid();
+            find(&mut qemu.qmp, pid, Access::Read, TestQemu::soon())
+        };
+        let mut shared = found("on").unwrap();
+        assert_eq!(shared.shared.iter().map(|b| b.name.as_str()).collect::<Vec<_>>(), ["ram0"]);
+        let image = shared.images[0].describe().unwrap();
+        assert_eq!((image.name.as_str(), image.bytes), ("i", 16 << 20));
+        let text = found("off").unwrap_err().to_string();
+        assert!(text.contains("nobody can write") && text.contains("share=on"), "{text}");
+    }
+
+    #[test]
     fn private_and_nameless_memory_of_a_real_qemu_is_refused() {
         for (options, word) in [
             (vec!["-m", "64M", "-machine", "q35"], "is not shared"),

@@ -62,7 +62,7 @@ impl Qemu {
         let private_bytes = unshared.iter().map(|block| block.bytes).sum();
         let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }), deadline)?;
         let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
-        let memory = GuestMemory::map(shared, access)?;
+        let memory = GuestMemory::map_unreserved(shared, access)?;
         ownership.cover(&memory)?;
         let description = GuestDescription {
             monitor: "qemu".into(),
@@ -115,7 +115,7 @@ impl Qemu {
         if self.memory.maps(&now.shared)? && same_images(&self.images, &now.images) {
             return Ok(false);
         }
-        let memory = GuestMemory::map(now.shared, Access::Read)?;
+        let memory = GuestMemory::map_unreserved(now.shared, Access::Read)?;
         self.ownership.cover(&memory)?;
         self.description.blocks = described(&memory);
         self.private_bytes = now.unshared.iter().map(|block| block.bytes).sum();
