@@ -143,6 +143,10 @@ struct ReceiveArgs {
     /// Listen off loopback although the connection is neither encrypted nor authenticated yet.
     #[arg(long)]
     insecure: bool,
+    /// Take a guest although what it sees of its machine differs here in this, as the refusal named it
+    /// (cpu.smap, or cpu for all of them). May be given more than once.
+    #[arg(long, value_name = "NAME")]
+    allow_difference: Vec<String>,
     /// The QEMU command: the same machine, memory and devices as at the source.
     #[arg(last = true, required = true, value_name = "QEMU-COMMAND")]
     qemu: Vec<OsString>,
@@ -351,7 +355,13 @@ fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;
     let reception = Reception::new(Doorway::open(address)?, args.link.clone());
-    receive(claim, shared, inbox, &mut QemuNursery::new(&args.qemu), reception)
+    receive(
+        claim,
+        shared,
+        inbox,
+        &mut QemuNursery::new(&args.qemu).allowing(&args.allow_difference),
+        reception,
+    )
 }
 
 fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {

@@ -154,13 +154,20 @@ impl Waiting for QemuWaiting {
 #[derive(Debug)]
 pub struct QemuNursery<'c> {
     command: &'c [OsString],
+    allowed: &'c [String],
 }
 
 impl<'c> QemuNursery<'c> {
     /// One for this command.
     #[must_use]
     pub fn new(command: &'c [OsString]) -> Self {
-        Self { command }
+        Self { command, allowed: &[] }
+    }
+
+    /// Takes guests although what they see differs in these.
+    #[must_use]
+    pub fn allowing(self, allowed: &'c [String]) -> Self {
+        Self { allowed, ..self }
     }
 }
 
@@ -172,7 +179,8 @@ impl Nursery for QemuNursery<'_> {
         // From Commit on the guest may outlive this supervisor, and must be found then.
         let prepared = Record::of(qemu.pid(), qemu.qmp_path())
             .and_then(|record| claim.remember(&record))
-            .and_then(|()| QemuDestination::new(qemu));
+            .and_then(|()| QemuDestination::new(qemu))
+            .map(|guest| guest.allowing(self.allowed));
         match prepared {
             Ok(guest) => Ok(QemuWaiting { guest, child }),
             Err(e) => {

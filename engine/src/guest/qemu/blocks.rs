@@ -22,7 +22,7 @@ use crate::proc_maps::Mapping;
 use pageferry_transport::Access;
 use rustix::fs::{fstat, fstatfs};
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -99,6 +99,19 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
     found.shared.sort_by(|a, b| a.name.cmp(&b.name));
     found.images.sort_by(|a, b| a.name().cmp(b.name()));
     Ok(found)
+}
+
+/// All RAM blocks with their sizes. Tables that QEMU makes as large as it needs, and grows for what comes, have
+/// the size zero.
+pub(super) fn sizes(qmp: &mut Qmp, deadline: Instant) -> Result<BTreeMap<String, u64>> {
+    let blocks = parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
+    let named = blocks.into_iter().filter(|block| !block.name.is_empty());
+    Ok(named
+        .map(|block| {
+            let bytes = if block.name.starts_with("/rom@") { 0 } else { block.used_bytes };
+            (block.name, bytes)
+        })
+        .collect())
 }
 
 /// How a block travels.

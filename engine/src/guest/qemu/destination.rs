@@ -1,6 +1,7 @@
 //! A QEMU that waits to be filled, as the destination of a migration.
 
 use super::guardian::{Guardian, Side};
+use super::platform::{Gatherer, Platform, admit};
 use super::process::Qemu;
 use super::sentry::{Post, Sentry};
 use super::source::QemuSource;
@@ -29,6 +30,10 @@ pub struct QemuDestination {
     settings: Settings,
     guardian: Option<Guardian>,
     huge_pages_set_aside: bool,
+    /// What the guest would see of its machine here.
+    platform: Platform,
+    /// Names of differences from the source's that the operator allows.
+    allowed: Vec<String>,
     /// The number of the last event before it waited: no RESUME and no RESET may follow before Commit.
     waiting_since: u64,
     /// Has the monitor from the load to Commit.
@@ -47,6 +52,8 @@ impl QemuDestination {
         let huge_pages_set_aside = qemu.has_huge_pages_set_aside();
         room::check_huge_pages(qemu.memory(), huge_pages_set_aside)?;
         qemu.describe_images()?;
+        let pid = qemu.pid();
+        let platform = Gatherer::default().gather(&mut qemu.qmp, pid)?;
         // Late activation: no lock on a disk image before the guest is ours.
         let settings = Settings::read(&mut qemu.qmp)?;
         settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
@@ -65,10 +72,18 @@ impl QemuDestination {
             settings,
             guardian: Some(guardian),
             huge_pages_set_aside,
+            platform,
+            allowed: Vec::new(),
             waiting_since,
             sentry: Some(sentry),
             struck,
         })
+    }
+
+    /// Takes a guest although what it sees differs in these ([`platform::Difference::name`](super::platform::Difference)).
+    #[must_use]
+    pub fn allowing(self, names: &[String]) -> Self {
+        Self { allowed: names.to_vec(), ..self }
     }
 
     /// The source that the guest, which runs here now, can be moved on from.
@@ -93,7 +108,8 @@ impl DestinationGuest for QemuDestination {
         self.qemu.description().clone()
     }
 
-    fn admit(&self, _theirs: &GuestDescription) -> Result<()> {
+    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+        admit(&Platform::unpack(&theirs.platform)?, &self.platform, &self.allowed)?;
         // Equal when they were described; ours may have been changed while this waited.
         self.qemu
             .check_images()

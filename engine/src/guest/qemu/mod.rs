@@ -14,6 +14,7 @@ pub mod guardian;
 pub mod image;
 pub mod inject;
 pub mod ownership;
+pub mod platform;
 pub mod process;
 pub mod qmp;
 pub mod readconfig;

@@ -3,6 +3,7 @@
 use super::blocks;
 use super::guardian::{Guardian, Side};
 use super::inject::userfaultfd_of;
+use super::platform::Gatherer;
 use super::process::{Qemu, ended};
 use super::sentry::{Post, Sentry};
 use super::stream::{self, Outgoing, QMP_MAX, Settings};
@@ -52,6 +53,9 @@ pub struct QemuSource {
     retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
     postmigrate_is_ours: bool,
+    /// What the guest sees of its machine, packed, as preflight found it.
+    platform: Vec<u8>,
+    gatherer: Gatherer,
     /// See [`Self::settle_in`].
     left_over: Option<Settings>,
 }
@@ -80,6 +84,8 @@ impl QemuSource {
             sealed: false,
             retired: None,
             postmigrate_is_ours: false,
+            platform: Vec::new(),
+            gatherer: Gatherer::default(),
             left_over: None,
         }
     }
@@ -242,7 +248,7 @@ impl QemuSource {
 
 impl SourceGuest for QemuSource {
     fn describe(&self) -> GuestDescription {
-        self.qemu.description().clone()
+        GuestDescription { platform: self.platform.clone(), ..self.qemu.description().clone() }
     }
 
     fn preflight(&mut self) -> Result<()> {
@@ -274,7 +280,11 @@ impl SourceGuest for QemuSource {
                 "QEMU is busy with a migration of its own ({migration}); let it end, or `migrate_cancel` it"
             )));
         }
-        crate::dirty::pagemap::probe()
+        crate::dirty::pagemap::probe()?;
+        // With what was plugged in and out until now.
+        let pid = self.qemu.pid();
+        self.platform = self.gatherer.gather(&mut self.qemu.qmp, pid)?.pack();
+        Ok(())
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {

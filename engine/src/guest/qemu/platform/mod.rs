@@ -1,0 +1,120 @@
+//! What a guest in QEMU can see of its machine, asked at both ends and compared before it is touched.
+//!
+//! ```text
+//!   gather    QMP -> Platform        at the source in preflight, at the destination while it waits
+//!   Hello     Platform, packed       at most PACKED_BYTES_MAX
+//!   compare   two of them -> differences, in words of the command line
+//! ```
+//!
+//! QEMU itself compares hardly any of it: it takes another CPU model without a word, and the guest dies.
+
+mod admit;
+mod compare;
+mod gather;
+mod qtree;
+
+pub use admit::admit;
+pub use compare::{Difference, Weight, compare};
+pub use gather::Gatherer;
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// The form of a packed description; another one is another release's.
+const FORM: u8 = 1;
+/// Hello as a whole is bounded to 64 KiB.
+const PACKED_BYTES_MAX: usize = 40 << 10;
+/// The name under which a digest stands for all properties of a device.
+const DIGEST: &str = "properties";
+
+/// Names and values, as texts.
+pub type Properties = BTreeMap<String, String>;
+
+/// A device, found by its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `virtio-net-pci`.
+    pub kind: String,
+    /// The operator's name for it, or nothing.
+    pub id: String,
+    /// Its properties, without those of the host's side.
+    pub properties: Properties,
+}
+
+/// See the [module](self).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    /// QEMU's version: another one has properties that this one does not know.
+    pub version: String,
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// The model's name.
+    pub cpu_model: String,
+    /// What the vCPUs have: features, level, family.
+    pub cpu: Properties,
+    /// `sockets`, `cores`, `threads`, `maxcpus`.
+    pub smp: Properties,
+    /// Which of the possible vCPUs are plugged in.
+    pub vcpus: Vec<String>,
+    /// Of the machine: `hpet`, `smm`, `memory.max-size`.
+    pub machine: Properties,
+    /// Lines of NUMA nodes.
+    pub numa: Vec<String>,
+    /// The system's UUID.
+    pub uuid: String,
+    /// `-smbios`, `-acpitable` and `-fw_cfg`: what it is, and a digest of the option.
+    pub tables: BTreeMap<String, u64>,
+    /// RAM blocks with their sizes; of those that QEMU makes as large as it needs, zero.
+    pub blocks: BTreeMap<String, u64>,
+    /// All devices by their places: `pcie.0/02.0`.
+    pub devices: BTreeMap<String, Device>,
+}
+
+impl Platform {
+    /// For Hello. What does not fit is replaced by digests: then a device's difference is found and not named.
+    #[must_use]
+    pub fn pack(&self) -> Vec<u8> {
+        let packed = |platform: &Self| {
+            let mut bytes = vec![FORM];
+            // Only a sequence of unknown length could fail, and there is none.
+            bytes.extend(postcard::to_allocvec(platform).unwrap_or_default());
+            bytes
+        };
+        let whole = packed(self);
+        if whole.len() <= PACKED_BYTES_MAX {
+            return whole;
+        }
+        let mut short = self.clone();
+        short.devices.values_mut().for_each(Device::shorten);
+        packed(&short)
+    }
+
+    /// From Hello.
+    pub fn unpack(bytes: &[u8]) -> Result<Self> {
+        let odd = || {
+            Error::refused(
+                "the source's description of its guest is not understood: both ends must be of the same release",
+            )
+        };
+        let (form, body) = bytes.split_first().ok_or_else(odd)?;
+        let (platform, rest) = postcard::take_from_bytes(body).map_err(|_| odd())?;
+        if *form == FORM && rest.is_empty() { Ok(platform) } else { Err(odd()) }
+    }
+}
+
+impl Device {
+    /// Replaces its properties by their digest.
+    fn shorten(&mut self) {
+        if self.is_short() {
+            return;
+        }
+        let all = format!("{:?}", self.properties);
+        self.properties = [(DIGEST.to_owned(), format!("{:016x}", xxh3_64(all.as_bytes())))].into();
+    }
+
+    fn is_short(&self) -> bool {
+        self.properties.len() == 1 && self.properties.contains_key(DIGEST)
+    }
+}
