@@ -457,7 +457,7 @@ fn allocate(config: &MachineConfig) -> Result<GuestMemory> {
         });
     }
     GuestMemory::map(sources, Access::Write).map_err(|e| match e {
-        Error::Transport(e) if config.huge_pages => Error::refused(format!(
+        Error::LocalTransport(e) if config.huge_pages => Error::refused(format!(
             "this host has not set aside {} huge pages of 2 MiB ({}): echo {0} > /proc/sys/vm/nr_hugepages",
             config.memory_bytes / HUGE_PAGE_BYTES,
             Error::from(e).chain()

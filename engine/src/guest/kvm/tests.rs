@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 const WRITES_MAX: Duration = Duration::from_secs(60);
 
 /// Whether there is a KVM to test with; says so loudly if not.
-fn kvm_is_here(test: &str) -> bool {
+pub(super) fn kvm_is_here(test: &str) -> bool {
     match open_kvm() {
         Ok(_) => true,
         Err(e) => {

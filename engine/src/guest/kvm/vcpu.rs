@@ -26,13 +26,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+#[cfg(test)]
+mod tests;
+
 /// For all vCPUs to leave the guest. Microseconds on hardware; an emulator of KVM may finish a long
 /// instruction first, and an overcommitted host may not schedule the thread.
 const LEAVE_MAX: Duration = Duration::from_secs(10);
 /// For what a parked vCPU is asked to do, state-saving ioctls all.
 const ASK_MAX: Duration = Duration::from_secs(10);
-/// Exits that finishing a pending one may cause: an access of 16 bytes is two of 8.
-const PENDING_EXITS_MAX: usize = 16;
 
 /// How a guest came to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +61,7 @@ pub trait Exits: Send + Sync {
 /// What a vCPU's thread should be doing.
 const RUN: u8 = 0;
 const PARK: u8 = 1;
+const END: u8 = 2;
 
 /// What a vCPU's thread and its owner both see.
 #[derive(Debug)]
@@ -383,7 +385,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.shared.wanted.store(PARK, Ordering::SeqCst);
+        self.shared.wanted.store(END, Ordering::SeqCst);
         self.signal();
         // A parked thread ends when its orders do.
         self.orders = None;
@@ -424,43 +426,52 @@ impl Worker {
                         let _ = self.ending.try_send(ending);
                     }
                     self.shared.parked.store(true, Ordering::SeqCst);
+                    if self.wanted() == RUN && !ended {
+                        // Let run in this very moment, and not parked: the order is here, or comes.
+                        self.shared.parked.store(false, Ordering::SeqCst);
+                    }
                     self.bell.ring();
                 }
             }
         }
     }
 
-    /// Runs the vCPU until it is told to park, or its guest has ended.
-    fn run(&mut self) -> Option<Ending> {
-        while self.shared.wanted.load(Ordering::SeqCst) == RUN {
-            let ending = self.enter();
-            self.fd.set_kvm_immediate_exit(0);
-            self.shared.turns.fetch_add(1, Ordering::SeqCst);
-            if self.shared.watched.swap(false, Ordering::SeqCst) {
-                self.bell.ring();
-            }
-            match ending {
-                Ok(_) => {}
-                Err(ending) => return Some(ending),
-            }
-        }
-        self.finish_pending_exit()
+    fn wanted(&self) -> u8 {
+        self.shared.wanted.load(Ordering::SeqCst)
     }
 
+    /// Runs the vCPU until it is out of the guest with nothing half done and shall not run, or its guest has ended.
+    ///
     /// KVM finishes an exit that user space has served (a port that was read, above all) when it is entered the
-    /// next time: state that is saved before that is of a guest in the middle of an instruction.
-    fn finish_pending_exit(&mut self) -> Option<Ending> {
-        for _ in 0..PENDING_EXITS_MAX {
-            self.fd.set_kvm_immediate_exit(1);
-            let served = self.enter();
+    /// next time: state that is saved before that is of a guest in the middle of an instruction. So one that is to
+    /// park is entered with `immediate_exit`, until KVM says that it was interrupted. That may take long: KVM's
+    /// emulator stays inside one repeated string instruction for up to 1024 of its steps, each with an exit where
+    /// it reads or writes a device (Linux, arch/x86/kvm/emulate.c, x86_emulate_insn). Only who waits for the park
+    /// has a deadline, and lets the guest go on after it.
+    fn run(&mut self) -> Option<Ending> {
+        loop {
+            let parking = match self.wanted() {
+                RUN => false,
+                PARK => true,
+                _ => return None,
+            };
+            if parking {
+                self.fd.set_kvm_immediate_exit(1);
+            }
+            let entered = self.enter();
             self.fd.set_kvm_immediate_exit(0);
-            match served {
-                Ok(true) => {}
-                Ok(false) => return None,
+            if !parking {
+                self.shared.turns.fetch_add(1, Ordering::SeqCst);
+                if self.shared.watched.swap(false, Ordering::SeqCst) {
+                    self.bell.ring();
+                }
+            }
+            match entered {
+                Ok(served) if served || !parking => {}
+                Ok(_) => return None,
                 Err(ending) => return Some(ending),
             }
         }
-        Some(Ending::Failed("an exit of the guest does not come to an end".into()))
     }
 
     /// Enters the guest once and serves its exit. `false` if it was called out.
