@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::fittings::Fittings;
 use crate::guest::DestinationGuest;
 use crate::hold;
-use crate::link::{LinkChoice, Listening};
-use crate::output::say;
+use crate::link::{LinkChoice, Listening, check_lanes};
+use crate::output::{say, words};
 use crate::prefault::Prefault;
 use crate::protocol::{
     Abort, Cause, Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready,
@@ -130,7 +130,9 @@ impl Reception {
                 return Served::Nothing;
             }
         };
-        if let Err(refusal) = hello.check().and_then(|()| check_guest(&hello, guest)) {
+        if let Err(refusal) =
+            hello.check().and_then(|()| check_guest(&hello, guest)).and_then(|()| check_lanes(hello.lanes))
+        {
             say(&format!("refused the guest of {peer}: {}", refusal.chain()));
             control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
@@ -471,6 +473,7 @@ fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
 fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
     let (theirs, ours) = (&hello.guest, guest.describe());
     let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, mend: &str| {
+        let theirs = words::reason(&theirs.to_string());
         Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {mend}")))
     };
     let mend = match ours.monitor.as_str() {

@@ -1,6 +1,10 @@
 //! The one error type of the engine: what failed, on what, and what to do about it.
 
+use crate::output::words;
 use std::io;
+
+/// The longest text of an error: a page of it is more than anybody reads.
+const CHAIN_CHARS_MAX: usize = 8192;
 
 /// Why a migration was refused, aborted, or left in doubt.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +23,10 @@ pub enum Error {
     },
     /// The lanes failed.
     #[error("the data lanes failed")]
-    Transport(#[from] pageferry_transport::Error),
+    Transport(#[source] pageferry_transport::Error),
+    /// What lanes need of this host failed: memory, an io_uring, a way by RDMA. The text is that of the transport.
+    #[error(transparent)]
+    LocalTransport(pageferry_transport::Error),
     /// QEMU refused a command.
     #[error("QEMU refused {command}: {reason}")]
     Qmp {
@@ -65,6 +72,18 @@ pub enum Error {
     Unknown(String),
 }
 
+impl From<pageferry_transport::Error> for Error {
+    fn from(error: pageferry_transport::Error) -> Self {
+        use pageferry_transport::Error as Cause;
+        match error {
+            Cause::Os { .. } | Cause::Bounds { .. } | Cause::NoPath { .. } | Cause::State(_) => {
+                Self::LocalTransport(error)
+            }
+            _ => Self::Transport(error),
+        }
+    }
+}
+
 /// Result of every fallible call in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -86,12 +105,13 @@ impl Error {
         match self {
             Self::Refused(_) => Cause::Refused,
             Self::Busy(_) => Cause::Busy,
-            Self::Transport(_) => Cause::Lanes,
+            Self::Transport(_) | Self::LocalTransport(_) => Cause::Lanes,
             _ => Cause::Failed,
         }
     }
 
-    /// The whole chain of causes on one line, for reports and for the peer.
+    /// The whole chain of causes on one line, for reports, for the operator and for the peer. Whatever words of a peer,
+    /// a guest or QEMU are in it: it is cut and escaped.
     #[must_use]
     pub fn chain(&self) -> String {
         chain(self)
@@ -107,5 +127,37 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         text.push_str(&next.to_string());
         cause = next.source();
     }
-    text
+    words::foreign(&text, CHAIN_CHARS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lanes_are_blamed_for_what_is_theirs_alone() {
+        let chain = |error: pageferry_transport::Error| Error::from(error).chain();
+        let memory =
+            pageferry_transport::Error::os("mapping memory", io::Error::from_raw_os_error(libc::ENOMEM));
+        assert_eq!(chain(memory), "mapping memory: Cannot allocate memory (os error 12)");
+        let lane = pageferry_transport::Error::Closed { lane: 1 };
+        assert_eq!(chain(lane), "the data lanes failed: lane 1: the peer closed the connection");
+    }
+
+    #[test]
+    fn an_error_is_one_line_whoever_is_quoted_in_it() {
+        let theirs = || "\x1b[2J\npageferry: vm runs here\u{202e}".to_owned();
+        for error in [
+            Error::Refused(theirs()),
+            Error::Guest(theirs()),
+            Error::Protocol(theirs()),
+            Error::Qmp { command: "cont".into(), reason: theirs() },
+            Error::PeerAborted { side: "source", reason: theirs(), lanes: false },
+            Error::os("reading", io::Error::other(theirs())),
+        ] {
+            let line = error.chain();
+            assert!(line.contains(r"\u{1b}[2J\npageferry: vm runs here\u{202e}"), "{line}");
+        }
+        assert!(Error::Guest("x".repeat(8 << 20)).chain().len() < 2 * CHAIN_CHARS_MAX);
+    }
 }

@@ -38,6 +38,7 @@
 
 pub mod bitmap;
 pub mod cli;
+mod descriptors;
 pub mod destination;
 pub mod dirty;
 pub mod doorway;
@@ -54,6 +55,7 @@ pub mod page;
 pub mod policy;
 pub mod precopy;
 pub mod prefault;
+mod private;
 mod proc_maps;
 pub mod progress;
 pub mod protocol;

@@ -12,8 +12,10 @@
 //! Only set-up falls back here. A path that breaks later aborts the migration, and
 //! [`crate::source::migrate`] tries once more by TCP.
 
+use crate::descriptors;
 use crate::error::{Error, Result};
 use crate::net::{Address, Connection};
+use crate::output::say;
 use crate::protocol::{Lanes, RdmaAnswer};
 use clap::{Args, ValueEnum};
 use pageferry_transport::preamble::Token;
@@ -69,6 +71,33 @@ impl LinkChoice {
             traffic_class: self.rdma_traffic_class,
             ..RdmaOptions::default()
         }
+    }
+}
+
+/// Before a receiver says that it waits: fails, with the fix, if this host can take no guest in the chosen way.
+pub fn check_receiver(choice: &LinkChoice) -> Result<()> {
+    descriptors::ensure(descriptors::RECEIVER, "a receiver")?;
+    match (pageferry_transport::tcp::probe().map_err(Error::from), choice.transport) {
+        (Err(e), Transport::Tcp) => Err(as_refusal(e)),
+        // RDMA may do without it, and which it will be is known when a source has come.
+        (Err(e), Transport::Auto) => {
+            say(&format!("guests can come by RDMA alone: {}", e.chain()));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Before lanes are opened, at either end: fails, with the fix, if this process cannot have so many.
+pub fn check_lanes(lanes: u8) -> Result<()> {
+    descriptors::ensure(descriptors::PER_LANE * u64::from(lanes), &format!("{lanes} lanes"))
+}
+
+/// What this host lacks for lanes, found before anything is touched.
+fn as_refusal(error: Error) -> Error {
+    match error {
+        Error::LocalTransport(_) => Error::Refused(error.chain()),
+        other => other,
     }
 }
 
@@ -168,9 +197,11 @@ pub fn open(
             "{why}; `pageferry doctor` on both hosts shows what is missing, --transport auto would take TCP"
         )));
     }
+    check_lanes(lanes)?;
     let mut connections = dial()?;
     let first = connections.remove(0);
-    Ok(Opened { link: first.into_initiator(connections)?, taken: format!("TCP, {why}") })
+    let link = first.into_initiator(connections).map_err(as_refusal)?;
+    Ok(Opened { link, taken: format!("TCP, {why}") })
 }
 
 /// Connects all lanes by RDMA to that port of the destination.
@@ -241,7 +272,7 @@ impl Listening {
             (Lanes::Tcp, _) => {
                 let mut connections = collect()?;
                 let first = connections.remove(0);
-                first.into_target(connections)
+                first.into_target(connections).map_err(as_refusal)
             }
         }
     }

@@ -175,7 +175,8 @@ fn attempt(
     if let Err(error) = result {
         report.reason = Some(error.chain());
         report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
-        let lanes_broke = matches!(error, Error::Transport(_) | Error::PeerAborted { lanes: true, .. });
+        let lanes_broke = error.cause() == crate::protocol::Cause::Lanes
+            || matches!(error, Error::PeerAborted { lanes: true, .. });
         if matches!(error, Error::Busy(_)) {
             end = End::Busy;
         } else if lanes_broke && report.transport == TransportKind::Rdma.name() {

@@ -8,6 +8,7 @@ use pageferry::supervisor::api::{Client, Reply, Request, State, Status};
 use pageferry::supervisor::runtime::RuntimeDir;
 use rustix::process::Signal;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -52,7 +53,11 @@ impl Stage {
     #[must_use]
     pub fn new() -> Self {
         let stage = Self {
-            directory: tempfile::Builder::new().prefix("pf").tempdir().expect("a directory"),
+            directory: tempfile::Builder::new()
+                .prefix("pf")
+                .permissions(std::fs::Permissions::from_mode(0o700))
+                .tempdir()
+                .expect("a directory"),
             binary: crate::binary(),
             limits: None,
         };
@@ -73,7 +78,6 @@ impl Stage {
     /// If the script cannot be written.
     #[must_use]
     pub fn behind(mut self, before: &str) -> Self {
-        use std::os::unix::fs::PermissionsExt;
         let script = self.path("behind");
         let binary = self.binary.display();
         let text = format!(

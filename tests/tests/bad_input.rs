@@ -10,6 +10,7 @@ use rustix::process::geteuid;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,7 +22,7 @@ const ELSEWHERE: &str = "192.0.2.1:7600";
 #[track_caller]
 fn refused(ended: &Ended, texts: &[&str]) {
     assert_eq!(ended.status, Some(2), "{}", ended.stderr);
-    let progress = ["setting up", "round ", "switching over"];
+    let progress = ["going by ", "setting up", "round ", "switching over"];
     let lines: Vec<&str> = ended
         .stderr
         .lines()
@@ -51,6 +52,20 @@ fn an_unknown_name() {
     refused(&stage.done(&["migrate", "nobody", "--to", "127.0.0.1:1"]), &["no guest named nobody"]);
     refused(&stage.done(&["attach", "nobody"]), &["no running guest named nobody", "--pid", "--qmp"]);
     refused(&stage.done(&["status", "../etc"]), &["cannot be a guest's name", "letters"]);
+}
+
+#[test]
+fn a_downtime_of_nothing() {
+    let stage = Stage::new();
+    for time in ["0", "0ms"] {
+        let ended = stage.done(&["migrate", "src", "--to", "127.0.0.1:1", "--downtime-max", time]);
+        assert_eq!(ended.status, Some(2), "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("--downtime-max") && !ended.stderr.contains("panicked"),
+            "{}",
+            ended.stderr
+        );
+    }
 }
 
 #[test]
@@ -471,6 +486,111 @@ fn attach_without_the_permission_to_trace() {
     };
     refused(&ended, &["root"]);
     assert!(foreign.runs());
+}
+
+#[test]
+fn a_runtime_directory_that_cannot_serve() {
+    let stage = Stage::new();
+    let run = |directory: &Path| {
+        let output = stage
+            .command(&["run", "vm", "--"])
+            .args(BARE.split(' '))
+            .env("PAGEFERRY_RUNTIME_DIR", directory)
+            .output()
+            .expect("the binary starts");
+        let stderr = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+        Ended { status: output.status.code(), stdout: String::new(), stderr }
+    };
+    refused(&run(Path::new("")), &["PAGEFERRY_RUNTIME_DIR is set and empty"]);
+    let open = stage.path("open");
+    std::fs::create_dir(&open).unwrap();
+    std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
+    refused(&run(&open), &["not yours alone", "mode 755", "chmod 700"]);
+    assert_eq!(std::fs::read_dir(&open).unwrap().count(), 0, "nothing was made in it");
+    refused(&run(&stage.path(&"long".repeat(25))), &["is too long", "107", "PAGEFERRY_RUNTIME_DIR"]);
+}
+
+#[test]
+fn a_runtime_directory_that_is_full() {
+    if !geteuid().is_root() {
+        not_run("a_runtime_directory_that_is_full", "only root can mount a small file system");
+        return;
+    }
+    let outer = Stage::new();
+    let small = outer.path("small");
+    std::fs::create_dir(&small).unwrap();
+    // No room for one more file: tmpfs counts the directory, too.
+    let mount = format!("mount -t tmpfs -o mode=700,nr_inodes=1 none {}", small.display());
+    let stage = Stage::new().behind(&mount);
+    let mut command = stage.command(&["run", "vm", "--"]);
+    let output = command
+        .args(BARE.split(' '))
+        .env("PAGEFERRY_RUNTIME_DIR", &small)
+        .output()
+        .expect("the binary starts");
+    let stderr = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+    let ended = Ended { status: output.status.code(), stdout: String::new(), stderr };
+    refused(&ended, &["No space left", "its file system is full", "PAGEFERRY_RUNTIME_DIR"]);
+}
+
+#[test]
+fn sockets_and_files_are_their_owners_alone_whatever_the_umask() {
+    let stage = Stage::new().behind("umask 0");
+    let source = stage.run("src", BARE, "");
+    let destination = stage.receive("dst", BARE, "");
+    for name in ["src", "dst"] {
+        for kind in ["lock", "sock", "qmp", "json"] {
+            let file = stage.path(&format!("{name}.{kind}"));
+            let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{}", file.display());
+        }
+    }
+    // QEMU's own is the user's affair.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", source.qemu())).unwrap();
+    assert!(status.lines().any(|line| line == "Umask:\t0000"), "{status}");
+    let moving = stage.migrate("src", destination.address(), &[]);
+    assert_eq!(moving.end(SOON).status, Some(0));
+}
+
+#[test]
+fn a_receiver_short_of_descriptors() {
+    let stage = Stage::new().behind("ulimit -n 60");
+    refused(
+        &stage.done(&["receive", "dst", "--listen", "127.0.0.1:0", "--", "qemu-system-x86_64"]),
+        &["too few descriptors", "may have 60", "ulimit -n 1024"],
+    );
+}
+
+#[test]
+fn a_receiver_short_of_descriptors_for_the_lanes_tells_the_source() {
+    let source_stage = Stage::new();
+    let source = source_stage.run("src", BARE, "");
+    source.wait_guest_runs();
+    // Enough to wait for a guest, and not for 64 lanes.
+    let stage = Stage::new().behind("ulimit -n 120");
+    let destination = stage.receive("dst", BARE, "");
+    move_refused(
+        &source_stage,
+        destination.address(),
+        &["--lanes", "64"],
+        &["the destination refuses", "too few descriptors", "64 lanes", "ulimit -n"],
+    );
+    // It waits on, for one that wants less.
+    let moving = source_stage.migrate("src", destination.address(), &["--lanes", "2"]);
+    assert_eq!(moving.end(SOON).status, Some(0));
+}
+
+#[test]
+fn a_guest_that_has_moved_is_not_said_to_be_here() {
+    let stage = Stage::new();
+    let source = stage.run("src", BARE, "");
+    let destination = stage.receive("dst", BARE, "");
+    source.wait_guest_runs();
+    assert_eq!(stage.migrate("src", destination.address(), &[]).end(SOON).status, Some(0));
+    // What is left of it is taken away a moment later.
+    while let Some(status) = source.status() {
+        assert_eq!(status.state, State::Moved);
+    }
 }
 
 /// The least that a vhost-user back end must answer for QEMU to take it: one message of the protocol (QEMU,

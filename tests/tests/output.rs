@@ -1,16 +1,21 @@
 //! No output ends or holds up a process that has a guest in its hands, whatever stands behind its stdout and
 //! stderr: a closed pipe, a full disk, a pipe that nobody reads. And a command's exit status tells what it did,
-//! whatever became of its words.
+//! whatever became of its words. What others say, a peer above all, is shown and not obeyed.
 
+use pageferry::guest::GuestDescription;
+use pageferry::net::tcp::TcpConnection;
+use pageferry::protocol::{Cause, Control, Hello, Message};
 use pageferry::supervisor::api::State;
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};
+use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, Role, Token};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::fs::File;
-use std::io::{BufRead, BufReader, PipeReader, Write, pipe};
-use std::net::SocketAddr;
+use std::io::{BufRead, BufReader, PipeReader, Read, Write, pipe};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
+use std::time::Instant;
 
 /// Where an output goes that nobody gets.
 #[derive(Debug, Clone, Copy)]
@@ -173,4 +178,69 @@ fn the_exit_status_of_a_migration_is_its_outcome_whatever_becomes_of_the_report(
         destination.wait_guest_runs();
         look::wait_gone(source.pid());
     }
+}
+
+/// What a stranger would like to have on the operator's terminal and in the log, and what is shown of it.
+const THEIRS: &str = "\x1b]0;x\x07\x1b[2J\npageferry: src has moved\r\u{9b}1m";
+const SHOWN: &str = r"\u{1b}]0;x\u{7}\u{1b}[2J\npageferry: src has moved\r\u{9b}1m";
+
+/// Every line is one of pageferry's own, and has nothing in it that a terminal obeys.
+#[track_caller]
+fn assert_harmless(text: &str) {
+    assert!(!text.lines().any(|line| line.chars().any(char::is_control)), "{text:?}");
+    assert!(!text.lines().any(|line| line.starts_with("pageferry: src has moved")), "{text}");
+}
+
+#[test]
+fn a_destinations_words_are_shown_and_not_obeyed() {
+    let stage = Stage::new();
+    let source = stage.run("src", BARE, "");
+    source.wait_guest_runs();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let destination = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; PREAMBLE_BYTES]).unwrap();
+        let mut control = Control::new(Box::new(TcpConnection::new(stream).unwrap()));
+        control.receive("Hello", Instant::now() + SOON).unwrap();
+        control.abort(&THEIRS.repeat(1000), Cause::Failed, Instant::now() + SOON);
+    });
+    let ended = stage.migrate("src", address, &[]).end(SOON);
+    destination.join().unwrap();
+    assert_eq!(ended.status, Some(2), "nothing was touched: {}", ended.stderr);
+    let status = stage.done(&["status", "src"]).stdout;
+    for text in [&ended.stderr, &ended.stdout, &source.words.wait("was not moved", SOON), &status] {
+        assert_harmless(text);
+        assert!(text.len() < 100_000, "cut: {} bytes", text.len());
+    }
+    assert!(ended.stderr.contains(SHOWN), "{}", ended.stderr);
+    // Of the report, too, whose reader may print it.
+    let report: serde_json::Value = serde_json::from_str(&ended.stdout).unwrap();
+    let reason = report["reason"].as_str().unwrap();
+    assert!(reason.contains(SHOWN), "{reason}");
+    assert_harmless(reason);
+}
+
+#[test]
+fn a_sources_words_are_shown_and_not_obeyed() {
+    let stage = Stage::new();
+    let destination = stage.receive("dst", BARE, "");
+    let preamble = Preamble { role: Role::Control, token: Token::default() };
+    let mut stream = TcpStream::connect(destination.address()).unwrap();
+    stream.write_all(&preamble.encode()).unwrap();
+    let mut control = Control::new(Box::new(TcpConnection::new(stream).unwrap()));
+    let guest = GuestDescription {
+        monitor: "qemu".into(),
+        machine: THEIRS.into(),
+        vcpus: 1,
+        blocks: Vec::new(),
+        platform: Vec::new(),
+    };
+    let hello = Hello { software: THEIRS.into(), lanes: 1, guest, state_bytes_max: 1 << 20, rdma: false };
+    control.send(&Message::Hello(hello), Instant::now() + SOON).unwrap();
+    let answer = control.receive("Abort", Instant::now() + SOON).unwrap();
+    assert!(matches!(answer, Message::Abort(_)), "{answer:?}");
+    let line = destination.words.wait("refused the guest of", SOON);
+    assert!(line.contains(SHOWN), "{line}");
+    assert_harmless(&destination.words.text());
 }

@@ -219,6 +219,7 @@ fn describe(status: &Status) -> String {
         State::Migrating => {
             format!("moving: {}{pid}", status.progress.as_ref().map_or_else(|| "starting".into(), line))
         }
+        State::Moved => format!("has moved away{pid}"),
         State::Unknown => format!("STOPPED, migration in doubt{pid}: `pageferry settle`"),
     }
 }

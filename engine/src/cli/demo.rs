@@ -5,7 +5,7 @@
 
 use super::client::summary;
 use super::display::Display;
-use super::units::duration;
+use super::units::downtime_max;
 use crate::error::{Error, Result};
 use crate::output::{print_result, words};
 use crate::report::Outcome;
@@ -60,7 +60,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 1)]
     moves: u32,
     /// Longest time in which the guest may stand still.
-    #[arg(long, default_value = "20ms", value_parser = duration, value_name = "TIME")]
+    #[arg(long, default_value = "20ms", value_parser = downtime_max, value_name = "TIME")]
     downtime_max: Duration,
     /// Digest all memory on both sides too; the guest stands still meanwhile.
     #[arg(long)]
@@ -161,6 +161,12 @@ struct Stage {
 impl Stage {
     fn set() -> Result<Self> {
         let directory = std::env::temp_dir().join(format!("pageferry-demo-{}", std::process::id()));
+        // Not one that somebody else has put there.
+        let mut builder = std::fs::DirBuilder::new();
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder.create(&directory).map_err(|e| {
+            Error::refused(format!("cannot make {}: {e}; remove it, or set TMPDIR", directory.display()))
+        })?;
         let runtime = RuntimeDir::at(&directory)?;
         Ok(Self { directory, runtime })
     }

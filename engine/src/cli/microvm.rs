@@ -8,7 +8,7 @@ use crate::guest::kvm::boot::check_file;
 use crate::guest::kvm::machine::{MachineConfig, TrackingChoice, open_kvm};
 use crate::guest::kvm::payload::{Pattern, PayloadOptions};
 use crate::guest::kvm::source::Boot;
-use crate::link::LinkChoice;
+use crate::link::{LinkChoice, check_receiver};
 use crate::net::Address;
 use crate::page::PAGE_BYTES;
 use crate::session;
@@ -164,6 +164,7 @@ fn run(args: &MicrovmArgs, config: &MachineConfig, boot: &Boot) -> Result<u8> {
 fn wait_for(args: &MicrovmArgs, address: &str, config: MachineConfig) -> Result<u8> {
     let address = Address::resolve(address)?;
     session::check_exposure(&address, args.insecure)?;
+    check_receiver(&args.link)?;
     open_kvm()?;
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;

@@ -15,7 +15,7 @@ use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::ownership::Ownership;
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
-use crate::link::LinkChoice;
+use crate::link::{LinkChoice, check_receiver};
 use crate::net::Address;
 use crate::output;
 use crate::policy::WhenStuck;
@@ -165,7 +165,7 @@ struct MigrateArgs {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest time in which the guest may stand still, such as 10ms or 1s.
-    #[arg(long, default_value = "10ms", value_parser = units::duration, value_name = "TIME")]
+    #[arg(long, default_value = "10ms", value_parser = units::downtime_max, value_name = "TIME")]
     downtime_max: Duration,
     /// Bound on the rate while the guest runs, such as 10Gbit or 500MB (a second). The last
     /// pages, with the guest stopped, go as fast as they can.
@@ -351,6 +351,7 @@ fn attach(args: AttachArgs) -> Result<u8> {
 fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let address = Address::resolve(&args.listen)?;
     session::check_exposure(&address, args.insecure)?;
+    check_receiver(&args.link)?;
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;

@@ -12,6 +12,16 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|e| format!("{e}; write a time such as 10ms, 1s or 2min"))
 }
 
+/// A limit on the downtime: none at all cannot be kept.
+pub fn downtime_max(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => {
+            Err("a guest that is moved is paused for some milliseconds: allow it some, such as 10ms".into())
+        }
+        limit => Ok(limit),
+    }
+}
+
 /// A rate in bytes a second: `10Gbit`, `800Mbit`, `1.5GB`, `500MiB`; bits and bytes a second.
 pub fn rate(text: &str) -> Result<u64, String> {
     const UNITS: [(&str, f64); 8] = [
@@ -87,6 +97,13 @@ mod tests {
         assert_eq!(duration("2s"), Ok(Duration::from_secs(2)));
         for wrong in ["", "ten", "-1ms", "10"] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+    #[test]
+    fn a_downtime_of_nothing_is_no_limit() {
+        assert_eq!(downtime_max("1ms"), Ok(Duration::from_millis(1)));
+        for wrong in ["0", "0ms", "0s", "-1ms"] {
+            assert!(downtime_max(wrong).is_err(), "{wrong}");
         }
     }
 }

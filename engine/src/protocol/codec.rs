@@ -106,7 +106,8 @@ impl Control {
         let mut body = vec![0; length];
         self.read_exact(&mut body, expected, deadline)?;
         self.torn = false;
-        let message = decode(&body)?;
+        let mut message = decode(&body)?;
+        message.escape_words();
         self.messages += 1;
         tracing::debug!(message = message.name(), bytes = length, "received");
         Ok(message)

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::guest::GuestDescription;
+use crate::output::words;
 use crate::page::PageRun;
 use pageferry_transport::preamble::{LANES_MAX, Token};
 use pageferry_transport::{RemoteKey, RemoteRegion};
@@ -175,6 +176,21 @@ pub enum Cause {
 }
 
 impl Message {
+    /// Cuts and escapes what the peer wrote for people. What is compared (the guest's description) stays as it is.
+    pub(super) fn escape_words(&mut self) {
+        match self {
+            Self::Hello(hello) => hello.software = words::name(&hello.software),
+            Self::Welcome(welcome) => {
+                welcome.software = words::name(&welcome.software);
+                if let RdmaAnswer::No(why) = &mut welcome.rdma {
+                    *why = words::reason(why);
+                }
+            }
+            Self::Abort(abort) => abort.reason = words::reason(&abort.reason),
+            _ => {}
+        }
+    }
+
     /// Its name, for errors.
     #[must_use]
     pub fn name(&self) -> &'static str {

@@ -10,7 +10,7 @@ use crate::source::MigrateOptions;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,6 +76,8 @@ pub enum State {
     Hosting,
     /// The guest is being moved away.
     Migrating,
+    /// The guest has moved away; what is left of it here is being taken away.
+    Moved,
     /// A migration ended in doubt, or with a guest that could not be let run again; it is stopped.
     Unknown,
 }
@@ -90,6 +92,7 @@ impl State {
             ),
             Self::Starting => Some("the guest is still starting; try again in a moment"),
             Self::Waiting | Self::Receiving => Some("this is a receiver that has no guest yet"),
+            Self::Moved => Some("the guest has moved away"),
             Self::Unknown => Some("the last migration ended in doubt; settle it first (`pageferry settle`)"),
         }
     }
@@ -164,8 +167,7 @@ impl Order {
 pub fn serve(path: &Path, shared: Shared) -> Result<Receiver<Order>> {
     // The name is ours by its lock, so a socket that is still there is a dead supervisor's.
     let _ = std::fs::remove_file(path);
-    let listener =
-        UnixListener::bind(path).map_err(|e| Error::os(format!("listening on {}", path.display()), e))?;
+    let listener = crate::private::listen(path).map_err(|e| super::runtime::cannot_write(path, &e))?;
     let (sender, orders) = bounded(ORDERS_MAX);
     // One migration at a time: its monitor, for Cancel.
     let current = std::sync::Arc::new(std::sync::Mutex::new(None::<Monitor>));

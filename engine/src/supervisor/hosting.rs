@@ -169,7 +169,11 @@ impl<H: Hosted> Hosting<H> {
         }
         // Stopped, but not for a Commit without an answer: it may run as soon as it can.
         self.owes_resume = report.outcome == Outcome::Unknown && !self.hosted.is_sealed();
-        let state = if report.outcome == Outcome::Unknown { State::Unknown } else { State::Hosting };
+        let state = match report.outcome {
+            Outcome::Completed => State::Moved,
+            Outcome::Aborted => State::Hosting,
+            Outcome::Unknown => State::Unknown,
+        };
         self.shared.update(|s| (s.state, s.last) = (state, Some(report.clone())));
         let completed = report.outcome == Outcome::Completed;
         self.ask_on(monitor.take_inquiry());

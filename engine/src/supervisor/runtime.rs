@@ -18,8 +18,10 @@ use std::path::{Path, PathBuf};
 /// Overrides where the directory is.
 pub const RUNTIME_DIR_VARIABLE: &str = "PAGEFERRY_RUNTIME_DIR";
 
-/// A name must fit a socket's path (108 bytes) and be harmless in a shell.
+/// A name must leave room in a socket's path and be harmless in a shell.
 const NAME_BYTES_MAX: usize = 48;
+/// What a socket's path may have: unix(7), `sun_path`, without its last zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 
 /// The directory.
 #[derive(Debug, Clone)]
@@ -55,6 +57,11 @@ impl RuntimeDir {
     pub fn open() -> Result<Self> {
         let root = rustix::process::geteuid().is_root();
         let path = if let Some(path) = std::env::var_os(RUNTIME_DIR_VARIABLE) {
+            if path.is_empty() {
+                return Err(Error::refused(format!(
+                    "{RUNTIME_DIR_VARIABLE} is set and empty: set it to a directory that is yours alone, or unset it"
+                )));
+            }
             PathBuf::from(path)
         } else if root {
             PathBuf::from("/run/pageferry")
@@ -78,10 +85,19 @@ impl RuntimeDir {
         })?;
         let metadata =
             std::fs::metadata(path).map_err(|e| Error::os(format!("looking at {}", path.display()), e))?;
-        if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
+        if !metadata.is_dir() {
             return Err(Error::refused(format!(
-                "the runtime directory {} can be written by others, who could take over your guests: chmod 700 it, or set {RUNTIME_DIR_VARIABLE}",
+                "{} is no directory: set {RUNTIME_DIR_VARIABLE} to one that is yours alone",
                 path.display()
+            )));
+        }
+        if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
+            return Err(Error::refused(format!(
+                "the runtime directory {0} is not yours alone (owner {1}, mode {2:o}), and whoever reaches its sockets has your guests: \
+                 chmod 700 {0}, or set {RUNTIME_DIR_VARIABLE} to another",
+                path.display(),
+                metadata.uid(),
+                metadata.mode() & 0o7777
             )));
         }
         Ok(Self(path.into()))
@@ -96,13 +112,9 @@ impl RuntimeDir {
     /// Takes a name for this process.
     pub fn claim(&self, name: &str) -> Result<Claim> {
         check_name(name)?;
+        self.check_length(name)?;
         let path = self.path(name, "lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(|e| Error::os(format!("opening {}", path.display()), e))?;
+        let lock = crate::private::open(&path).map_err(|e| cannot_write(&path, &e))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
@@ -113,6 +125,19 @@ impl RuntimeDir {
             Err(e) => return Err(Error::os(format!("locking {}", path.display()), e)),
         }
         Ok(Claim { name: name.into(), dir: self.clone(), _lock: lock, keep_record: true })
+    }
+
+    /// Fails if a socket of this name could not be made here, or not be reached.
+    fn check_length(&self, name: &str) -> Result<()> {
+        let bytes = self.path(name, "sock").as_os_str().len();
+        if bytes > SOCKET_PATH_BYTES_MAX {
+            return Err(Error::refused(format!(
+                "the runtime directory {} is too long: with {name} a socket's path in it has {bytes} bytes, and {SOCKET_PATH_BYTES_MAX} are possible; \
+                 set {RUNTIME_DIR_VARIABLE} to a shorter one",
+                self.0.display()
+            )));
+        }
+        Ok(())
     }
 
     /// What is known of a guest whose supervisor may be gone.
@@ -181,7 +206,7 @@ impl Claim {
         let path = self.path("json");
         let text = serde_json::to_vec(record)
             .map_err(|e| Error::os("writing the guest's record", std::io::Error::other(e)))?;
-        std::fs::write(&path, text).map_err(|e| Error::os(format!("writing {}", path.display()), e))
+        crate::private::write(&path, &text).map_err(|e| cannot_write(&path, &e))
     }
 
     /// Leaves the record behind when the claim ends, as is the default.
@@ -208,6 +233,22 @@ impl Drop for Claim {
     }
 }
 
+/// What to say when the runtime directory takes no file.
+pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
+    let mend = match e.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::NOSPC | Errno::DQUOT) => {
+            format!(
+                "its file system is full: free some room, or set {RUNTIME_DIR_VARIABLE} to another directory"
+            )
+        }
+        Some(Errno::ROFS | Errno::ACCESS | Errno::PERM) => {
+            format!("set {RUNTIME_DIR_VARIABLE} to a directory that you can write")
+        }
+        _ => format!("see whether the runtime directory is as it should be, or set {RUNTIME_DIR_VARIABLE}"),
+    };
+    Error::refused(format!("cannot write {}: {e}; {mend}", path.display()))
+}
+
 /// Letters, digits, dot, dash and underscore.
 pub fn check_name(name: &str) -> Result<()> {
     let harmless = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
@@ -226,6 +267,7 @@ pub fn check_name(name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_name_is_held_by_one_and_free_again_after() {
@@ -237,6 +279,58 @@ mod tests {
         );
         drop(held);
         runtime.claim("vm").unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_others_may_enter_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        for (mode, good) in [(0o700, true), (0o755, false), (0o710, false), (0o701, false), (0o1777, false)] {
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            match RuntimeDir::at(dir.path()) {
+                Ok(_) => assert!(good, "{mode:o}"),
+                Err(Error::Refused(text)) => {
+                    assert!(
+                        !good && text.contains("chmod 700") && text.contains(&format!("{mode:o}")),
+                        "{text}"
+                    );
+                }
+                Err(e) => panic!("{e:?}"),
+            }
+        }
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(matches!(RuntimeDir::at(&file), Err(Error::Refused(text)) if text.contains("directory")));
+    }
+
+    #[test]
+    fn a_directory_in_which_no_socket_can_be_reached_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = SOCKET_PATH_BYTES_MAX - dir.path().as_os_str().len() - 1 - "/vm.sock".len();
+        let fits = RuntimeDir::at(&dir.path().join("x".repeat(room))).unwrap();
+        fits.claim("vm").unwrap();
+        let refused = fits.claim("vm2").unwrap_err();
+        assert!(matches!(&refused, Error::Refused(text) if text.contains("is too long")), "{refused}");
+    }
+
+    #[test]
+    fn a_record_is_the_old_one_or_the_new_one_and_its_owners_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let claim = RuntimeDir(dir.path().into()).claim("vm").unwrap();
+        let record = Record { pid: 1, started: 2, qmp: "/a".into() };
+        claim.remember(&record).unwrap();
+        let longer = Record { qmp: "/a/longer".into(), ..record.clone() };
+        claim.remember(&longer).unwrap();
+        claim.remember(&record).unwrap();
+        assert_eq!(claim.dir.record("vm"), Some(record.clone()));
+        for file in ["vm.json", "vm.lock"] {
+            let mode = std::fs::metadata(dir.path().join(file)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{file}");
+        }
+        // In the way of the new one: the old one stays.
+        std::fs::create_dir(dir.path().join("vm.json.new")).unwrap();
+        assert!(claim.remember(&longer).is_err());
+        assert_eq!(claim.dir.record("vm"), Some(record));
     }
 
     #[test]

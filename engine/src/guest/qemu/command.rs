@@ -20,7 +20,6 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Map, Value};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -66,7 +65,7 @@ impl GuestCommand {
             Ok(number)
         });
         let mut words = rewritten?;
-        let listener = UnixListener::bind(qmp_socket)
+        let listener = crate::private::listen(qmp_socket)
             .map_err(|e| Error::os(format!("making the monitor's socket {}", qmp_socket.display()), e))?;
         words.extend([
             "-chardev".into(),

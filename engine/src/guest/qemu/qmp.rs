@@ -26,6 +26,7 @@ mod lines;
 pub use events::{Event, Turns};
 
 use crate::error::{Error, Result};
+use crate::output::words;
 use events::{DATA_BYTES_MAX, EventLog};
 use lines::{LINE_BYTES_MAX, LineBuffer};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -344,7 +345,7 @@ impl Qmp {
     fn answer_in(&mut self, command: &str, line: &[u8]) -> Result<Value> {
         match serde_json::from_slice::<Answer>(line) {
             Ok(Answer { error: Some(error), .. }) => {
-                Err(Error::Qmp { command: command.into(), reason: error.desc })
+                Err(Error::Qmp { command: command.into(), reason: words::reason(&error.desc) })
             }
             Ok(Answer { value, .. }) => Ok(value.unwrap_or(Value::Null)),
             Err(e) => Err(self.broke(format!("its answer to {command} is not understood: {e}"))),
@@ -606,10 +607,7 @@ fn not_after(deadline: Instant, error: impl FnOnce() -> Error) -> Result<()> {
 /// The beginning of a text, for messages.
 fn excerpt(text: &str) -> String {
     const CHARS: usize = 200;
-    match text.char_indices().nth(CHARS) {
-        Some((at, _)) => format!("{}...", &text[..at]),
-        None => text.to_owned(),
-    }
+    words::foreign(text, CHARS)
 }
 
 #[cfg(test)]

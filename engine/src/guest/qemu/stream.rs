@@ -9,6 +9,7 @@
 use super::qmp::{Event, Qmp};
 pub use super::settings::Settings;
 use crate::error::{Error, Result};
+use crate::output::words;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read};
@@ -194,7 +195,7 @@ fn migration_error(qmp: &mut Qmp, what: &str) -> Error {
     // The guest may be stopped meanwhile.
     let status = qmp.execute("query-migrate", json!({}), Instant::now() + WORDS_MAX);
     match status.as_ref().ok().and_then(|s| s.get("error-desc")).and_then(Value::as_str) {
-        Some(words) => Error::Guest(format!("{what}: {words}")),
+        Some(theirs) => Error::Guest(format!("{what}: {}", words::reason(theirs))),
         None => Error::Guest(what.into()),
     }
 }
