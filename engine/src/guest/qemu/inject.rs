@@ -32,6 +32,7 @@
 
 mod filter;
 mod tracee;
+mod unread;
 mod way_back;
 
 use crate::dirty::pagemap::{USERFAULTFD_FLAGS, userfaultfd_refused};
@@ -224,7 +225,7 @@ fn allowed(tracee: &Tracee, process: &Process<'_>, code: Code) -> Result<Filters
     let filters = match tracee.filters() {
         Ok(filters) => filters,
         Err(errno) => {
-            unreadable_filter_is_known(process, errno)?;
+            unread::allows(process, errno)?;
             Vec::new()
         }
     };
@@ -253,32 +254,6 @@ fn permitted(filters: &Filters, process: &Process<'_>, name: &str, call: Call) -
         "process {} runs under a seccomp filter that {what}: allow userfaultfd in it (a container's \
          seccomp profile, SystemCallFilter= of a systemd unit) and start QEMU anew; QEMU's own \
          -sandbox allows it",
-        process.pid
-    )))
-}
-
-/// Without the right to read filters there must be none, or one that is known to allow us.
-fn unreadable_filter_is_known(process: &Process<'_>, errno: Errno) -> Result<()> {
-    let status = process.text("status")?;
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        line.trim().parse::<u32>().ok()
-    };
-    let (mode, count) = (field("Seccomp"), field("Seccomp_filters"));
-    // No such line: a kernel without seccomp.
-    if matches!(mode, None | Some(0)) {
-        return Ok(());
-    }
-    // QEMU's own filter names what it forbids, and allows the rest. It is one filter, and QEMU
-    // would not have started without it; a second one would be somebody else's.
-    if count == Some(1) && filter::is_sandboxed_qemu(&process.read("cmdline")?) {
-        return Ok(());
-    }
-    Err(Error::refused(format!(
-        "process {} runs under a seccomp filter that pageferry cannot read ({errno}), and one that \
-         forbids userfaultfd could kill the guest: run pageferry with CAP_SYS_ADMIN (as root) and \
-         outside of a filter, on a kernel with CONFIG_CHECKPOINT_RESTORE, or start QEMU without \
-         the filter (its own -sandbox may stay)",
         process.pid
     )))
 }
