@@ -11,6 +11,7 @@ use crate::guest::{DestinationGuest, GuestDescription, Liveness};
 use crate::memory::GuestMemory;
 use crate::room;
 use pageferry_transport::MemoryRegion;
+use rustix::fd::AsFd;
 use serde_json::json;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -62,7 +63,7 @@ impl QemuDestination {
         let waiting_since = qemu.qmp.events_heard();
         // Firmware and tables that QEMU laid into guest memory; the source's will come.
         qemu.memory().make_zero()?;
-        let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.qmp_path())?;
+        let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.pidfd().as_fd(), qemu.qmp_path())?;
         guardian.entrust(&settings)?;
         let sentry = Sentry::ready(Post::Destination(qemu.pidfd()))?;
         let struck = sentry.struck();

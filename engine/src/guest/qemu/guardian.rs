@@ -19,9 +19,9 @@ use super::stream::Settings;
 use crate::error::{Error, Result};
 use crate::output::say;
 use pageferry_transport::{Access, MemoryRegion};
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -73,8 +73,9 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts one for the QEMU with this pid and QMP socket, and waits until it is on duty.
-    pub fn start(side: Side, pid: u32, qmp: &Path) -> Result<Self> {
+    /// Starts one for the QEMU with this pid and QMP socket, and waits until it is on duty. It inherits the
+    /// process' handle, so that it never takes another process for it that was given the number anew.
+    pub fn start(side: Side, pid: u32, pidfd: BorrowedFd<'_>, qmp: &Path) -> Result<Self> {
         let starting = |e| Error::os("starting the guardian process", e);
         let memfd = memfd_create("pageferry-guardian", MemfdFlags::CLOEXEC)
             .map_err(|e| Error::os("creating a memfd", e))?;
@@ -83,10 +84,12 @@ impl Guardian {
         // Until somebody says otherwise: a guest that runs by mistake can be paused again, one that stands
         // still by mistake is an outage.
         shared.write(WAS_RUNNING_AT, &[1])?;
-        let mut child = Command::new("/proc/self/exe")
+        let mut command = Command::new("/proc/self/exe");
+        inherit(&mut command, pidfd);
+        let mut child = command
             .arg0("pageferry")
             .args(["guardian", "--side", if side == Side::Source { "source" } else { "destination" }])
-            .args(["--pid", &pid.to_string(), "--qmp"])
+            .args(["--pid", &pid.to_string(), "--pidfd", &pidfd.as_raw_fd().to_string(), "--qmp"])
             .arg(qmp)
             .arg("--flag")
             .arg(format!("/proc/{}/fd/{}", std::process::id(), memfd.as_raw_fd()))
@@ -178,9 +181,12 @@ pub struct GuardianArgs {
     /// Which side it guards.
     #[arg(long)]
     side: Side,
-    /// The QEMU process.
+    /// The QEMU process, for whoever looks at the command line.
     #[arg(long)]
     pid: u32,
+    /// Its handle, inherited.
+    #[arg(long)]
+    pidfd: i32,
     /// Its QMP socket.
     #[arg(long)]
     qmp: PathBuf,
@@ -194,12 +200,7 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
     let file =
         File::options().read(true).open(&args.flag).map_err(|e| Error::os("opening the shared memory", e))?;
     let shared = MemoryRegion::map_shared(file.as_fd(), 0, SHARED_BYTES, Access::Read)?;
-    let pid = i32::try_from(args.pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| Error::refused("not a process id"))?;
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())
-        .map_err(|e| Error::os(format!("opening process {}", args.pid), e))?;
+    let pidfd = inherited_pidfd(args)?;
     crate::output::print("ready\n")?;
 
     // Nothing is ever written: this returns when the supervisor is gone.
@@ -235,6 +236,30 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
     }
 }
 
+/// Has the child alone inherit a descriptor.
+fn inherit(command: &mut Command, fd: BorrowedFd<'_>) {
+    let fd = fd.as_raw_fd();
+    // SAFETY: between fork and exec it makes one fcntl call, and allocates nothing. The caller spawns before the
+    // descriptor goes.
+    unsafe {
+        command.pre_exec(move || {
+            let fd = BorrowedFd::borrow_raw(fd);
+            Ok(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?)
+        });
+    }
+}
+
+/// The handle of QEMU that the supervisor left open for us.
+fn inherited_pidfd(args: &GuardianArgs) -> Result<OwnedFd> {
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", args.pidfd));
+    // Of a process that has ended meanwhile it says -1.
+    if !info.is_ok_and(|info| info.lines().any(|line| line.starts_with("Pid:"))) {
+        return Err(Error::refused(format!("descriptor {} is no handle of a process", args.pidfd)));
+    }
+    // SAFETY: it is open, and nothing else of this process knows it: it was inherited for this.
+    Ok(unsafe { OwnedFd::from_raw_fd(args.pidfd) })
+}
+
 /// The settings that the supervisor entrusted, if it came to that.
 fn settings_in(shared: &MemoryRegion) -> Option<Settings> {
     let mut length = [0; 4];
@@ -265,5 +290,30 @@ fn put_right(qmp: &Path, was_running: bool, settings: Option<&Settings>) -> Resu
             Err(e) if Instant::now() >= deadline => return Err(e),
             Err(_) => std::thread::sleep(RESCUE_EVERY),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::process::{PidfdFlags, getpid, pidfd_open};
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn only_a_handle_of_a_process_is_taken_for_one() {
+        let args = |pidfd| GuardianArgs {
+            side: Side::Source,
+            pid: 1,
+            pidfd,
+            qmp: PathBuf::new(),
+            flag: PathBuf::new(),
+        };
+        let file = File::open("/dev/null").unwrap();
+        let error = inherited_pidfd(&args(file.as_raw_fd())).unwrap_err().to_string();
+        assert!(error.contains("no handle of a process"), "{error}");
+        assert!(inherited_pidfd(&args(-1)).is_err());
+        let ours = pidfd_open(getpid(), PidfdFlags::empty()).unwrap().into_raw_fd();
+        let inherited = inherited_pidfd(&args(ours)).unwrap();
+        assert!(!super::super::process::ended(&inherited, Duration::ZERO).unwrap());
     }
 }

@@ -64,6 +64,10 @@ impl Qemu {
         let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
         let memory = GuestMemory::map_unreserved(shared, access)?;
         ownership.cover(&memory)?;
+        // Files of /proc were opened by its number, which it has kept if it lives.
+        if ended(&pidfd, Duration::ZERO)? {
+            return Err(Error::Guest(format!("process {pid} died")));
+        }
         let description = GuestDescription {
             monitor: "qemu".into(),
             machine: machine.as_str().unwrap_or("unknown").trim_end_matches("-machine").to_owned(),

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::guest::{GuestDescription, Liveness, SourceGuest};
 use crate::memory::GuestMemory;
 use crate::policy::FixedCosts;
+use rustix::fd::AsFd;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -179,7 +180,8 @@ impl QemuSource {
         let guardian = match self.guardian.take() {
             Some(guardian) => guardian,
             None => {
-                let guardian = Guardian::start(Side::Source, self.qemu.pid(), self.qemu.qmp_path())?;
+                let (pid, pidfd) = (self.qemu.pid(), self.qemu.pidfd());
+                let guardian = Guardian::start(Side::Source, pid, pidfd.as_fd(), self.qemu.qmp_path())?;
                 // Before anything is done that it might have to put right.
                 guardian.was_running(self.is_running()?)?;
                 guardian
@@ -333,7 +335,10 @@ impl SourceGuest for QemuSource {
             first_page: slot.first_page,
             backing_page_bytes: slot.backing_page_bytes,
         });
-        Ok(Box::new(PagemapSource::new(uffd, self.qemu.pid(), ranges.collect())?))
+        let source = PagemapSource::new(uffd, self.qemu.pid(), ranges.collect())?;
+        // Its pagemap was opened by the number of the process, which it has kept if it lives.
+        self.qemu.liveness()()?;
+        Ok(Box::new(source))
     }
 
     fn settle_io(&mut self) -> Result<()> {
