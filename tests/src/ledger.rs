@@ -1,5 +1,6 @@
 //! The smallest guest that knows whether its memory is whole: tests/guest/ledger.c, built on the
-//! spot. It boots in a second, so that a test can have many; it speaks as the Linux guest does.
+//! spot. It boots in less than a second, so that a test can have many; it speaks as the Linux guest
+//! does. Its first words may come before anybody listens: wait for its progress.
 
 use crate::console::console_path;
 use crate::stage::Stage;

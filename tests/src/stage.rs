@@ -100,7 +100,10 @@ impl Stage {
     }
 
     fn hold_at(&self, point: &str, command: &mut Command) {
-        if !point.is_empty() {
+        // Points with their times are as they are; a mere name is held until it is released.
+        if point.contains(':') {
+            command.env("PAGEFERRY_HOLD", point);
+        } else if !point.is_empty() {
             command.env("PAGEFERRY_HOLD", format!("{point}:{HOLD_MS}:{}", self.hold_file().display()));
         }
     }

@@ -42,7 +42,6 @@ impl Bench {
         let stage = Stage::new();
         let source = stage.run("src", &ledger::qemu(&stage, "src"), "");
         let console = Console::open(&stage, "src");
-        console.wait_ready();
         let destination = stage.receive("dst", &ledger::qemu(&stage, "dst"), "");
         let qemu = source.qemu();
         Self { stage, source, destination, console, qemu, written: 0 }
