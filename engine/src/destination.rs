@@ -39,6 +39,8 @@ const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 const COMMIT_MAX: Duration = Duration::from_secs(30);
 /// How often a wait looks at the guest, the lanes and the doorway.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Memory blocks that a refusal names: a line for people, and not all that a stranger says.
+const BLOCKS_SHOWN_MAX: usize = 8;
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
 const DISCARDED_MAX: usize = 64;
 
@@ -259,7 +261,7 @@ impl Reception {
         let (alive, deadline) = (guest.liveness(), clock::now() + OFFER_MAX);
         loop {
             if control.readable(LOOK_EVERY)? {
-                return match control.receive("Offer", clock::now() + SETUP_MAX)? {
+                return match control.receive_offer(clock::now() + SETUP_MAX)? {
                     Message::Offer(offer) => Ok(offer),
                     other => Err(unexpected(other, "Offer")),
                 };
@@ -496,8 +498,11 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
     }
     if theirs.blocks != ours.blocks {
         let show = |blocks: &[crate::guest::BlockDescription]| {
-            let list: Vec<_> =
-                blocks.iter().map(|b| format!("{} of {} MiB", b.name, b.bytes >> 20)).collect();
+            let shown = blocks.iter().take(BLOCKS_SHOWN_MAX);
+            let mut list: Vec<_> = shown.map(|b| format!("{} of {} MiB", b.name, b.bytes >> 20)).collect();
+            if blocks.len() > BLOCKS_SHOWN_MAX {
+                list.push(format!("and {} more", blocks.len() - BLOCKS_SHOWN_MAX));
+            }
             list.join(", ")
         };
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);

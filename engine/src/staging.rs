@@ -26,6 +26,9 @@ pub const STAGING_BYTES: usize = 8 << 20;
 
 const SLOTS: u32 = (STAGING_BYTES as u64 / PAGE_BYTES) as u32;
 
+/// Pages that a Prepare names at most: each is in a slot of its own.
+pub const STAGED_PAGES_MAX: usize = SLOTS as usize;
+
 /// The source's side.
 #[derive(Debug)]
 pub struct Staging {

@@ -16,15 +16,26 @@ use crate::error::Result;
 use crate::memory::GuestMemory;
 use crate::page::PageRun;
 use crate::policy::FixedCosts;
+use crate::protocol::bounded;
 use pageferry_transport::MemoryRegion;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
 
+/// Memory blocks of a guest at most. QEMU has 256 slots for DIMMs.
+pub const BLOCKS_MAX: usize = 1 << 10;
+
+/// A name in a description at most, in bytes.
+const NAME_BYTES_MAX: usize = 1 << 10;
+
+/// [`GuestDescription::platform`] at most, in bytes.
+const PLATFORM_BYTES_MAX: usize = 32 << 10;
+
 /// One block of guest memory, as the two ends compare it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockDescription {
     /// Name of the block.
+    #[serde(deserialize_with = "bounded::text::<_, NAME_BYTES_MAX>")]
     pub name: String,
     /// Length in bytes.
     pub bytes: u64,
@@ -45,16 +56,20 @@ pub struct ImageDescription {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestDescription {
     /// Who runs it: `qemu`, `kvm`, `synthetic`.
+    #[serde(deserialize_with = "bounded::text::<_, NAME_BYTES_MAX>")]
     pub monitor: String,
     /// Machine type, with its version (`pc-q35-10.0`).
+    #[serde(deserialize_with = "bounded::text::<_, NAME_BYTES_MAX>")]
     pub machine: String,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// The memory blocks, in order.
+    #[serde(deserialize_with = "bounded::list::<_, _, BLOCKS_MAX>")]
     pub blocks: Vec<BlockDescription>,
     /// The blocks that are not moved because nobody writes them, in the order of their names.
     pub images: Vec<ImageDescription>,
     /// What only the monitor at the other end can compare, in a form of its own ([`DestinationGuest::admit`]).
+    #[serde(deserialize_with = "bounded::list::<_, _, PLATFORM_BYTES_MAX>")]
     pub platform: Vec<u8>,
 }
 

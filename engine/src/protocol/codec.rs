@@ -1,7 +1,8 @@
 //! Framing of control messages: a length (u32, little endian) and a postcard body, both bounded, and
 //! every read and write with a deadline.
 
-use super::message::{Abort, Cause, Message};
+use super::bounded::cut;
+use super::message::{Abort, Cause, Message, REASON_BYTES_MAX};
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::net::Connection;
@@ -9,8 +10,12 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Longest body. The largest honest message is an Offer of a fragmented guest, a few MiB.
-pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// Longest body of any message but an Offer: of what anybody may say first, above all. The largest of them are
+/// the Hello of a guest with hundreds of memory blocks and a Prepare with all staged pages, some 30 KiB.
+pub const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// Longest body of an Offer, which a session's source alone may send: that of a fragmented guest has a few MiB.
+pub const OFFER_BYTES_MAX: usize = 8 << 20;
 
 /// How often a watched wait looks up.
 const WATCH_EVERY: Duration = Duration::from_millis(50);
@@ -28,7 +33,8 @@ pub struct Control {
 pub fn encode(message: &Message) -> Result<Vec<u8>> {
     let body = postcard::to_stdvec(message)
         .map_err(|e| Error::Protocol(format!("{} cannot be encoded: {e}", message.name())))?;
-    if body.len() > BODY_BYTES_MAX {
+    let bytes_max = if matches!(message, Message::Offer(_)) { OFFER_BYTES_MAX } else { BODY_BYTES_MAX };
+    if body.len() > bytes_max {
         return Err(Error::Protocol(format!("{} of {} bytes is too long", message.name(), body.len())));
     }
     let mut frame = Vec::with_capacity(4 + body.len());
@@ -95,10 +101,24 @@ impl Control {
     /// Receives the next message; `expected` says in the error what did not come. An Abort is
     /// returned as a message like any other.
     pub fn receive(&mut self, expected: &'static str, deadline: Instant) -> Result<Message> {
+        self.receive_bounded(expected, BODY_BYTES_MAX, deadline)
+    }
+
+    /// Like [`Self::receive`], where an Offer may come.
+    pub fn receive_offer(&mut self, deadline: Instant) -> Result<Message> {
+        self.receive_bounded("Offer", OFFER_BYTES_MAX, deadline)
+    }
+
+    fn receive_bounded(
+        &mut self,
+        expected: &'static str,
+        bytes_max: usize,
+        deadline: Instant,
+    ) -> Result<Message> {
         let mut length = [0; 4];
         self.read_exact(&mut length, expected, deadline)?;
         let length = u32::from_le_bytes(length) as usize;
-        if length > BODY_BYTES_MAX {
+        if length > bytes_max {
             return Err(Error::Protocol(format!(
                 "a control message of {length} bytes while {expected} was expected"
             )));
@@ -137,7 +157,8 @@ impl Control {
 
     /// Says why this side gives up, as far as the connection still carries it.
     pub fn abort(&mut self, reason: &str, cause: Cause, deadline: Instant) {
-        let message = Message::Abort(Abort { reason: reason.into(), cause });
+        let reason = cut(reason, REASON_BYTES_MAX).into();
+        let message = Message::Abort(Abort { reason, cause });
         if let Err(e) = self.send(&message, deadline) {
             tracing::debug!(error = %e.chain(), "the peer could not be told of the abort");
         }
@@ -170,6 +191,8 @@ mod tests {
     use super::*;
     use crate::guest::{BlockDescription, GuestDescription, ImageDescription};
     use proptest::prelude::*;
+    use std::io::Write;
+    use std::net::TcpStream;
 
     fn guest() -> impl Strategy<Value = GuestDescription> {
         let blocks = prop::collection::vec((any::<String>(), any::<u64>()), 0..4);
@@ -250,6 +273,99 @@ mod tests {
             let frame = encode(&message).unwrap();
             let body = &frame[4..];
             prop_assert!(decode(&body[..cut.index(body.len())]).is_err());
+        }
+    }
+
+    /// Two ends of a control connection; the first one raw.
+    fn connected() -> (TcpStream, Control) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let raw = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (raw, control(listener.accept().unwrap().0))
+    }
+
+    fn control(stream: TcpStream) -> Control {
+        Control::new(Box::new(crate::net::tcp::TcpConnection::new(stream).unwrap()))
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    /// A guest of this many blocks, all of the same name.
+    fn hello(blocks: usize, name: &str) -> Message {
+        let block = BlockDescription { name: name.into(), bytes: 0 };
+        let guest = GuestDescription {
+            monitor: "qemu".into(),
+            machine: "pc".into(),
+            vcpus: 1,
+            blocks: vec![block; blocks],
+            platform: Vec::new(),
+        };
+        Message::Hello(Hello { software: String::new(), lanes: 1, guest, state_bytes_max: 0, rdma: false })
+    }
+
+    #[test]
+    fn only_an_offer_may_be_long_and_its_length_is_looked_at_before_its_bytes_come() {
+        for (length, offer, refused) in [
+            (BODY_BYTES_MAX + 1, false, true),
+            (BODY_BYTES_MAX + 1, true, false),
+            (OFFER_BYTES_MAX + 1, true, true),
+        ] {
+            let (mut raw, mut theirs) = connected();
+            raw.write_all(&u32::try_from(length).unwrap().to_le_bytes()).unwrap();
+            let mut receive = |wait| {
+                let deadline = Instant::now() + wait;
+                if offer { theirs.receive_offer(deadline) } else { theirs.receive("Hello", deadline) }
+            };
+            if refused {
+                let error = receive(Duration::from_secs(10)).unwrap_err();
+                assert!(matches!(error, Error::Protocol(_)), "{length}, {offer}: {error}");
+            } else {
+                let error = receive(Duration::from_millis(50)).unwrap_err();
+                assert!(matches!(error, Error::Timeout { .. }), "{length}, {offer}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_of_more_blocks_than_any_has_is_refused_while_it_is_decoded() {
+        use crate::guest::BLOCKS_MAX;
+        let body = |blocks| encode(&hello(blocks, "")).unwrap().split_off(4);
+        assert_eq!(decode(&body(BLOCKS_MAX)).unwrap(), hello(BLOCKS_MAX, ""));
+        let error = decode(&body(BLOCKS_MAX + 1)).unwrap_err();
+        assert!(matches!(error, Error::Protocol(_)), "{error}");
+        // What a stranger was seen to send: as many as a frame of 8 MiB held.
+        let error = encode(&hello(4_000_000, "")).unwrap_err();
+        assert!(error.to_string().contains("too long"), "{error}");
+    }
+
+    #[test]
+    fn the_longest_honest_messages_fit() {
+        let dimms = hello(260, "pageferry.dimm.some.longer.name");
+        assert_eq!(decode(&encode(&dimms).unwrap()[4..]).unwrap(), dimms);
+        let staged = (0..crate::staging::STAGED_PAGES_MAX as u64).map(|i| (u64::MAX - i, u32::MAX)).collect();
+        let prepare = Message::Prepare(Prepare {
+            fence: u32::MAX,
+            state_bytes: u64::MAX,
+            was_running: true,
+            staged,
+            digest: Some(u128::MAX),
+        });
+        assert_eq!(decode(&encode(&prepare).unwrap()[4..]).unwrap(), prepare);
+        let exposed = Exposed { base: u64::MAX, bytes: u64::MAX, key: u32::MAX };
+        let slots = vec![exposed; crate::guest::BLOCKS_MAX];
+        let accept = Message::Accept(Accept { slots, state: exposed, staging: exposed });
+        assert_eq!(decode(&encode(&accept).unwrap()[4..]).unwrap(), accept);
+    }
+
+    #[test]
+    fn a_long_reason_is_cut_and_arrives() {
+        let (raw, mut theirs) = connected();
+        let mut ours = control(raw);
+        ours.abort(&"ü".repeat(100_000), Cause::Failed, soon());
+        match theirs.receive("anything", soon()).unwrap() {
+            Message::Abort(abort) => assert_eq!(abort.reason, "ü".repeat(REASON_BYTES_MAX / 2)),
+            other => panic!("{other:?}"),
         }
     }
 }

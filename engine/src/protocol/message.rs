@@ -1,9 +1,11 @@
 //! The kinds of control messages, and the checks on what a peer may put into them.
 
+use super::bounded;
 use crate::error::{Error, Result};
-use crate::guest::GuestDescription;
+use crate::guest::{BLOCKS_MAX, GuestDescription};
 use crate::output::words;
 use crate::page::PageRun;
+use crate::staging::STAGED_PAGES_MAX;
 use pageferry_transport::preamble::{LANES_MAX, Token};
 use pageferry_transport::{RemoteKey, RemoteRegion};
 use serde::{Deserialize, Serialize};
@@ -14,6 +16,12 @@ pub const TOUCHED_RUNS_MAX: usize = 1 << 18;
 
 /// Device state beyond this is refused: QEMU with large video memory stays far below.
 pub const STATE_BYTES_MAX: u64 = 4 << 30;
+
+/// A release, or another short text for people, in bytes.
+const WORDS_BYTES_MAX: usize = 1 << 10;
+
+/// The reason of an Abort in bytes; a longer one is cut by the side that sends it.
+pub const REASON_BYTES_MAX: usize = 8 << 10;
 
 /// One control message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,6 +51,7 @@ pub enum Message {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Hello {
     /// The sender's release, for messages to people.
+    #[serde(deserialize_with = "bounded::text::<_, WORDS_BYTES_MAX>")]
     pub software: String,
     /// Lanes that the source would like.
     pub lanes: u8,
@@ -58,6 +67,7 @@ pub struct Hello {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Welcome {
     /// The receiver's release.
+    #[serde(deserialize_with = "bounded::text::<_, WORDS_BYTES_MAX>")]
     pub software: String,
     /// Goes into the preamble of every further connection of this session.
     pub token: [u8; 16],
@@ -73,7 +83,7 @@ pub enum RdmaAnswer {
     /// At this port of the connection manager, at the address of the control connection.
     Port(u16),
     /// No, and why; for people.
-    No(String),
+    No(#[serde(deserialize_with = "bounded::text::<_, REASON_BYTES_MAX>")] String),
 }
 
 /// Which lanes a source has opened.
@@ -89,6 +99,7 @@ pub enum Lanes {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Offer {
     /// Rising runs of pages that were ever touched, as (pages skipped since the last run, length).
+    #[serde(deserialize_with = "bounded::list::<_, _, TOUCHED_RUNS_MAX>")]
     pub touched: Vec<(u64, u64)>,
     /// Whether both sides digest all memory at the end.
     pub verify: bool,
@@ -111,6 +122,7 @@ pub struct Exposed {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Accept {
     /// One region a memory slot, in the slots' order.
+    #[serde(deserialize_with = "bounded::list::<_, _, BLOCKS_MAX>")]
     pub slots: Vec<Exposed>,
     /// Where the device state goes.
     pub state: Exposed,
@@ -128,6 +140,7 @@ pub struct Prepare {
     /// Whether the vCPUs ran before the pause.
     pub was_running: bool,
     /// Pages that are in the staging region, with their slots there.
+    #[serde(deserialize_with = "bounded::list::<_, _, STAGED_PAGES_MAX>")]
     pub staged: Vec<(u64, u32)>,
     /// Digest of all memory, where it was asked for.
     pub digest: Option<u128>,
@@ -157,6 +170,7 @@ pub struct Running {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Abort {
     /// For people; goes into the other side's report.
+    #[serde(deserialize_with = "bounded::text::<_, REASON_BYTES_MAX>")]
     pub reason: String,
     /// What kind of reason it is.
     pub cause: Cause,

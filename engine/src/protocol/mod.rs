@@ -22,6 +22,7 @@
 //! without incident, however large the guest and however many its rounds. Who may run the guest at
 //! each moment is [`phase`]'s affair.
 
+pub(crate) mod bounded;
 pub mod codec;
 pub mod message;
 pub mod phase;
