@@ -7,6 +7,7 @@ use crate::fittings::Fittings;
 use crate::guest::DestinationGuest;
 use crate::hold;
 use crate::link::{LinkChoice, Listening, check_lanes};
+use crate::net::Connection;
 use crate::output::{say, words};
 use crate::prefault::Prefault;
 use crate::protocol::{
@@ -16,7 +17,7 @@ use crate::protocol::{
 use crate::room;
 use crate::session::{SETUP_MAX, new_token};
 use crate::staging;
-use pageferry_transport::preamble::Token;
+use pageferry_transport::preamble::{LANES_MAX, Token};
 use pageferry_transport::{FenceTag, MemoryRegion, Target};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -39,6 +40,13 @@ const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 const COMMIT_MAX: Duration = Duration::from_secs(30);
 /// How often a wait looks at the guest, the lanes and the doorway.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// For a few words to a connection that has no place: they fit into its socket, or its peer reads none.
+const ANSWER_MAX: Duration = Duration::from_millis(100);
+/// Connections of this session that a look takes; all lanes may come together.
+const KNOWN_A_LOOK_MAX: usize = LANES_MAX;
+/// How long strangers are still answered once the guest runs here: long enough for a second order to the
+/// same address to get a reason, and no longer.
+const OPEN_AFTERWARDS: Duration = Duration::from_secs(300);
 /// Memory blocks that a refusal names: a line for people, and not all that a stranger says.
 const BLOCKS_SHOWN_MAX: usize = 8;
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
@@ -71,11 +79,27 @@ pub enum Served {
 /// Fails when the receiver should stop (asked often, and not any more once Commit is here).
 pub type Watch<'w> = dyn FnMut() -> Result<()> + 'w;
 
+/// How long a receiver waits, where a test may not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// For Commit, once the guest is loaded.
+    pub commit: Duration,
+    /// Until strangers are not heard any more, once the guest runs here.
+    pub open_afterwards: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { commit: COMMIT_MAX, open_afterwards: OPEN_AFTERWARDS }
+    }
+}
+
 /// Receives guests, one at a time, through one doorway.
 #[derive(Debug)]
 pub struct Reception {
     doorway: Doorway,
     choice: LinkChoice,
+    patience: Patience,
     discarded: VecDeque<Token>,
     completed: Option<Completed>,
 }
@@ -104,7 +128,14 @@ impl Reception {
     /// A reception behind this doorway.
     #[must_use]
     pub fn new(doorway: Doorway, choice: LinkChoice) -> Self {
-        Self { doorway, choice, discarded: VecDeque::new(), completed: None }
+        let (patience, discarded) = (Patience::default(), VecDeque::new());
+        Self { doorway, choice, patience, discarded, completed: None }
+    }
+
+    /// The same with other deadlines.
+    #[must_use]
+    pub fn with_patience(self, patience: Patience) -> Self {
+        Self { patience, ..self }
     }
 
     /// The doorway, to wait at.
@@ -192,7 +223,7 @@ impl Reception {
     /// Answers a connection that has no place now.
     fn turn_away(&self, incoming: Incoming) {
         let Incoming::Control { token, mut control, peer, first } = incoming else { return };
-        let deadline = clock::now() + SETUP_MAX;
+        let deadline = clock::now() + ANSWER_MAX;
         if let Some(completed) = self.completed.filter(|completed| completed.token == token) {
             if let Err(e) = control.send(&completed.word(), deadline) {
                 tracing::warn!(error = %e.chain(), "the source asked again and could not be answered");
@@ -218,11 +249,18 @@ impl Reception {
         }
     }
 
-    /// Answers whoever came meanwhile.
-    fn turn_away_all(&self) {
-        while let Some(other) = self.doorway.next(clock::now()) {
-            self.turn_away(other);
+    /// One look at the doorway: takes what bears a session's token, and answers a single stranger, so that
+    /// who looks comes back to its deadlines however many there are. `take` gives back what it has no use for.
+    fn look_at_doorway(&self, mut take: impl FnMut(Incoming) -> Result<Option<Incoming>>) -> Result<()> {
+        for known in std::iter::from_fn(|| self.doorway.known()).take(KNOWN_A_LOOK_MAX) {
+            if let Some(other) = take(known)? {
+                self.turn_away(other);
+            }
         }
+        if let Some(stranger) = self.doorway.stranger() {
+            self.turn_away(stranger);
+        }
+        Ok(())
     }
 
     /// Welcome, and then the lanes that the Offer names. Fails also where there is no room for what it offers.
@@ -237,17 +275,43 @@ impl Reception {
         let (listening, rdma) =
             Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
         let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
+        // Known before anybody is told of it.
+        self.doorway.expect(token);
         control.send(&Message::Welcome(welcome), clock::now() + SETUP_MAX)?;
         let mut lanes = LaneCollector::new(token, hello.lanes);
         let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
-        let deadline = clock::now() + SETUP_MAX;
-        let target = listening.take(&self.choice, offer.lanes, || {
-            lanes.wait(&self.doorway, |other| self.turn_away(other), deadline)
-        })?;
+        let target =
+            listening.take(&self.choice, offer.lanes, || self.wait_for_lanes(lanes, guest, watch))?;
         let touched = offer.runs(guest.memory().pages())?;
         room::check(guest.memory(), &touched, guest.has_huge_pages_set_aside())?;
         hold::point("room");
         Ok((offer, target))
+    }
+
+    /// Waits for the lanes that are still missing.
+    fn wait_for_lanes(
+        &self,
+        mut lanes: LaneCollector,
+        guest: &dyn DestinationGuest,
+        watch: &mut Watch<'_>,
+    ) -> Result<Vec<Box<dyn Connection>>> {
+        let (alive, deadline) = (guest.liveness(), clock::now() + SETUP_MAX);
+        loop {
+            self.look_at_doorway(|incoming| lanes.take(incoming))?;
+            if lanes.is_complete() {
+                return Ok(lanes.into_lanes());
+            }
+            watch()?;
+            alive()?;
+            if clock::now() >= deadline {
+                return Err(Error::Timeout { what: "waiting for the source to open its lanes".into() });
+            }
+            if let Some(incoming) = self.doorway.next(deadline.min(clock::now() + LOOK_EVERY))
+                && let Some(other) = lanes.take(incoming)?
+            {
+                self.turn_away(other);
+            }
+        }
     }
 
     /// Waits for Offer, and takes in lanes meanwhile.
@@ -268,11 +332,7 @@ impl Reception {
             }
             watch()?;
             alive()?;
-            while let Some(incoming) = self.doorway.next(clock::now()) {
-                if let Some(other) = lanes.take(incoming)? {
-                    self.turn_away(other);
-                }
-            }
+            self.look_at_doorway(|incoming| lanes.take(incoming))?;
             if clock::now() >= deadline {
                 return Err(Error::Timeout { what: "waiting for the source's Offer".into() });
             }
@@ -380,7 +440,7 @@ impl Reception {
                     format!("waiting for the source, which has sent nothing for {} s", idle_max.as_secs());
                 return Err(Error::Timeout { what });
             }
-            self.turn_away_all();
+            self.look_at_doorway(|incoming| Ok(Some(incoming)))?;
         }
     }
 
@@ -393,7 +453,7 @@ impl Reception {
         phase: &mut DestinationPhase,
         watch: &mut Watch<'_>,
     ) -> Result<Option<Box<Control>>> {
-        let deadline = clock::now() + COMMIT_MAX;
+        let deadline = clock::now() + self.patience.commit;
         let alive = guest.liveness();
         let mut connected = true;
         let mut event = |event| *phase = phase.on(event);
@@ -403,7 +463,7 @@ impl Reception {
             alive()?;
             watch()?;
             if connected && control.readable(LOOK_EVERY)? {
-                match control.receive("Commit", clock::now() + SETUP_MAX) {
+                match control.receive("Commit", deadline.min(clock::now() + SETUP_MAX)) {
                     Ok(Message::Commit) => {
                         event(DestinationEvent::CommitReceived);
                         return Ok(None);
@@ -423,7 +483,8 @@ impl Reception {
                 }
             }
             let wait = if connected { Duration::ZERO } else { LOOK_EVERY };
-            while let Some(incoming) = self.doorway.next(clock::now() + wait) {
+            // A single one a look, those of this session first.
+            if let Some(incoming) = self.doorway.next(clock::now() + wait) {
                 match incoming {
                     Incoming::Control { token: theirs, control, first: Message::Commit, .. }
                         if theirs == token =>
@@ -441,9 +502,17 @@ impl Reception {
         }
     }
 
-    /// For as long as this process lives: tells a source that asks again how its session ended.
+    /// For as long as this process lives: tells a source that asks again how its session ended. Strangers are
+    /// told some minutes long that there is nothing for them; after that they are not heard any more.
     pub fn answer_afterwards(self) {
         let answering = clock::spawn("afterwards", move || {
+            let closing = clock::now() + self.patience.open_afterwards;
+            while clock::now() < closing {
+                if let Some(incoming) = self.doorway.next(closing) {
+                    self.turn_away(incoming);
+                }
+            }
+            self.doorway.close_to_strangers();
             while let Some(incoming) = self.doorway.wait() {
                 self.turn_away(incoming);
             }
@@ -564,3 +633,6 @@ fn unexpected(message: Message, expected: &str) -> Error {
         other => Error::Protocol(format!("{} where {expected} was expected", other.name())),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,21 +1,38 @@
 //! Where a destination listens: hears the first words of every connection, and passes on what makes sense.
+//!
+//! ```text
+//!   accept --> greeting (a thread) --- a known token --------------> known ------+
+//!              preamble, first message                                           +--> next
+//!              a place, bounded a peer  --- no token, and still open --> strangers --+
+//!                                       --- anything else: closed
+//! ```
+//!
+//! Nobody who does not know a session's token can keep out who does, nor have more than a bounded memory and
+//! a bounded number of lines spent on it.
+
+mod room;
+mod visitors;
 
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::net::tcp::TcpListening;
 use crate::net::{Address, Connection, Listener};
-use crate::output::say;
-use crate::protocol::{Cause, Control, Message};
+use crate::protocol::{Cause, Control, Message, codec};
 use crate::session::SETUP_MAX;
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::Receiver;
 use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, PreambleError, Role, Token};
+use room::{Place, Room};
 use std::io::ErrorKind;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+use visitors::Origin;
 
-/// Connections that may be saying their first words at once; more are closed unheard.
-const GREETINGS_MAX: usize = 64;
+/// For a preamble once only a session's own source is expected: it sends it with the connection.
+const PREAMBLE_CLOSED_MAX: Duration = Duration::from_secs(1);
+
+/// How often a greeting looks whether it is to make room for others, and for how long it then goes on with
+/// what has come.
+const HURRY_EVERY: Duration = Duration::from_millis(50);
 
 /// A connection that has said its first words.
 #[derive(Debug)]
@@ -47,7 +64,8 @@ pub enum Incoming {
 pub struct Doorway {
     /// Where it listens, with the port that the kernel chose if zero was asked for.
     pub address: Address,
-    incoming: Receiver<Incoming>,
+    room: Arc<Room>,
+    bell: Receiver<()>,
 }
 
 impl Doorway {
@@ -60,33 +78,72 @@ impl Doorway {
     /// Takes connections from this listener.
     pub fn behind(listener: impl Listener + 'static) -> Result<Self> {
         let address = listener.address().clone();
-        let (sender, incoming) = bounded(GREETINGS_MAX);
-        clock::spawn("doorway", move || greet_all(&listener, &sender))
+        let (room, bell) = Room::new();
+        let room = Arc::new(room);
+        let greeting = Arc::clone(&room);
+        clock::spawn("doorway", move || greet_all(&listener, &greeting))
             .map_err(|e| Error::os("starting the listening thread", e))?;
-        Ok(Self { address, incoming })
+        Ok(Self { address, room, bell })
     }
 
-    /// The next connection, or none before the deadline.
+    /// The next connection, or none before the deadline. Those that bear the token of a session go before
+    /// all others.
     #[must_use]
     pub fn next(&self, deadline: Instant) -> Option<Incoming> {
-        clock::receive(&self.incoming, deadline).ok()
+        loop {
+            if let Some(incoming) = self.known().or_else(|| self.stranger()) {
+                return Some(incoming);
+            }
+            if clock::receive(&self.bell, deadline).is_err() {
+                return None;
+            }
+        }
     }
 
     /// The next connection, whenever it comes; none once nobody listens any more.
     #[must_use]
     pub fn wait(&self) -> Option<Incoming> {
-        clock::receive_any_time(&self.incoming).ok()
+        loop {
+            if let Some(incoming) = self.known().or_else(|| self.stranger()) {
+                return Some(incoming);
+            }
+            if clock::receive_any_time(&self.bell).is_err() {
+                return None;
+            }
+        }
     }
 
-    /// The connections, to wait on together with other things.
+    /// A connection that is there already and bears the token of a session.
     #[must_use]
-    pub fn incoming(&self) -> &Receiver<Incoming> {
-        &self.incoming
+    pub fn known(&self) -> Option<Incoming> {
+        self.room.known()
+    }
+
+    /// A connection that is there already and bears none.
+    #[must_use]
+    pub fn stranger(&self) -> Option<Incoming> {
+        self.room.stranger()
+    }
+
+    /// Rings when a connection has come, to wait for that together with other things. It may ring for one
+    /// that was taken already.
+    #[must_use]
+    pub fn bell(&self) -> &Receiver<()> {
+        &self.bell
+    }
+
+    /// Who bears this token is heard from now on, before all others.
+    pub fn expect(&self, token: Token) {
+        self.room.expect(token);
+    }
+
+    /// Who bears no known token is not heard any more: its connection is closed without a word.
+    pub fn close_to_strangers(&self) {
+        self.room.close();
     }
 }
 
-fn greet_all(listener: &dyn Listener, sender: &Sender<Incoming>) {
-    let greetings = Arc::new(AtomicUsize::new(0));
+fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
     loop {
         let (connection, peer) = match listener.accept() {
             Ok(accepted) => accepted,
@@ -97,69 +154,109 @@ fn greet_all(listener: &dyn Listener, sender: &Sender<Incoming>) {
                 continue;
             }
         };
-        if greetings.load(Ordering::Relaxed) >= GREETINGS_MAX {
-            tracing::warn!(%peer, "too many connections at once; closed");
+        let origin = Origin::of(&peer);
+        let Some(place) = room.admit(origin) else {
+            tracing::debug!(%peer, "too many connections at once; closed");
             continue;
-        }
-        greetings.fetch_add(1, Ordering::Relaxed);
-        let (sender, counted) = (sender.clone(), Arc::clone(&greetings));
-        let spawned = clock::spawn("greeting", move || {
-            match hear(connection, &peer) {
-                Ok(incoming) => {
-                    // Nobody takes it off the queue: the receiver is busy or ending.
-                    let _ = clock::send(&sender, incoming, SETUP_MAX);
-                }
-                Err(e) => say(&format!("ignored a connection from {peer}: {}", e.chain())),
-            }
-            counted.fetch_sub(1, Ordering::Relaxed);
+        };
+        let room = Arc::clone(room);
+        let spawned = clock::spawn("greeting", move || match hear(connection, &peer, &place, &room) {
+            Ok(Heard::Known(incoming)) => room.queue_known(incoming),
+            Ok(Heard::Stranger(incoming)) => room.queue_stranger(origin, incoming),
+            Err(e) => room.ignored(&peer, &e),
         });
         if let Err(e) = spawned {
-            greetings.fetch_sub(1, Ordering::Relaxed);
             tracing::warn!(error = %e, "no thread for a new connection");
         }
     }
 }
 
-/// Reads the preamble and, of a control connection, the first message, so that a silent stranger keeps
-/// nobody waiting but this thread.
-fn hear(connection: Box<dyn Connection>, peer: &Address) -> Result<Incoming> {
-    let (preamble, connection) = hear_preamble(connection)?;
-    let token = preamble.token;
-    match preamble.role {
-        Role::Lane(index) => Ok(Incoming::Lane { token, index, connection }),
-        Role::Control => {
-            let mut control = Box::new(Control::new(connection));
-            let first = control.receive("its first message", clock::now() + SETUP_MAX)?;
-            Ok(Incoming::Control { token, control, first, peer: peer.clone() })
-        }
-    }
+/// Who a connection comes from.
+enum Heard {
+    /// One that bears the token of a session.
+    Known(Incoming),
+    /// One that may open a session.
+    Stranger(Incoming),
 }
 
-/// Reads the preamble, within a deadline for the whole of it.
-fn hear_preamble(mut connection: Box<dyn Connection>) -> Result<(Preamble, Box<dyn Connection>)> {
-    let deadline = clock::now() + SETUP_MAX;
-    let mut bytes = [0; PREAMBLE_BYTES];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        match connection.read(&mut bytes[filled..], deadline) {
-            Ok(0) => return Err(Error::Protocol("it closed without a word".into())),
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            Err(e) if e.kind() == ErrorKind::TimedOut => {
-                return Err(Error::Timeout { what: "waiting for its first words".into() });
-            }
-            Err(e) => return Err(Error::os("waiting for its first words", e)),
-        }
-    }
-    match Preamble::decode(&bytes) {
-        Ok(preamble) => Ok((preamble, connection)),
+/// Reads the preamble and, of a control connection, the first message, so that a silent stranger keeps
+/// nobody waiting but this thread.
+fn hear(mut connection: Box<dyn Connection>, peer: &Address, place: &Place, room: &Room) -> Result<Heard> {
+    let open = room.is_open();
+    let mut patience = Patience::new(place, if open { SETUP_MAX } else { PREAMBLE_CLOSED_MAX });
+    let mut preamble = [0; PREAMBLE_BYTES];
+    patience.read(connection.as_mut(), &mut preamble)?;
+    let Preamble { role, token } = match Preamble::decode(&preamble) {
+        Ok(preamble) => preamble,
         Err(e) => {
             // A pageferry of another version reads an Abort of this shape since version 1.
-            if matches!(e, PreambleError::Version { .. }) {
-                Control::new(connection).abort(&e.to_string(), Cause::Refused, deadline);
+            if open && matches!(e, PreambleError::Version { .. }) {
+                Control::new(connection).abort(&e.to_string(), Cause::Refused, patience.deadline);
             }
-            Err(Error::Protocol(e.to_string()))
+            return Err(Error::Protocol(e.to_string()));
         }
+    };
+    let known = room.knows(token);
+    if known {
+        place.leave();
+    } else if token != Token::default() || !open {
+        // No answer: its session may have been another receiver's, whose guest runs.
+        return Err(Error::Protocol("a connection of a session that is not known here".into()));
+    }
+    let incoming = match role {
+        Role::Lane(_) if !known => return Err(Error::Protocol("a lane of no session".into())),
+        Role::Lane(index) => Incoming::Lane { token, index, connection },
+        Role::Control => {
+            let mut patience = Patience::new(place, SETUP_MAX);
+            let mut length = [0; 4];
+            patience.read(connection.as_mut(), &mut length)?;
+            let mut body = vec![0; codec::body_bytes(length, codec::BODY_BYTES_MAX, "its first message")?];
+            patience.read(connection.as_mut(), &mut body)?;
+            let first = codec::decode(&body)?;
+            let control = Box::new(Control::new(connection));
+            Incoming::Control { token, control, first, peer: peer.clone() }
+        }
+    };
+    Ok(if known { Heard::Known(incoming) } else { Heard::Stranger(incoming) })
+}
+
+/// How long a connection's first words are waited for.
+struct Patience<'p> {
+    place: &'p Place,
+    deadline: Instant,
+    hurried: bool,
+}
+
+impl<'p> Patience<'p> {
+    fn new(place: &'p Place, time: Duration) -> Self {
+        Self { place, deadline: clock::now() + time, hurried: false }
+    }
+
+    /// Fills the buffer, within the deadline for all of it.
+    fn read(&mut self, connection: &mut dyn Connection, mut buffer: &mut [u8]) -> Result<()> {
+        const WHAT: &str = "waiting for its first words";
+        while !buffer.is_empty() {
+            if !self.hurried && self.place.is_hurried() {
+                (self.hurried, self.deadline) = (true, self.deadline.min(clock::now() + HURRY_EVERY));
+            }
+            let until = self.deadline.min(clock::now() + HURRY_EVERY);
+            if !connection.readable(until).map_err(|e| Error::os(WHAT, e))? {
+                if clock::now() >= self.deadline {
+                    return Err(Error::Timeout { what: WHAT.into() });
+                }
+                continue;
+            }
+            match connection.read(buffer, self.deadline) {
+                Ok(0) => return Err(Error::Protocol("it closed without a word".into())),
+                Ok(n) => buffer = &mut buffer[n..],
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::TimedOut => {
+                    return Err(Error::Timeout { what: WHAT.into() });
+                }
+                Err(e) => return Err(Error::os(WHAT, e)),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -195,44 +292,18 @@ impl LaneCollector {
         }
     }
 
-    /// Waits for those that are missing; other connections meanwhile are answered by `others`.
-    pub fn wait(
-        mut self,
-        doorway: &Doorway,
-        mut others: impl FnMut(Incoming),
-        deadline: Instant,
-    ) -> Result<Vec<Box<dyn Connection>>> {
-        while self.lanes.iter().any(Option::is_none) {
-            let incoming = doorway
-                .next(deadline)
-                .ok_or_else(|| Error::Timeout { what: "waiting for the source to open its lanes".into() })?;
-            if let Some(other) = self.take(incoming)? {
-                others(other);
-            }
-        }
-        Ok(self.lanes.into_iter().flatten().collect())
+    /// Whether all of them are there.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.lanes.iter().all(Option::is_some)
+    }
+
+    /// The lanes that are there, in their order.
+    #[must_use]
+    pub fn into_lanes(self) -> Vec<Box<dyn Connection>> {
+        self.lanes.into_iter().flatten().collect()
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::net::System;
-    use crate::session::dial;
-    use std::io::Write;
-    use std::net::TcpStream;
-
-    #[test]
-    fn garbage_and_silence_at_the_door_do_not_keep_others_out() {
-        let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-        let at = doorway.address.tcp().unwrap();
-        let _silent = TcpStream::connect(at).unwrap();
-        TcpStream::connect(at).unwrap().write_all(&[0x47; 100]).unwrap();
-        let token = Token([7; 16]);
-        let good = dial(&System, &doorway.address, Preamble { role: Role::Control, token }).unwrap();
-        let mut good = Control::new(good);
-        good.send(&Message::Commit, Instant::now() + SETUP_MAX).unwrap();
-        let incoming = doorway.next(Instant::now() + SETUP_MAX).expect("the good one comes through");
-        assert!(matches!(incoming, Incoming::Control { token: t, first: Message::Commit, .. } if t == token));
-    }
-}
+mod tests;

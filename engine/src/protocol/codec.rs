@@ -43,6 +43,16 @@ pub fn encode(message: &Message) -> Result<Vec<u8>> {
     Ok(frame)
 }
 
+/// The length of a body, as it stands before it.
+pub(crate) fn body_bytes(length: [u8; 4], bytes_max: usize, expected: &str) -> Result<usize> {
+    match u32::from_le_bytes(length) as usize {
+        length if length <= bytes_max => Ok(length),
+        length => {
+            Err(Error::Protocol(format!("a control message of {length} bytes while {expected} was expected")))
+        }
+    }
+}
+
 /// A message from the body of a frame; the whole body must be used.
 pub fn decode(body: &[u8]) -> Result<Message> {
     match postcard::take_from_bytes(body) {
@@ -117,19 +127,13 @@ impl Control {
     ) -> Result<Message> {
         let mut length = [0; 4];
         self.read_exact(&mut length, expected, deadline)?;
-        let length = u32::from_le_bytes(length) as usize;
-        if length > bytes_max {
-            return Err(Error::Protocol(format!(
-                "a control message of {length} bytes while {expected} was expected"
-            )));
-        }
-        let mut body = vec![0; length];
+        let mut body = vec![0; body_bytes(length, bytes_max, expected)?];
         self.read_exact(&mut body, expected, deadline)?;
         self.torn = false;
         let mut message = decode(&body)?;
         message.escape_words();
         self.messages += 1;
-        tracing::debug!(message = message.name(), bytes = length, "received");
+        tracing::debug!(message = message.name(), bytes = body.len(), "received");
         Ok(message)
     }
 

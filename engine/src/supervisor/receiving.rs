@@ -1,7 +1,7 @@
 //! The loop of a supervisor that waits for a guest: a place stands ready; a source fills it; what does
 //! not work out is thrown away and a fresh place stands ready again.
 
-use super::api::State;
+use super::api::{Order, State};
 use super::hosted::{Nursery, Waiting};
 use super::hosting::Hosting;
 use super::runtime::Claim;
@@ -9,7 +9,8 @@ use super::{Inbox, Shared, say};
 use crate::destination::{Reception, Served};
 use crate::doorway::Incoming;
 use crate::error::{Error, Result};
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::{Receiver, TryRecvError, select};
+use std::time::Instant;
 
 /// Why a wait for a source ended.
 enum Heard {
@@ -102,21 +103,25 @@ pub fn receive(
     }
 }
 
-/// Waits for something to happen.
+/// Waits for something to happen. However many connections come, a signal and the place's end are heard.
 fn hear(reception: &Reception, ended: &Receiver<()>, inbox: &Inbox) -> Heard {
+    let refuse = |order: Order| order.refuse("this is a receiver that has no guest yet");
     loop {
+        if !matches!(inbox.signals.try_recv(), Err(TryRecvError::Empty)) {
+            return Heard::Signal;
+        }
+        if !matches!(ended.try_recv(), Err(TryRecvError::Empty)) {
+            return Heard::PlaceEnded;
+        }
+        inbox.orders.try_recv().into_iter().for_each(refuse);
+        if let Some(incoming) = reception.doorway().next(Instant::now()) {
+            return Heard::Connection(Box::new(incoming));
+        }
         select! {
-            recv(reception.doorway().incoming()) -> incoming => match incoming {
-                Ok(incoming) => return Heard::Connection(Box::new(incoming)),
-                Err(_) => return Heard::Signal,
-            },
+            recv(reception.doorway().bell()) -> rung => if rung.is_err() { return Heard::Signal },
             recv(ended) -> _ => return Heard::PlaceEnded,
             recv(inbox.signals) -> _ => return Heard::Signal,
-            recv(inbox.orders) -> order => {
-                if let Ok(order) = order {
-                    order.refuse("this is a receiver that has no guest yet");
-                }
-            }
+            recv(inbox.orders) -> order => order.into_iter().for_each(refuse),
         }
     }
 }

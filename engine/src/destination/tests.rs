@@ -1,0 +1,164 @@
+//! Strangers at the listener while a guest is loaded: they delay neither the deadline nor a signal, and
+//! they do not shut out the source that asks again.
+
+use super::*;
+use crate::guest::synthetic::SyntheticDestination;
+use crate::net::System;
+use crate::net::tcp::TcpConnection;
+use crate::protocol::codec;
+use crate::session::dial;
+use pageferry_transport::preamble::{Preamble, Role};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+const TOKEN: Token = Token([7; 16]);
+/// For what takes milliseconds.
+const SOON: Duration = Duration::from_secs(10);
+/// More than any of these waits takes; a flood ends after it, and with it the wait that it stretched.
+const FLOOD_MAX: Duration = Duration::from_secs(20);
+
+/// A receiver whose session has this token, and where it listens.
+fn reception(commit: Duration) -> (Reception, SocketAddr) {
+    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    doorway.expect(TOKEN);
+    let at = doorway.address.tcp().unwrap();
+    let patience = Patience { commit, open_afterwards: Duration::from_millis(100) };
+    (Reception::new(doorway, LinkChoice::default()).with_patience(patience), at)
+}
+
+/// The control connection of a source that is gone.
+fn lost() -> Control {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    drop(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+    Control::new(Box::new(TcpConnection::new(listener.accept().unwrap().0).unwrap()))
+}
+
+/// One stranger after the other that says something, and as many that are silent and stay.
+struct Flood {
+    ended: Arc<AtomicBool>,
+    made: Arc<AtomicUsize>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Flood {
+    fn of(at: SocketAddr) -> Self {
+        let (ended, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let first = [
+            &Preamble { role: Role::Control, token: Token::default() }.encode()[..],
+            &codec::encode(&Message::Commit).unwrap(),
+        ]
+        .concat();
+        let threads = (0..2).map(|_| {
+            let (ended, made, first) = (Arc::clone(&ended), Arc::clone(&made), first.clone());
+            std::thread::spawn(move || {
+                let (begun, mut silent) = (Instant::now(), VecDeque::new());
+                while !ended.load(Ordering::Relaxed) && begun.elapsed() < FLOOD_MAX {
+                    let Ok(mut loud) = TcpStream::connect(at) else { continue };
+                    let _ = loud.write_all(&first);
+                    silent.extend(TcpStream::connect(at));
+                    if silent.len() > 100 {
+                        silent.pop_front();
+                    }
+                    made.fetch_add(2, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            })
+        });
+        let threads = threads.collect();
+        let flood = Self { ended, made, threads };
+        while flood.made() < 200 {
+            std::thread::yield_now();
+        }
+        flood
+    }
+
+    fn made(&self) -> usize {
+        self.made.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.ended.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            thread.join().expect("the flood");
+        }
+    }
+}
+
+/// Waits for Commit as a loaded guest does. Returns how that ended, and when.
+fn wait(
+    reception: &Reception,
+    watch: &mut Watch<'_>,
+) -> (Result<Option<Box<Control>>>, DestinationPhase, Duration) {
+    let guest = SyntheticDestination::new(16).unwrap();
+    let (mut control, mut phase, begun) = (lost(), DestinationPhase::Loaded, Instant::now());
+    let ended = reception.wait_for_commit(&mut control, TOKEN, &guest, &mut phase, watch);
+    (ended, phase, begun.elapsed())
+}
+
+/// 340 connections a second had stretched 30 s to more than 75.
+#[test]
+fn a_flood_of_strangers_does_not_stretch_the_deadline_of_commit() {
+    let (reception, at) = reception(Duration::from_secs(1));
+    let flood = Flood::of(at);
+    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    assert!(matches!(ended, Err(Error::Timeout { .. })), "{ended:?}");
+    assert_eq!(phase, DestinationPhase::Discarded);
+    assert!(took < Duration::from_secs(6), "{took:?} with {} strangers", flood.made());
+}
+
+#[test]
+fn a_flood_of_strangers_does_not_keep_a_signal_from_being_heard() {
+    let (reception, at) = reception(SOON * 6);
+    let _flood = Flood::of(at);
+    let told = Instant::now() + Duration::from_millis(200);
+    let mut watch = || if Instant::now() < told { Ok(()) } else { Err(Error::Cancelled) };
+    let (ended, _, took) = wait(&reception, &mut watch);
+    assert!(matches!(ended, Err(Error::Cancelled)) && took < Duration::from_secs(6), "{ended:?}, {took:?}");
+}
+
+#[test]
+fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
+    let (reception, at) = reception(SOON * 6);
+    let _flood = Flood::of(at);
+    let address = at.into();
+    let asking = std::thread::spawn(move || {
+        let mut control =
+            Control::new(dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap());
+        control.send(&Message::Commit, Instant::now() + SOON).unwrap();
+        control
+    });
+    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    assert!(matches!(ended, Ok(Some(_))) && took < SOON, "{ended:?}, {took:?}");
+    assert_eq!(phase, DestinationPhase::Owner);
+    drop(asking.join().unwrap());
+}
+
+#[test]
+fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
+    let (mut reception, at) = reception(SOON);
+    let resuming = Instant::now();
+    reception.completed = Some(Completed { token: TOKEN, resuming, since: Some(resuming) });
+    reception.answer_afterwards();
+    let stranger = || {
+        let mut stream = TcpStream::connect(at).unwrap();
+        let greeting = Preamble { role: Role::Control, token: Token::default() }.encode();
+        stream.write_all(&[&greeting[..], &codec::encode(&Message::Commit).unwrap()].concat()).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        answer.len()
+    };
+    let until = Instant::now() + SOON;
+    while stranger() > 0 {
+        assert!(Instant::now() < until, "strangers are not heard any more");
+    }
+    let preamble = Preamble { role: Role::Control, token: TOKEN };
+    let mut control = Control::new(dial(&System, &at.into(), preamble).unwrap());
+    control.send(&Message::Commit, Instant::now() + SOON).unwrap();
+    let answer = control.receive("Running", Instant::now() + SOON).unwrap();
+    assert!(matches!(answer, Message::Running(_)), "{answer:?}");
+}
