@@ -15,8 +15,7 @@ mod visitors;
 
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::net::tcp::TcpListening;
-use crate::net::{Address, Connection, Listener};
+use crate::net::{Address, Connection, Listener, System};
 use crate::protocol::{Cause, Control, Message, codec};
 use crate::session::SETUP_MAX;
 use crossbeam_channel::Receiver;
@@ -29,6 +28,10 @@ use visitors::Origin;
 
 /// For a preamble once only a session's own source is expected: it sends it with the connection.
 const PREAMBLE_CLOSED_MAX: Duration = Duration::from_secs(1);
+
+/// How often the listener looks for a place while all are taken. Those who were hurried leave within
+/// [`HURRY_EVERY`] or twice that.
+const PLACE_EVERY: Duration = Duration::from_millis(5);
 
 /// How often a greeting looks whether it is to make room for others, and for how long it then goes on with
 /// what has come.
@@ -71,8 +74,7 @@ pub struct Doorway {
 impl Doorway {
     /// Starts to listen.
     pub fn open(address: Address) -> Result<Self> {
-        let Address::Tcp(address) = address;
-        Self::behind(TcpListening::bind(address)?)
+        Self::behind(System.listen(&address)?)
     }
 
     /// Takes connections from this listener.
@@ -155,9 +157,12 @@ fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
             }
         };
         let origin = Origin::of(&peer);
-        let Some(place) = room.admit(origin) else {
-            tracing::debug!(%peer, "too many connections at once; closed");
-            continue;
+        let place = loop {
+            match room.admit(origin) {
+                Some(place) => break place,
+                // Those who come meanwhile wait in the kernel's queue, and none is lost.
+                None => clock::sleep(PLACE_EVERY),
+            }
         };
         let room = Arc::clone(room);
         let spawned = clock::spawn("greeting", move || match hear(connection, &peer, &place, &room) {
@@ -183,6 +188,8 @@ enum Heard {
 /// nobody waiting but this thread.
 fn hear(mut connection: Box<dyn Connection>, peer: &Address, place: &Place, room: &Room) -> Result<Heard> {
     let open = room.is_open();
+    // Asked first, as nobody can be asked about who has gone again; said once it has said what it wants.
+    let trusted = connection.check_peer();
     let mut patience = Patience::new(place, if open { SETUP_MAX } else { PREAMBLE_CLOSED_MAX });
     let mut preamble = [0; PREAMBLE_BYTES];
     patience.read(connection.as_mut(), &mut preamble)?;
@@ -197,15 +204,18 @@ fn hear(mut connection: Box<dyn Connection>, peer: &Address, place: &Place, room
         }
     };
     let known = room.knows(token);
-    if known {
+    if known && trusted.is_ok() {
         place.leave();
-    } else if token != Token::default() || !open {
+    } else if !known && (token != Token::default() || !open) {
         // No answer: its session may have been another receiver's, whose guest runs.
         return Err(Error::Protocol("a connection of a session that is not known here".into()));
     }
     let incoming = match role {
         Role::Lane(_) if !known => return Err(Error::Protocol("a lane of no session".into())),
-        Role::Lane(index) => Incoming::Lane { token, index, connection },
+        Role::Lane(index) => {
+            trusted?;
+            Incoming::Lane { token, index, connection }
+        }
         Role::Control => {
             let mut patience = Patience::new(place, SETUP_MAX);
             let mut length = [0; 4];
@@ -213,7 +223,11 @@ fn hear(mut connection: Box<dyn Connection>, peer: &Address, place: &Place, room
             let mut body = vec![0; codec::body_bytes(length, codec::BODY_BYTES_MAX, "its first message")?];
             patience.read(connection.as_mut(), &mut body)?;
             let first = codec::decode(&body)?;
-            let control = Box::new(Control::new(connection));
+            let mut control = Box::new(Control::new(connection));
+            if let Err(e) = trusted {
+                control.abort(&e.chain(), Cause::Refused, patience.deadline);
+                return Err(e);
+            }
             Incoming::Control { token, control, first, peer: peer.clone() }
         }
     };

@@ -22,7 +22,7 @@ use pageferry_transport::preamble::Token;
 use pageferry_transport::rdma::{RdmaInitiator, RdmaListener, RdmaOptions};
 use pageferry_transport::{Initiator, Target};
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// For all lanes to be connected by RDMA: milliseconds on a live path, but the connection manager repeats a
@@ -127,6 +127,9 @@ impl Wish {
                     "RDMA cannot carry this guest: {BALLOONED}; unplug that device or use --transport tcp"
                 )));
             }
+            Transport::Rdma if to.tcp().is_none() => {
+                return Err(Error::refused(format!("RDMA cannot go to {to}: give an address, HOST:PORT")));
+            }
             Transport::Rdma => None,
             Transport::Auto if discards => Some(format!("not RDMA: {BALLOONED}")),
             Transport::Auto if to.is_local() => {
@@ -201,7 +204,8 @@ pub fn open(
     let mut connections = dial()?;
     let first = connections.remove(0);
     let link = first.into_initiator(connections).map_err(as_refusal)?;
-    Ok(Opened { link, taken: format!("TCP, {why}") })
+    let taken = if to.tcp().is_some() { format!("TCP, {why}") } else { format!("a local socket, {why}") };
+    Ok(Opened { link, taken })
 }
 
 /// Connects all lanes by RDMA to that port of the destination.
@@ -213,12 +217,13 @@ fn by_rdma(
     token: Token,
     lanes: u8,
 ) -> pageferry_transport::Result<RdmaInitiator> {
-    let Some(ip) = to.ip() else {
+    let Some(mut at) = to.tcp() else {
         return Err(pageferry_transport::Error::NoPath { what: format!("{to} is no IP address") });
     };
     // The address that the control connection came from leads there, unless the user says otherwise.
     let from = from.filter(|_| wish.choice.rdma_gid_index.is_none());
-    let (at, deadline) = (SocketAddr::new(ip, port), Instant::now() + CONNECT_MAX);
+    at.set_port(port);
+    let deadline = Instant::now() + CONNECT_MAX;
     RdmaInitiator::connect(at, from, token, lanes, &wish.choice.options(), deadline)
 }
 

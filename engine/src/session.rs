@@ -31,6 +31,12 @@ pub fn check_exposure(address: &Address, insecure: bool) -> Result<()> {
 /// Opens one connection of a session and says what it is for.
 pub(crate) fn dial(network: &dyn Network, to: &Address, preamble: Preamble) -> Result<Box<dyn Connection>> {
     let mut connection = network.connect(to, SETUP_MAX)?;
+    greet(connection.as_mut(), to, preamble)?;
+    Ok(connection)
+}
+
+/// Says what a connection is for.
+fn greet(connection: &mut dyn Connection, to: &Address, preamble: Preamble) -> Result<()> {
     let (bytes, deadline) = (preamble.encode(), clock::now() + SETUP_MAX);
     let mut rest = bytes.as_slice();
     while !rest.is_empty() {
@@ -40,7 +46,26 @@ pub(crate) fn dial(network: &dyn Network, to: &Address, preamble: Preamble) -> R
             Err(e) => return Err(Error::os(format!("greeting {to}"), e)),
         }
     }
-    Ok(connection)
+    Ok(())
+}
+
+/// A destination that has been reached, and is to be asked for a session.
+pub struct Reached {
+    /// Which of its addresses it was: all further connections go there.
+    pub address: Address,
+    control: Control,
+    round_trip_us: u64,
+}
+
+/// Reaches a destination at one of its addresses.
+pub fn reach(network: &dyn Network, addresses: &[Address]) -> Result<Reached> {
+    let dialled = clock::now();
+    let (mut connection, address) = network.connect_first(addresses, SETUP_MAX)?;
+    let connected = clock::elapsed(dialled).as_micros() as u64;
+    greet(connection.as_mut(), &address, Preamble { role: Role::Control, token: Token::default() })?;
+    // Where several were tried, it tells nothing of this one.
+    let round_trip_us = if addresses.len() == 1 { connected } else { u64::MAX };
+    Ok(Reached { address, control: Control::new(connection), round_trip_us })
 }
 
 /// The source's side of an opened session.
@@ -73,21 +98,21 @@ pub(crate) fn over() -> Error {
 /// Opens a session: Hello, Welcome, lanes. `patience` is for the destination to say Welcome.
 pub fn open(
     network: &dyn Network,
-    to: &Address,
+    reached: Reached,
     hello: Hello,
     wish: &Wish,
     patience: Duration,
 ) -> Result<Session> {
+    let Reached { address: to, mut control, round_trip_us } = reached;
     // TCP's handshake is one round trip; the answer to Hello is one too, and what the destination does for it. The
     // shortest counts: others had to wait for a core, or for a packet to be sent again.
-    let round_trip_us = Cell::new(u64::MAX);
+    let round_trip_us = Cell::new(round_trip_us);
     let dial = |preamble| {
         let dialled = clock::now();
-        let connection = dial(network, to, preamble)?;
+        let connection = dial(network, &to, preamble)?;
         round_trip_us.set(round_trip_us.get().min(clock::elapsed(dialled).as_micros() as u64));
         Ok(connection)
     };
-    let mut control = Control::new(dial(Preamble { role: Role::Control, token: Token::default() })?);
     let lanes_asked = hello.lanes;
     let asked = clock::now();
     control.send(&Message::Hello(hello), asked + SETUP_MAX)?;
@@ -98,7 +123,7 @@ pub fn open(
     };
     let (token, lanes) = (welcome.check(lanes_asked)?, welcome.lanes);
     let dial_lanes = || (0..lanes).map(|lane| dial(Preamble { role: Role::Lane(lane), token })).collect();
-    let opened = link::open(wish, &welcome.rdma, to, control.local_ip()?, token, lanes, dial_lanes)
+    let opened = link::open(wish, &welcome.rdma, &to, control.local_ip()?, token, lanes, dial_lanes)
         .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
     Ok(Session { control: Some(control), opened, token, round_trip_us: round_trip_us.get() })
 }

@@ -207,16 +207,21 @@ fn run(
     report: &mut MigrationReport,
 ) -> Result<()> {
     monitor.enter(Stage::Setup);
-    let to = &Address::resolve(&options.to)?;
-    session::check_exposure(to, options.insecure)?;
+    let addresses = Address::resolve_all(&options.to)?;
+    addresses.iter().try_for_each(|address| session::check_exposure(address, options.insecure))?;
     guest.preflight()?;
     report.memory_bytes = guest.memory().bytes();
     crate::warm::map_own_code();
     let discards = guest.may_discard()?;
-    let wish = match broken {
-        None => Wish::new(&options.link, to, discards)?,
-        Some(why) => Wish::new(&options.link, to, discards)?.by_tcp(&format!("RDMA broke: {why}")),
+    let wish_for = |to: &Address| -> Result<Wish> {
+        let wish = Wish::new(&options.link, to, discards)?;
+        Ok(broken.map_or(wish.clone(), |why| wish.by_tcp(&format!("RDMA broke: {why}"))))
     };
+    // What is refused wherever it goes, is refused before anybody is troubled.
+    addresses.iter().try_for_each(|to| wish_for(to).map(drop))?;
+    let reached = session::reach(network, &addresses).map_err(refuse_unreachable)?;
+    let to = &reached.address.clone();
+    let wish = wish_for(to)?;
     let hello = Hello {
         software: crate::VERSION.into(),
         lanes: options.lanes,
@@ -225,7 +230,7 @@ fn run(
         rdma: wish.rdma(),
     };
     let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { session::SETUP_MAX };
-    let mut session = session::open(network, to, hello, &wish, patience).map_err(refuse_unreachable)?;
+    let mut session = session::open(network, reached, hello, &wish, patience).map_err(refuse_unreachable)?;
     report.transport = session.opened.link.kind().name().into();
     report.lanes = session.opened.link.lanes() as u32;
     report.link.clone_from(&session.opened.taken);

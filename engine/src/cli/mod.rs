@@ -135,7 +135,8 @@ struct AttachArgs {
 struct ReceiveArgs {
     /// A name for the guest on this host.
     name: String,
-    /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which.
+    /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which. Or unix:PATH, a socket for this
+    /// user alone.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: String,
     #[command(flatten)]
@@ -156,7 +157,7 @@ struct ReceiveArgs {
 struct MigrateArgs {
     /// The guest's name on this host.
     name: String,
-    /// Where a `pageferry receive` waits.
+    /// Where a `pageferry receive` waits: HOST:PORT, [fe80::1%eth0]:PORT or unix:PATH.
     #[arg(long, value_name = "ADDR:PORT")]
     to: String,
     #[command(flatten)]

@@ -1,8 +1,10 @@
 //! Where a destination listens.
 
+use super::eyeballs;
 use crate::error::{Error, Result};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, ToSocketAddrs};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 /// An address that can be listened on and connected to.
@@ -10,23 +12,41 @@ use std::str::FromStr;
 pub enum Address {
     /// An IP address and a TCP port.
     Tcp(SocketAddr),
+    /// The path of a socket within this host.
+    Unix(PathBuf),
 }
 
+/// What stands before the path of a socket.
+const UNIX: &str = "unix:";
+
 impl Address {
-    /// Reads `HOST:PORT`, and asks for the address of a name.
+    /// Reads `HOST:PORT` or `unix:PATH`, and asks for the address of a name.
     ///
     /// # Errors
     /// [`Error::Refused`], with the remedy.
     pub fn resolve(text: &str) -> Result<Self> {
-        text.to_socket_addrs()
-            .map_err(|e| {
-                Error::refused(format!(
-                    "{text}: not an address ({e}); write HOST:PORT, such as 10.0.0.2:7600"
-                ))
-            })?
-            .next()
-            .map(Self::Tcp)
-            .ok_or_else(|| Error::refused(format!("{text}: the name has no address")))
+        Ok(Self::resolve_all(text)?.remove(0))
+    }
+
+    /// The same with all addresses that a name has, at least one, in the order in which they are to be tried.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], with the remedy.
+    pub fn resolve_all(text: &str) -> Result<Vec<Self>> {
+        match text.strip_prefix(UNIX) {
+            Some("") => return Err(Error::refused(format!("{text}: the path is missing after {UNIX}"))),
+            Some(path) => return Ok(vec![Self::Unix(path.into())]),
+            None => {}
+        }
+        if let Some(scoped) = parse_scoped(text)? {
+            return Ok(vec![Self::Tcp(scoped)]);
+        }
+        let resolved = text.to_socket_addrs().map_err(|e| not_an_address(text, &e))?;
+        let addresses: Vec<Self> = eyeballs::in_turns(resolved).into_iter().map(Self::Tcp).collect();
+        if addresses.is_empty() {
+            return Err(Error::refused(format!("{text}: the name has no address")));
+        }
+        Ok(addresses)
     }
 
     /// The IP address, if it has one.
@@ -34,6 +54,7 @@ impl Address {
     pub fn ip(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(address) => Some(address.ip()),
+            Self::Unix(_) => None,
         }
     }
 
@@ -54,8 +75,40 @@ impl Address {
     pub fn tcp(&self) -> Option<SocketAddr> {
         match self {
             Self::Tcp(address) => Some(*address),
+            Self::Unix(_) => None,
         }
     }
+}
+
+fn not_an_address(text: &str, why: &dyn fmt::Display) -> Error {
+    Error::refused(format!(
+        "{text}: not an address ({why}); write HOST:PORT, such as 10.0.0.2:7600 or [fe80::1%eth0]:7600, or \
+         unix:PATH"
+    ))
+}
+
+/// An IPv6 address with the interface on which it is meant, `[fe80::1%eth0]:7600`, by name or by number.
+/// None if it is anything else.
+fn parse_scoped(text: &str) -> Result<Option<SocketAddr>> {
+    let Some((ip, rest)) = text.strip_prefix('[').and_then(|text| text.split_once('%')) else {
+        return Ok(None);
+    };
+    let Some((interface, port)) = rest.rsplit_once("]:") else { return Ok(None) };
+    let refused = |why: &dyn fmt::Display| not_an_address(text, why);
+    let ip: Ipv6Addr = ip.parse().map_err(|e| refused(&e))?;
+    let port: u16 = port.parse().map_err(|e| refused(&e))?;
+    let index = match interface.parse() {
+        Ok(index) => index,
+        Err(_) => interface_index(interface)
+            .map_err(|e| refused(&format!("there is no interface {interface} here: {e}")))?,
+    };
+    Ok(Some(SocketAddrV6::new(ip, port, 0, index).into()))
+}
+
+fn interface_index(name: &str) -> rustix::io::Result<u32> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
+    let any = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    netdevice::name_to_index(&any, name)
 }
 
 impl From<SocketAddr> for Address {
@@ -76,6 +129,7 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "{UNIX}{}", path.display()),
         }
     }
 }
@@ -92,6 +146,8 @@ mod tests {
             ("[::ffff:127.0.0.1]:1", true),
             ("10.1.2.3:1", false),
             ("[::]:1", false),
+            ("[fe80::1%3]:1", false),
+            ("unix:/run/ferry.sock", true),
         ] {
             let address = Address::resolve(text).unwrap();
             assert_eq!((address.to_string(), address.is_local()), (text.into(), local));
@@ -99,5 +155,21 @@ mod tests {
         assert!(
             matches!(Address::resolve("10.1.2.3"), Err(Error::Refused(why)) if why.contains("HOST:PORT"))
         );
+    }
+
+    #[test]
+    fn an_interface_may_be_named() {
+        let by_name = Address::resolve("[fe80::1%lo]:7600").unwrap();
+        let index = interface_index("lo").unwrap();
+        assert_eq!(by_name, Address::resolve(&format!("[fe80::1%{index}]:7600")).unwrap());
+        for (text, why) in [
+            ("[fe80::1%nowhere]:1", "no interface nowhere"),
+            ("[fe80::g%lo]:1", "IPv6"),
+            ("[fe80::1%lo]:70000", "too large"),
+            ("unix:", "path"),
+        ] {
+            let refused = Address::resolve(text).unwrap_err();
+            assert!(matches!(&refused, Error::Refused(said) if said.contains(why)), "{refused}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The contract that every kind of connection keeps.
 
 use super::Address;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use pageferry_transport::{Initiator, Target};
 use std::any::Any;
 use std::fmt::Debug;
@@ -25,6 +25,11 @@ pub trait Connection: Debug + Send {
     /// This side's IP address, if the connection goes over IP: RDMA is looked for there.
     fn local_ip(&self) -> io::Result<Option<IpAddr>>;
 
+    /// Fails if the other end is within this host and belongs to somebody who is not trusted.
+    fn check_peer(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The source's end of a link, from this lane and those that follow it.
     fn into_initiator(self: Box<Self>, rest: Vec<Box<dyn Connection>>) -> Result<Box<dyn Initiator>>;
 
@@ -44,8 +49,29 @@ pub trait Listener: Debug + Send {
     fn accept(&self) -> io::Result<(Box<dyn Connection>, Address)>;
 }
 
+impl Listener for Box<dyn Listener> {
+    fn address(&self) -> &Address {
+        self.as_ref().address()
+    }
+
+    fn accept(&self) -> io::Result<(Box<dyn Connection>, Address)> {
+        self.as_ref().accept()
+    }
+}
+
 /// Where a source's connections come from.
 pub trait Network: Debug + Send + Sync {
     /// Opens one, within this time.
     fn connect(&self, to: &Address, within: Duration) -> Result<Box<dyn Connection>>;
+
+    /// Opens one to whichever of these addresses can be reached, within this time for all of them. Says which.
+    fn connect_first(&self, to: &[Address], within: Duration) -> Result<(Box<dyn Connection>, Address)> {
+        let (last, others) = to.split_last().ok_or_else(|| Error::refused("there is no address"))?;
+        for address in others {
+            if let Ok(connection) = self.connect(address, within) {
+                return Ok((connection, address.clone()));
+            }
+        }
+        Ok((self.connect(last, within)?, last.clone()))
+    }
 }

@@ -1,5 +1,5 @@
 //! What a session's connections are made of. The engine speaks to [`Connection`], [`Listener`] and
-//! [`Network`] alone; [`tcp`] keeps them with the kernel's sockets, a simulation with queues of its own.
+//! [`Network`] alone; [`System`] keeps them with the kernel's sockets ([`tcp`], [`local`]), a simulation with queues of its own.
 //!
 //! ```text
 //!   source                                    destination
@@ -11,8 +11,48 @@
 
 pub mod address;
 pub mod connection;
+mod eyeballs;
+mod identity;
+pub mod local;
+pub mod socket;
 pub mod tcp;
 
 pub use address::Address;
 pub use connection::{Connection, Listener, Network};
-pub use tcp::System;
+
+use crate::error::Result;
+use std::time::Duration;
+
+/// The system's network. What it connects to within this host is trusted, or is no connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct System;
+
+impl Network for System {
+    fn connect(&self, to: &Address, within: Duration) -> Result<Box<dyn Connection>> {
+        let connection = match to {
+            Address::Tcp(address) => tcp::connect(*address, within)?,
+            Address::Unix(path) => local::connect_to(path, within)?,
+        };
+        // Before a byte is sent, and before a word of the peer's is believed.
+        connection.check_peer()?;
+        Ok(Box::new(connection))
+    }
+
+    fn connect_first(&self, to: &[Address], within: Duration) -> Result<(Box<dyn Connection>, Address)> {
+        let system = *self;
+        eyeballs::connect_first(to, within, move |to, within| system.connect(to, within))
+    }
+}
+
+impl System {
+    /// Listens there.
+    ///
+    /// # Errors
+    /// [`crate::Error::Refused`] if that address cannot be had.
+    pub fn listen(self, at: &Address) -> Result<Box<dyn Listener>> {
+        Ok(match at {
+            Address::Tcp(at) => Box::new(tcp::TcpListening::bind(*at)?),
+            Address::Unix(path) => Box::new(local::LocalListening::bind(path)?),
+        })
+    }
+}

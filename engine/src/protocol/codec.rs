@@ -288,7 +288,7 @@ mod tests {
     }
 
     fn control(stream: TcpStream) -> Control {
-        Control::new(Box::new(crate::net::tcp::TcpConnection::new(stream).unwrap()))
+        Control::new(Box::new(crate::net::socket::SocketConnection::tcp(stream).unwrap()))
     }
 
     fn soon() -> Instant {

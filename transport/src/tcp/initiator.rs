@@ -5,7 +5,8 @@ use super::inbox::Inbox;
 use super::outgoing::{Item, Piece};
 use super::ring::Ring;
 use super::sender::{Event, Sender};
-use super::zero_copy::Choice;
+use super::socket::Socket;
+use super::zero_copy::{Choice, ZeroCopy};
 use super::{Regions, TcpOptions, check_lanes, prepare, spawn};
 use crate::credit::{Credits, Window};
 use crate::error::{Error, Result};
@@ -15,7 +16,6 @@ use crate::link::{Initiator, TransportKind, lane_of};
 use crate::region::MemoryRegion;
 use crate::work::{Completion, FenceTag, WorkId, WorkRequest};
 use crossbeam_channel::Receiver;
-use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -39,7 +39,7 @@ pub struct TcpInitiator {
 #[derive(Debug)]
 struct Lane {
     inbox: Arc<Inbox>,
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     thread: Option<JoinHandle<()>>,
     credits: Credits,
     /// Items of the batch that is being posted.
@@ -48,7 +48,7 @@ struct Lane {
 
 impl TcpInitiator {
     /// Takes over connected streams, one a lane in this order, whose preambles have been exchanged.
-    pub fn new(streams: Vec<TcpStream>, options: TcpOptions) -> Result<Self> {
+    pub fn new(streams: Vec<impl Into<Socket>>, options: TcpOptions) -> Result<Self> {
         check_lanes(&streams)?;
         let (sender, events) = crossbeam_channel::unbounded();
         let mut this = Self {
@@ -62,10 +62,12 @@ impl TcpInitiator {
             wire_bytes: Arc::default(),
         };
         let window = Window { bytes: options.window_bytes, requests: options.window_requests };
-        for (lane, stream) in streams.into_iter().enumerate() {
+        for (lane, stream) in streams.into_iter().map(Into::<Socket>::into).enumerate() {
             prepare(lane, &stream)?;
             let ring = Ring::new()?;
-            let choice = Choice::new(options.zero_copy, ring.zero_copy());
+            // A local socket copies in any case.
+            let zero_copy = if stream.is_local() { ZeroCopy::Never } else { options.zero_copy };
+            let choice = Choice::new(zero_copy, ring.zero_copy());
             let inbox = Arc::new(Inbox::new().map_err(|e| Error::os("creating an eventfd", e))?);
             let stream = Arc::new(stream);
             let thread = Sender::new(
@@ -225,7 +227,7 @@ impl Drop for TcpInitiator {
         for lane in &self.lanes {
             lane.inbox.stop();
             // An error means that the connection is gone, which is what is wanted.
-            let _ = lane.stream.shutdown(Shutdown::Both);
+            lane.stream.shutdown();
         }
         for lane in &mut self.lanes {
             if let Some(thread) = lane.thread.take() {

@@ -18,6 +18,7 @@ mod outgoing;
 mod receiver;
 mod ring;
 mod sender;
+mod socket;
 mod target;
 mod vector;
 mod zero_copy;
@@ -26,13 +27,13 @@ mod zero_copy;
 mod tests;
 
 pub use initiator::TcpInitiator;
+pub use socket::Socket;
 pub use target::TcpTarget;
 pub use zero_copy::ZeroCopy;
 
 use crate::error::{Error, Result};
 use crate::preamble::LANES_MAX;
 use crate::region::MemoryRegion;
-use std::net::TcpStream;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -89,7 +90,7 @@ impl Regions {
     }
 }
 
-fn check_lanes(streams: &[TcpStream]) -> Result<()> {
+fn check_lanes<S>(streams: &[S]) -> Result<()> {
     if streams.is_empty() || streams.len() > LANES_MAX {
         return Err(Error::Bounds {
             what: format!("a link of {} lanes (1 to {LANES_MAX} are possible)", streams.len()),
@@ -99,18 +100,8 @@ fn check_lanes(streams: &[TcpStream]) -> Result<()> {
 }
 
 /// Sets a lane's socket up.
-fn prepare(lane: usize, stream: &TcpStream) -> Result<()> {
-    use rustix::net::sockopt;
-    let set = || -> rustix::io::Result<()> {
-        // io_uring would hand EAGAIN of a non-blocking socket to us instead of waiting.
-        rustix::io::ioctl_fionbio(stream, false)?;
-        sockopt::set_tcp_nodelay(stream, true)?;
-        sockopt::set_socket_keepalive(stream, true)?;
-        sockopt::set_tcp_keepidle(stream, PROBE_AFTER)?;
-        sockopt::set_tcp_keepintvl(stream, PROBE_INTERVAL)?;
-        sockopt::set_tcp_user_timeout(stream, u32::try_from(PEER_TIMEOUT.as_millis()).expect("seconds"))
-    };
-    set().map_err(|e| Error::Lane { lane, operation: "setting up its socket", source: e.into() })
+fn prepare(lane: usize, socket: &Socket) -> Result<()> {
+    socket.prepare().map_err(|e| Error::Lane { lane, operation: "setting up its socket", source: e })
 }
 
 fn spawn<T: Send + 'static>(name: String, run: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {

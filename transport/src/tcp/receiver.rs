@@ -4,6 +4,7 @@
 use super::DRAIN_PATIENCE;
 use super::frame::{DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, HEADER_BYTES, Header};
 use super::ring::{Done, Ring};
+use super::socket::Socket;
 use super::target::Shared;
 use super::vector::Vector;
 use crate::failure::LaneFailure;
@@ -11,7 +12,6 @@ use crate::work::FenceTag;
 use crossbeam_channel::{Receiver as Channel, Sender};
 use io_uring::{opcode, squeue, types};
 use std::io;
-use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,7 +27,7 @@ pub(super) struct Receiver {
     /// First, so that it is dropped before the buffers it may still use.
     ring: Ring,
     lane: usize,
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     shared: Arc<Shared>,
     header: Box<[u8; HEADER_BYTES]>,
     table: Box<[u8; DESCRIPTORS_MAX * DESCRIPTOR_BYTES]>,
@@ -36,7 +36,7 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(lane: usize, ring: Ring, stream: Arc<TcpStream>, shared: Arc<Shared>) -> Self {
+    pub(super) fn new(lane: usize, ring: Ring, stream: Arc<Socket>, shared: Arc<Shared>) -> Self {
         Self {
             lane,
             ring,
@@ -66,7 +66,7 @@ impl Receiver {
                 tracing::debug!(lane = self.lane, ?failure, "lane ends");
                 self.shared.fail(failure);
                 // The peer learns of it too, and an operation that is still under way ends.
-                let _ = self.stream.shutdown(Shutdown::Both);
+                self.stream.shutdown();
                 let settled = self.ring.drain(DRAIN_PATIENCE);
                 // Nobody listens if the link was never finished.
                 let _ = tell.send(settled);
@@ -81,7 +81,7 @@ impl Receiver {
             }
         }
         let _ = release.recv();
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream.shutdown();
     }
 
     /// Returns the last fence's tag.

@@ -10,6 +10,7 @@ use super::frame::{HEADER_BYTES, Header};
 use super::inbox::Inbox;
 use super::outgoing::{Item, Message};
 use super::ring::{Done, IORING_SEND_ZC_REPORT_USAGE, Ring};
+use super::socket::Socket;
 use super::zero_copy::Choice;
 use super::{DRAIN_PATIENCE, Regions};
 use crate::failure::LaneFailure;
@@ -18,7 +19,6 @@ use crossbeam_channel::Sender as Channel;
 use io_uring::{opcode, types};
 use std::collections::VecDeque;
 use std::io;
-use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -55,7 +55,7 @@ pub(super) struct Sender {
     /// First, so that it is dropped before the buffers it may still use.
     ring: Ring,
     lane: usize,
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     inbox: Arc<Inbox>,
     events: Channel<Event>,
     wire_bytes: Arc<AtomicU64>,
@@ -78,7 +78,7 @@ impl Sender {
     pub(super) fn new(
         lane: usize,
         ring: Ring,
-        stream: Arc<TcpStream>,
+        stream: Arc<Socket>,
         inbox: Arc<Inbox>,
         events: Channel<Event>,
         wire_bytes: Arc<AtomicU64>,
@@ -113,7 +113,7 @@ impl Sender {
         }
         // Ends every operation on the socket at once; the peer learns of it too. Errors mean that
         // the socket is dead already.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream.shutdown();
         self.inbox.ring();
         if self.ring.drain(SEND_PATIENCE) {
             return;

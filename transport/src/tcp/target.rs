@@ -2,6 +2,7 @@
 
 use super::receiver::Receiver as LaneReceiver;
 use super::ring::Ring;
+use super::socket::Socket;
 use super::{check_lanes, prepare, spawn};
 use crate::error::{Error, Result};
 use crate::exposed::Exposed;
@@ -11,7 +12,6 @@ use crate::link::Target;
 use crate::region::{MemoryRegion, RemoteRegion};
 use crate::work::FenceTag;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
-use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -29,7 +29,7 @@ pub struct TcpTarget {
 /// One lane's connection and thread.
 #[derive(Debug)]
 struct Lane {
-    stream: Arc<TcpStream>,
+    stream: Arc<Socket>,
     /// Hears whether the kernel has let go of all memory, once the lane has ended.
     end: Option<Receiver<bool>>,
     /// Dropped to let the thread go, which waits for it after the lane's end.
@@ -82,7 +82,7 @@ impl Shared {
 
 impl TcpTarget {
     /// Takes over connected streams, one a lane in this order, whose preambles have been exchanged.
-    pub fn new(streams: Vec<TcpStream>) -> Result<Self> {
+    pub fn new(streams: Vec<impl Into<Socket>>) -> Result<Self> {
         check_lanes(&streams)?;
         let progress = Progress { arrivals: Arrivals::new(streams.len()), failure: None };
         let shared = Arc::new(Shared {
@@ -93,7 +93,7 @@ impl TcpTarget {
             stopping: AtomicBool::new(false),
         });
         let mut this = Self { shared, lanes: Vec::with_capacity(streams.len()), settled: true };
-        for (lane, stream) in streams.into_iter().enumerate() {
+        for (lane, stream) in streams.into_iter().map(Into::<Socket>::into).enumerate() {
             prepare(lane, &stream)?;
             let stream = Arc::new(stream);
             let receiver =
@@ -115,7 +115,7 @@ impl TcpTarget {
             match lane.end.as_ref().map(Receiver::try_recv) {
                 Some(Err(TryRecvError::Empty)) => {
                     // An error means that the connection is gone, which is what is wanted.
-                    let _ = lane.stream.shutdown(Shutdown::Both);
+                    lane.stream.shutdown();
                 }
                 Some(Ok(settled)) => (self.settled, lane.end) = (self.settled & settled, None),
                 // A thread that panicked says nothing, and has settled too: its ring does not drop before.

@@ -5,7 +5,8 @@ use super::*;
 use crate::contract::{Pair, Random, contents, fill, poll_until, post_all, regions, request, soon};
 use crate::*;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 /// Connected streams: the initiator's ends and the target's.
@@ -32,6 +33,18 @@ mod zero_copy {
     const ALWAYS: TcpOptions =
         TcpOptions { zero_copy: ZeroCopy::Always, window_bytes: 4 << 20, window_requests: 64 };
     crate::contract::contract_tests!(|lanes| super::pair_with(lanes, ALWAYS));
+}
+
+mod local {
+    use super::{Pair, TcpInitiator, TcpOptions, TcpTarget, UnixStream};
+    crate::contract::contract_tests!(|lanes| {
+        let pairs = (0..lanes).map(|_| UnixStream::pair().unwrap());
+        let (here, there): (Vec<_>, Vec<_>) = pairs.unzip();
+        Pair {
+            initiator: Box::new(TcpInitiator::new(here, TcpOptions::default()).unwrap()),
+            target: Box::new(TcpTarget::new(there).unwrap()),
+        }
+    });
 }
 
 /// A target and a raw socket in the place of its initiator's only lane.
@@ -346,7 +359,7 @@ fn the_source_may_change_while_it_is_sent_and_the_last_write_is_what_counts() {
 
 #[test]
 fn a_link_needs_lanes_and_not_too_many() {
-    assert!(matches!(TcpTarget::new(Vec::new()), Err(Error::Bounds { .. })));
+    assert!(matches!(TcpTarget::new(Vec::<TcpStream>::new()), Err(Error::Bounds { .. })));
     let (here, _there) = streams(LANES_MAX + 1);
     assert!(matches!(TcpInitiator::new(here, TcpOptions::default()), Err(Error::Bounds { .. })));
 }
