@@ -47,7 +47,7 @@ const KNOWN_A_LOOK_MAX: usize = LANES_MAX;
 /// How long strangers are still answered once the guest runs here: long enough for a second order to the
 /// same address to get a reason, and no longer.
 const OPEN_AFTERWARDS: Duration = Duration::from_secs(300);
-/// Memory blocks that a refusal names: a line for people, and not all that a stranger says.
+/// Memory blocks that a refusal names.
 const BLOCKS_SHOWN_MAX: usize = 8;
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
 const DISCARDED_MAX: usize = 64;
@@ -567,30 +567,34 @@ fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
     }
     if theirs.blocks != ours.blocks {
         let show = |blocks: &[crate::guest::BlockDescription]| {
-            let shown = blocks.iter().take(BLOCKS_SHOWN_MAX);
-            let mut list: Vec<_> = shown.map(|b| format!("{} of {} MiB", b.name, b.bytes >> 20)).collect();
-            if blocks.len() > BLOCKS_SHOWN_MAX {
-                list.push(format!("and {} more", blocks.len() - BLOCKS_SHOWN_MAX));
-            }
-            list.join(", ")
+            listed(blocks.iter().map(|b| format!("{} of {} MiB", b.name, b.bytes >> 20)))
         };
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);
     }
     if theirs.images != ours.images {
-        let show = |images: &[crate::guest::ImageDescription]| match images {
-            [] => "none".to_owned(),
-            images => {
-                let list: Vec<_> = images
-                    .iter()
-                    .map(|i| format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest))
-                    .collect();
-                list.join(", ")
-            }
-        };
+        let show =
+            |images: &[crate::guest::ImageDescription]| {
+                listed(images.iter().map(|i| {
+                    format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest)
+                }))
+            };
         let mend = "they are not moved, so both hosts must have the same files: copy the source's";
         return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), mend);
     }
     guest.admit(theirs)
+}
+
+/// Some of these, for a line that people read, and not all that a stranger says.
+fn listed(items: impl ExactSizeIterator<Item = String>) -> String {
+    let more = items.len().saturating_sub(BLOCKS_SHOWN_MAX);
+    let mut shown: Vec<String> = items.take(BLOCKS_SHOWN_MAX).collect();
+    if shown.is_empty() {
+        return "none".into();
+    }
+    if more > 0 {
+        shown.push(format!("and {more} more"));
+    }
+    shown.join(", ")
 }
 
 /// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.

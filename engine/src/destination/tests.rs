@@ -164,3 +164,10 @@ fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let answer = control.receive("Running", Instant::now() + SOON).unwrap();
     assert!(matches!(answer, Message::Running(_)), "{answer:?}");
 }
+
+#[test]
+fn a_refusal_names_some_blocks_and_says_how_many_more() {
+    let names = |count: usize| listed((0..count).map(|i| format!("b{i}")).collect::<Vec<_>>().into_iter());
+    assert_eq!([names(0), names(2)], ["none", "b0, b1"]);
+    assert_eq!(names(1000), "b0, b1, b2, b3, b4, b5, b6, b7, and 992 more");
+}

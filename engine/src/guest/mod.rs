@@ -45,6 +45,7 @@ pub struct BlockDescription {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDescription {
     /// Name of the block.
+    #[serde(deserialize_with = "bounded::text::<_, NAME_BYTES_MAX>")]
     pub name: String,
     /// Length in bytes.
     pub bytes: u64,
@@ -67,6 +68,7 @@ pub struct GuestDescription {
     #[serde(deserialize_with = "bounded::list::<_, _, BLOCKS_MAX>")]
     pub blocks: Vec<BlockDescription>,
     /// The blocks that are not moved because nobody writes them, in the order of their names.
+    #[serde(deserialize_with = "bounded::list::<_, _, BLOCKS_MAX>")]
     pub images: Vec<ImageDescription>,
     /// What only the monitor at the other end can compare, in a form of its own ([`DestinationGuest::admit`]).
     #[serde(deserialize_with = "bounded::list::<_, _, PLATFORM_BYTES_MAX>")]

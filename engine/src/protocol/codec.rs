@@ -303,6 +303,7 @@ mod tests {
             machine: "pc".into(),
             vcpus: 1,
             blocks: vec![block; blocks],
+            images: Vec::new(),
             platform: Vec::new(),
         };
         Message::Hello(Hello { software: String::new(), lanes: 1, guest, state_bytes_max: 0, rdma: false })
