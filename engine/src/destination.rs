@@ -7,6 +7,7 @@ use crate::fittings::Fittings;
 use crate::guest::DestinationGuest;
 use crate::hold;
 use crate::link::{LinkChoice, Listening, check_lanes};
+use crate::memory::lost::Poisoned;
 use crate::net::Connection;
 use crate::output::{say, words};
 use crate::prefault::Prefault;
@@ -625,6 +626,8 @@ fn take_in(
         ));
     }
     let verified = clock::now();
+    // A page of this host that is broken holds nothing of what was written to it.
+    guest.memory().check_readable(Poisoned::Refuse)?;
     guest.load(state, prepare.state_bytes as usize)?;
     Ok(((verified - begun).as_micros() as u64, clock::elapsed(verified).as_micros() as u64))
 }

@@ -38,6 +38,13 @@ pub enum Error {
     /// The guest, or the process that runs it, is in a state that the migration cannot go on from.
     #[error("{0}")]
     Guest(String),
+    /// The hardware of this host lost pages of the guest.
+    #[error(
+        "the memory of this host is broken: pages of the guest cannot be read any more: {}; what they held is lost, here and \
+         elsewhere: `migrate --poisoned zero` moves the guest with zeros in their place",
+        crate::memory::lost::name(.0)
+    )]
+    Poisoned(Vec<crate::memory::lost::LostPage>),
     /// A wait ended at its deadline.
     #[error("timed out while {what}")]
     Timeout {

@@ -2,6 +2,8 @@
 //! pages.
 
 pub mod file;
+mod holes;
+pub mod lost;
 #[cfg(feature = "vm-memory")]
 pub mod rust_vmm;
 pub mod users;
@@ -106,14 +108,35 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Maps every block, in this order. Huge pages are reserved for all of them.
+    /// Maps every block, in this order. Huge pages are reserved for all of them. No guest may run in these mappings: a page that the host lost reads as zeros in
+    /// them ([`lost`]).
     pub fn map(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
-        Self::map_by(blocks, access, MemoryRegion::map_shared)
+        Self::map_by(blocks, access, MemoryRegion::map_guarded)
     }
 
-    /// Maps every block of a guest whose monitor has reserved its huge pages, or has not on purpose.
+    /// The same of a guest whose monitor has reserved its huge pages, or has not on purpose.
     pub fn map_unreserved(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
-        Self::map_by(blocks, access, MemoryRegion::map_unreserved)
+        Self::map_by(blocks, access, MemoryRegion::map_guarded_unreserved)
+    }
+
+    /// Maps every block of a machine of this process, which runs in these mappings.
+    pub fn map_for_machine(blocks: Vec<SlotSource>) -> Result<Self> {
+        Self::map_by(blocks, Access::Write, MemoryRegion::map_shared)
+    }
+
+    /// Maps the same memory once more, as [`Self::map_unreserved`] does.
+    pub fn map_again(&self, access: Access) -> Result<Self> {
+        let blocks = self.slots.iter().map(|slot| {
+            Ok(SlotSource {
+                name: slot.name.clone(),
+                file: slot.file()?,
+                file_offset: 0,
+                bytes: slot.region.len() as u64,
+                backing_page_bytes: slot.backing_page_bytes,
+                process_address: slot.process_address,
+            })
+        });
+        Self::map_unreserved(blocks.collect::<Result<_>>()?, access)
     }
 
     fn map_by(blocks: Vec<SlotSource>, access: Access, map: MapRegion) -> Result<Self> {
@@ -189,6 +212,7 @@ impl GuestMemory {
     pub fn touched(&self) -> Result<Vec<PageRun>> {
         let mut runs = Vec::new();
         for slot in &self.slots {
+            slot.check_size()?;
             let mut at = 0;
             let end = slot.region.len() as u64;
             while at < end {
@@ -231,6 +255,7 @@ impl GuestMemory {
                 }
             }
         }
+        self.check_readable(lost::Poisoned::Refuse)?;
         // A second call finds the same, or less: what it would add costs a fault and no more.
         let _ = self.mapped.set(mapped);
         Ok(zeroed)

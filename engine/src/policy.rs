@@ -92,7 +92,8 @@ pub struct Expected {
     pub state_bytes: u64,
     /// Round trip of the control connection, in microseconds.
     pub round_trip_us: u64,
-    /// As the guest's monitor knows them; the harvests are measured here.
+    /// As the guest's monitor knows them. The harvests are measured here; `harvest_us` is what comes beside them: the
+    /// look for holes.
     pub fixed: FixedCosts,
 }
 
@@ -131,7 +132,10 @@ impl Estimator {
             round_trip_us: expected
                 .round_trip_us
                 .min(self.round_us_min.saturating_mul(ROUNDS_OF_A_ROUND_TRIP)),
-            fixed: FixedCosts { harvest_us: HARVESTS_IN_BLACKOUT * self.harvest_us, ..expected.fixed },
+            fixed: FixedCosts {
+                harvest_us: HARVESTS_IN_BLACKOUT * self.harvest_us + expected.fixed.harvest_us,
+                ..expected.fixed
+            },
         }
     }
 }

@@ -216,6 +216,7 @@ impl<'a> Pump<'a> {
         watch: &mut Watch<'_>,
         done: &mut dyn FnMut(u64),
     ) -> Result<u64> {
+        self.memory.look_again_at(dirty)?;
         self.separate(dirty, watch)?;
         self.last_completion = clock::now();
         if let Some(pace) = &mut self.pace {
@@ -324,11 +325,17 @@ impl<'a> Pump<'a> {
         Ok(Some(piece.part(first, end)))
     }
 
+    /// How long looking for holes takes: what [`Self::push_holes`] costs where there are none.
+    pub fn time_a_look_for_holes(&self) -> Result<Duration> {
+        let begun = Instant::now();
+        self.memory.holes(&self.sent)?;
+        Ok(begun.elapsed())
+    }
+
     /// Writes zeros over every page that was pushed and is a hole now: memory that a balloon took away
     /// after it was sent. Taking it away is no write, so no dirty source reports it.
     pub fn push_holes(&mut self, zeros: &Arc<MemoryRegion>, watch: &mut Watch<'_>) -> Result<u64> {
-        let mut holes = self.sent.clone();
-        self.memory.touched()?.into_iter().for_each(|run| holes.remove(run));
+        let holes = self.memory.holes(&self.sent)?;
         self.separate(&holes, watch)?;
         let (mut batch, mut at) = (Vec::with_capacity(BATCH), 0);
         while let Some(piece) = self.next_piece(&holes, at) {

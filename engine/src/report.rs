@@ -1,5 +1,6 @@
 //! What a migration did, in numbers: the JSON of `pageferry migrate --json`.
 
+use crate::memory::lost::LostPage;
 use serde::{Deserialize, Serialize};
 
 /// How it ended.
@@ -91,6 +92,9 @@ pub struct MigrationReport {
     /// Registrations of memory with the RDMA device, at both ends, while the guest stood still.
     #[serde(default)]
     pub registrations_in_blackout: u64,
+    /// Pages that the hardware of the source's host had lost: the reason of the abort, or moved as zeros.
+    #[serde(default)]
+    pub lost_pages: Vec<LostPage>,
     /// Control messages, both directions.
     pub control_messages: u64,
     /// From the request until the guest ran at the destination, in microseconds.
@@ -123,6 +127,7 @@ impl MigrationReport {
             state_bytes: 0,
             staged_pages: 0,
             registrations_in_blackout: 0,
+            lost_pages: Vec::new(),
             control_messages: 0,
             total_us: 0,
             rounds: Vec::new(),

@@ -9,10 +9,11 @@ use crate::hold;
 use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
+use crate::memory::lost::{self, LostPage, Poisoned};
 use crate::net::{Address, Network, System};
 use crate::page::PAGE_BYTES;
 use crate::policy::{
-    Decision, Estimator, Expected, Finished, Limits, Policy, WhenStuck, predict_blackout_us,
+    Decision, Estimator, Expected, Finished, FixedCosts, Limits, Policy, WhenStuck, predict_blackout_us,
 };
 use crate::precopy::Pump;
 use crate::progress::{Monitor, Stage};
@@ -74,6 +75,9 @@ pub struct MigrateOptions {
     pub rounds_max: u32,
     /// Digest all memory on both sides before the guest runs.
     pub verify: bool,
+    /// What becomes of the guest if the hardware lost some of its pages.
+    #[serde(default)]
+    pub poisoned: Poisoned,
     /// Allow an address off loopback.
     pub insecure: bool,
 }
@@ -91,6 +95,7 @@ impl MigrateOptions {
             when_stuck: WhenStuck::Abort,
             rounds_max: 100,
             verify: false,
+            poisoned: Poisoned::Refuse,
             insecure: false,
         }
     }
@@ -171,8 +176,12 @@ fn attempt(
         Err(Error::Unknown(_)) => Outcome::Unknown,
         Err(_) => Outcome::Aborted,
     };
+    report.lost_pages = name_lost_pages(guest);
     let mut end = End::Final;
-    if let Err(error) = result {
+    if let Err(mut error) = result {
+        if let Error::Poisoned(pages) = &mut error {
+            pages.clone_from(&report.lost_pages);
+        }
         report.reason = Some(error.chain());
         report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
         let lanes_broke = error.cause() == crate::protocol::Cause::Lanes
@@ -196,6 +205,16 @@ fn attempt(
         end = End::Final;
     }
     (report, end)
+}
+
+/// The pages that the hardware lost, with the addresses by which the guest knows them.
+fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
+    let mut pages = guest.memory().lost_pages();
+    if !pages.is_empty() {
+        guest.name_guest_physical(&mut pages);
+        tracing::warn!("the hardware lost pages of the guest: {}", lost::name(&pages));
+    }
+    pages
 }
 
 fn run(
@@ -297,6 +316,8 @@ impl Ferry<'_> {
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
 
         // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
+        memory.look_again()?;
+        let readable = || memory.check_readable(options.poisoned);
         let mut tracking = guest.start_tracking()?;
         guest.settle_io()?;
         let touched = memory.touched()?;
@@ -330,9 +351,21 @@ impl Ferry<'_> {
         // The guest runs, and rounds shrink.
         monitor.enter(Stage::Rounds);
         {
-            let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control));
-            let mut rounds =
-                Rounds { monitor, report: self.report, round_trip_us: session.round_trip_us, options };
+            let mut watch = || {
+                monitor
+                    .check()
+                    .and_then(|()| readable())
+                    .and_then(|()| alive())
+                    .and_then(|()| check_peer(control))
+            };
+            let mut rounds = Rounds {
+                monitor,
+                report: self.report,
+                round_trip_us: session.round_trip_us,
+                options,
+                discards,
+                holes_us: u64::MAX,
+            };
             rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
             // Whatever can be done ahead of the pause; what was written until then goes now.
             guest.arm()?;
@@ -366,7 +399,13 @@ impl Ferry<'_> {
         pump.stand_still();
         monitor.check()?;
         let blackout_end = clock::now() + blackout_max(options, memory.bytes());
-        let mut watch = || monitor.check().and_then(|()| alive()).and_then(|()| not_after(blackout_end));
+        let mut watch = || {
+            monitor
+                .check()
+                .and_then(|()| readable())
+                .and_then(|()| alive())
+                .and_then(|()| not_after(blackout_end))
+        };
         let paused = Paused::enter(guest)?;
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
@@ -388,6 +427,9 @@ impl Ferry<'_> {
         // A queue pair that breaks is heard of at this end alone.
         let mut watch = || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
         let prepared = drained.prepare(control, blackout_end, &mut watch)?;
+        // The lanes have read everything by now.
+        readable()?;
+        memory.check_sizes()?;
         monitor.check()?;
 
         // The guest is the destination's.
@@ -500,9 +542,24 @@ struct Rounds<'r> {
     report: &'r mut MigrationReport,
     round_trip_us: u64,
     options: &'r MigrateOptions,
+    /// Whether memory may be taken away from the guest.
+    discards: bool,
+    /// The shortest look for what was taken away so far, in microseconds.
+    holes_us: u64,
 }
 
 impl Rounds<'_> {
+    /// What the blackout costs beside pages, states and harvests.
+    fn fixed_costs(&mut self, guest: &dyn SourceGuest, pump: &Pump<'_>) -> Result<FixedCosts> {
+        let fixed = guest.fixed_costs();
+        if !self.discards {
+            return Ok(fixed);
+        }
+        let look = pump.time_a_look_for_holes()?;
+        self.holes_us = self.holes_us.min(look.as_micros() as u64);
+        Ok(FixedCosts { harvest_us: fixed.harvest_us + self.holes_us, ..fixed })
+    }
+
     /// Sends `dirty`, harvests, and decides, until the policy says to switch over.
     fn run(
         &mut self,
@@ -537,7 +594,7 @@ impl Rounds<'_> {
             let expected = Expected {
                 state_bytes: guest.state_bytes_expected(),
                 round_trip_us: self.round_trip_us,
-                fixed: guest.fixed_costs(),
+                fixed: self.fixed_costs(guest, pump)?,
             };
             let bytes = pages * PAGE_BYTES;
             let seen = estimator.observe(&finished, &expected);

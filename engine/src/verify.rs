@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use crate::memory::lost::Poisoned;
 use crate::page::PAGE_BYTES;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -10,7 +11,10 @@ const CHUNK_BYTES: usize = 256 << 10;
 
 /// The wrapping sum of the XXH3-128 of every page that is not all zeros, seeded with its number. So a
 /// hole and a page of zeros count alike, and only touched pages are read. The guest must be stopped.
+///
+/// Fails if the hardware lost a page that was read before: what the other end holds of it cannot be compared any more.
 pub fn digest(memory: &GuestMemory) -> Result<u128> {
+    let faults = memory.faults();
     let mut sum = 0u128;
     let mut chunk = vec![0u8; CHUNK_BYTES];
     for run in memory.touched()? {
@@ -28,6 +32,9 @@ pub fn digest(memory: &GuestMemory) -> Result<u128> {
             }
             done += len;
         }
+    }
+    if memory.faults() != faults {
+        memory.check_readable(Poisoned::Refuse)?;
     }
     Ok(sum)
 }

@@ -70,5 +70,7 @@ mod contract;
 
 pub use error::{Error, Result};
 pub use link::{Initiator, STRIPE_BYTES, Target, TransportKind, lane_of};
-pub use region::{Access, LocalSlice, MemoryRegion, RemoteKey, RemoteRegion};
+pub use region::{
+    Access, LOST_MAX, LocalSlice, Loss, Lost, MemoryRegion, RemoteKey, RemoteRegion, sealed_memfd,
+};
 pub use work::{Completion, FenceTag, RemoteAddr, WorkId, WorkRequest};

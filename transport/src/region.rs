@@ -4,7 +4,15 @@
 //! Rust reference to its bytes ever exists: only copies in and out, and addresses handed to the
 //! kernel or to a NIC together with something that keeps the mapping alive.
 
+mod guard;
+mod memfd;
+
+pub(crate) use guard::faults;
+pub use guard::{LOST_MAX, Loss, Lost};
+pub use memfd::sealed_memfd;
+
 use crate::error::{Error, Result};
+use guard::Guard;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::mm::Advice;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -22,9 +30,16 @@ pub enum Access {
 /// A mapping of memory that can be registered with a link. Unmapped when the last owner is gone.
 #[derive(Debug)]
 pub struct MemoryRegion {
+    /// Before the mapping, which it must not outlive.
+    guard: Option<Guard>,
     map: MmapRaw,
     access: Access,
 }
+
+/// `HUGETLBFS_MAGIC` of `linux/magic.h`; memfds of huge pages lie in it too.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+/// Of every backing but huge pages.
+const PAGE_BYTES: usize = 4096;
 
 impl MemoryRegion {
     /// Maps `len` bytes of `file` (a memfd, a file in a memory file system) at `offset`, shared with
@@ -60,15 +75,96 @@ impl MemoryRegion {
             Access::Write => options.map_raw(file.as_raw_fd()),
         }
         .map_err(|e| Error::os(format!("mapping {len} bytes of guest memory at offset {offset:#x}"), e))?;
-        Ok(Arc::new(Self { map, access }))
+        Ok(Arc::new(Self { guard: None, map, access }))
+    }
+
+    /// [`Self::map_shared`] for memory that may go away under us: a page that cannot be read, because the hardware lost it
+    /// or the file was cut, reads as zeros from then on, and [`Self::lost`] names it. Not for a mapping in which a guest
+    /// runs.
+    pub fn map_guarded(file: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Arc<Self>> {
+        Self::map_shared(file, offset, len, access)?.guarded(file, offset)
+    }
+
+    /// The same as [`Self::map_unreserved`].
+    pub fn map_guarded_unreserved(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<Arc<Self>> {
+        Self::map_unreserved(file, offset, len, access)?.guarded(file, offset)
+    }
+
+    fn guarded(mut self: Arc<Self>, file: BorrowedFd<'_>, offset: u64) -> Result<Arc<Self>> {
+        let kind =
+            rustix::fs::fstatfs(file).map_err(|e| Error::os("looking at a file of guest memory", e))?;
+        let page_bytes = match kind.f_type as u64 {
+            HUGETLBFS_MAGIC => usize::try_from(kind.f_bsize).unwrap_or(PAGE_BYTES).max(PAGE_BYTES),
+            _ => PAGE_BYTES,
+        };
+        let start = self.as_ptr().expose_provenance();
+        let kept = file.try_clone_to_owned().map_err(|e| Error::os("keeping a file of guest memory", e))?;
+        let guard = Guard::new((start, self.len()), page_bytes, self.writable(), (kept, offset))?;
+        Arc::get_mut(&mut self).expect("just made").guard = Some(guard);
+        Ok(self)
+    }
+
+    /// How often a page of it could not be read, of a guarded region. Unchanged means that everything read since then was
+    /// there.
+    #[must_use]
+    pub fn faults(&self) -> usize {
+        self.guard.as_ref().map_or(0, Guard::faults)
+    }
+
+    /// The pages of a guarded region that could not be read and read as zeros since; rising. At most [`LOST_MAX`].
+    #[must_use]
+    pub fn lost(&self) -> Vec<Lost> {
+        self.guard.as_ref().map(Guard::lost).unwrap_or_default()
+    }
+
+    /// Whether more are lost than [`Self::lost`] can name.
+    #[must_use]
+    pub fn lost_too_many(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::overflowed)
+    }
+
+    /// Maps the lost page at this offset from its file again: it may be another page by now.
+    pub fn look_again(&self, lost: Lost) -> Result<()> {
+        let Some(guard) = &self.guard else { return Ok(()) };
+        self.map_again(guard, lost.offset, lost.bytes)?;
+        guard.forget(lost.offset);
+        Ok(())
+    }
+
+    /// Maps all of a guarded region from its file again, if any of it was lost. Nobody uses it meanwhile.
+    pub fn look_at_all_again(&self) -> Result<()> {
+        let Some(guard) = self.guard.as_ref().filter(|guard| guard.faults() > 0) else { return Ok(()) };
+        self.map_again(guard, 0, self.len())?;
+        guard.forget_all();
+        Ok(())
+    }
+
+    fn map_again(&self, guard: &Guard, offset: usize, len: usize) -> Result<()> {
+        self.check(offset, len)?;
+        let (file, file_offset) = guard.file();
+        let protection = libc::PROT_READ | if self.writable() { libc::PROT_WRITE } else { 0 };
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let (flags, at) = (flags, self.as_ptr().wrapping_add(offset).cast());
+        let file_offset = file_offset + offset as u64;
+        // SAFETY: within our own mapping, which stays as long as it was; nobody holds a reference into it.
+        let mapped =
+            unsafe { libc::mmap(at, len, protection, flags, file.as_raw_fd(), file_offset as libc::off_t) };
+        if mapped == libc::MAP_FAILED {
+            let error = std::io::Error::last_os_error();
+            return Err(Error::os(format!("mapping {len} bytes of guest memory again"), error));
+        }
+        Ok(())
     }
 
     /// Maps `len` bytes of zeros that belong to this process.
     pub fn anonymous(len: usize) -> Result<Arc<Self>> {
-        let fd = rustix::fs::memfd_create("pageferry", rustix::fs::MemfdFlags::CLOEXEC)
-            .map_err(|e| Error::os("creating a memfd", e))?;
-        rustix::fs::ftruncate(&fd, len as u64)
-            .map_err(|e| Error::os(format!("sizing a memfd to {len} bytes"), e))?;
+        let fd = sealed_memfd("pageferry", rustix::fs::MemfdFlags::empty(), len as u64)
+            .map_err(|e| Error::os(format!("making a memfd of {len} bytes"), e))?;
         Self::map_shared(rustix::fd::AsFd::as_fd(&fd), 0, len, Access::Write)
     }
 
@@ -180,6 +276,21 @@ impl MemoryRegion {
         unsafe { rustix::mm::madvise(self.as_ptr().add(offset).cast(), len, advice) }
             .map_err(|e| Error::os(format!("populating {len} bytes of guest memory"), e))
     }
+}
+
+/// Touches these bytes of mapped memory, so that a lost page among them is replaced. True if one was.
+///
+/// # Safety
+/// The bytes must be mapped and readable.
+pub(crate) unsafe fn touch(address: usize, len: usize) -> bool {
+    let before = faults();
+    let (first, end) = (address & !(PAGE_BYTES - 1), address + len);
+    for page in (first..end).step_by(PAGE_BYTES) {
+        let byte = std::ptr::with_exposed_provenance::<u8>(page.max(address));
+        // SAFETY: the caller's word. Volatile, because somebody may write it meanwhile, and so that it is read at all.
+        let _ = unsafe { byte.read_volatile() };
+    }
+    faults() != before
 }
 
 /// A piece of a region, checked when it was made. Cloning counts a reference to the mapping.

@@ -108,6 +108,12 @@ pub fn summary(report: &MigrationReport) -> String {
     if let Some(why) = &report.fell_back {
         text += &format!("  a first attempt by RDMA was given up: {}\n", words::reason(why));
     }
+    if !report.lost_pages.is_empty() {
+        text += &format!(
+            "  the hardware of the source lost pages of the guest, which are zeros now where they had to be sent: {}\n",
+            crate::memory::lost::name(&report.lost_pages)
+        );
+    }
     for round in &report.rounds {
         text += &format!(
             "  round {:<3} {:>10} in {:>8.1} ms, {:>10} dirty after it\n",

@@ -16,6 +16,7 @@ use crate::guest::qemu::ownership::Ownership;
 use crate::guest::qemu::process::Qemu;
 use crate::guest::qemu::source::QemuSource;
 use crate::link::{LinkChoice, check_receiver};
+use crate::memory::lost::Poisoned;
 use crate::net::Address;
 use crate::output;
 use crate::policy::WhenStuck;
@@ -182,6 +183,10 @@ struct MigrateArgs {
     /// Digest all memory on both sides before the guest runs; the guest stands still meanwhile.
     #[arg(long)]
     verify: bool,
+    /// What to do if the hardware of this host lost pages of the guest: leave the guest here, or move it with zeros in
+    /// their place. Either way what they held is lost, unless it was sent before.
+    #[arg(long, value_enum, default_value_t)]
+    poisoned: Poisoned,
     /// Print the report as JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -376,6 +381,7 @@ fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {
         when_stuck: args.when_stuck,
         rounds_max: args.rounds_max,
         verify: args.verify,
+        poisoned: args.poisoned,
         insecure: args.insecure,
     })
 }

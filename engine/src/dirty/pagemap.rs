@@ -4,7 +4,7 @@
 //!   new():      UFFDIO_API -> UFFDIO_REGISTER (write-protect) -> UFFDIO_WRITEPROTECT    per slot
 //!   a write:    the kernel lifts the protection of that page by itself (WP_ASYNC); nobody waits
 //!   harvest():  PAGEMAP_SCAN: "give me what is no longer protected, and protect it again", one step
-//!   drop:       closing the descriptor unregisters the memory and lifts what is left
+//!   drop:       UFFDIO_UNREGISTER lifts what is left
 //! ```
 //!
 //! It sees every write that goes through a page table of that process: vCPUs, the process' own
@@ -20,21 +20,30 @@
 //! ([`crate::precopy::Pump::push_holes`]).
 
 mod abi;
+mod arming;
+mod poison;
 #[cfg(test)]
 mod tests;
+mod unmapped;
+
+pub use arming::disarm;
+pub use poison::Poison;
+pub(crate) use unmapped::unmapped_here;
 
 use super::{DirtySource, Harvest};
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
+use arming::Armed;
 use pageferry_transport::MemoryRegion;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A piece of the process' memory to be followed, and the pages that it is on the engine's line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrackedRange {
     /// Where the process has it mapped, in bytes; a multiple of its backing's page size.
     pub process_address: u64,
@@ -67,8 +76,8 @@ const SCANNERS_MAX: usize = 8;
 /// Follows the writes of one process. See the [module](self).
 #[derive(Debug)]
 pub struct PagemapSource {
-    /// Held only so that the tracking ends when it is closed.
-    _uffd: OwnedFd,
+    /// Ends the tracking when it is dropped.
+    _armed: Armed,
     pagemap: File,
     ranges: Vec<TrackedRange>,
     /// The ranges, cut into what one call walks.
@@ -114,9 +123,7 @@ impl PagemapSource {
             )));
         }
         enable(uffd.as_fd())?;
-        for range in &ranges {
-            protect(uffd.as_fd(), pid, range)?;
-        }
+        let armed = Armed::new(uffd, pid, &ranges)?;
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::options().read(true).open(&path).map_err(|e| {
             Error::os(
@@ -128,7 +135,7 @@ impl PagemapSource {
         })?;
         let windows: Vec<_> = ranges.iter().flat_map(|range| range.windows(window_bytes)).collect();
         let scanners = (0..scanners_max.clamp(1, windows.len().max(1))).map(|_| Scanner::new()).collect();
-        let source = Self { _uffd: uffd, pagemap, ranges, windows, scanners };
+        let source = Self { _armed: armed, pagemap, ranges, windows, scanners };
         source.check_tracked()?;
         Ok(source)
     }
@@ -328,28 +335,6 @@ fn enable(uffd: BorrowedFd<'_>) -> Result<()> {
              pageferry needs Linux 6.7 or newer, built with CONFIG_PTE_MARKER_UFFD_WP",
         ),
         other => Error::os("UFFDIO_API", other),
-    })
-}
-
-fn protect(uffd: BorrowedFd<'_>, pid: u32, range: &TrackedRange) -> Result<()> {
-    let what = |step: &str| {
-        format!("{step} of {} bytes at {:#x} in process {pid}", range.bytes, range.process_address)
-    };
-    let uffd_range = abi::UffdioRange { start: range.process_address, len: range.bytes };
-    let mut register =
-        abi::UffdioRegister { range: uffd_range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
-    ioctl(uffd, abi::UFFDIO_REGISTER, &mut register).map_err(|e| match e {
-        Errno::BUSY => Error::refused(format!(
-            "the memory of process {pid} is already followed by another userfaultfd: \
-             is another migration or a background snapshot under way?"
-        )),
-        Errno::SRCH => Error::Guest(format!("process {pid} died")),
-        other => Error::os(what("UFFDIO_REGISTER"), other),
-    })?;
-    let mut arm = abi::UffdioWriteprotect { range: uffd_range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
-    ioctl(uffd, abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop).map_err(|e| match e {
-        Errno::SRCH => Error::Guest(format!("process {pid} died")),
-        other => Error::os(what("UFFDIO_WRITEPROTECT"), other),
     })
 }
 

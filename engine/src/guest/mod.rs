@@ -14,6 +14,7 @@ use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use crate::memory::lost::LostPage;
 use crate::page::PageRun;
 use crate::policy::FixedCosts;
 use crate::protocol::bounded;
@@ -109,6 +110,11 @@ pub trait SourceGuest: Send {
 
     /// A check, usable from anywhere, that whoever runs the guest still lives.
     fn liveness(&self) -> Liveness;
+
+    /// Notes the addresses by which the guest knows these pages, where that can be told.
+    fn name_guest_physical(&mut self, pages: &mut [LostPage]) {
+        let _ = pages;
+    }
 
     /// Whether memory may be taken away from it while it runs (balloon, free page reporting,
     /// virtio-mem). No dirty source reports that, so the engine looks for holes at the end.

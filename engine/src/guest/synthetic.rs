@@ -8,14 +8,14 @@
 
 use super::{BlockDescription, DestinationGuest, GuestDescription, Liveness, SourceGuest};
 use crate::dirty::DirtySource;
-use crate::dirty::pagemap::{PagemapSource, TrackedRange, own_userfaultfd};
+use crate::dirty::pagemap::{PagemapSource, Poison, TrackedRange, own_userfaultfd};
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::PAGE_BYTES;
 use crate::policy::FixedCosts;
-use pageferry_transport::{Access, MemoryRegion};
+use pageferry_transport::{Access, MemoryRegion, sealed_memfd};
 use rustix::fd::AsFd;
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -193,11 +193,9 @@ struct Memory {
 
 impl Memory {
     fn new(pages: u64) -> Result<Self> {
-        let file = File::from(
-            memfd_create("pageferry-synthetic", MemfdFlags::CLOEXEC)
-                .map_err(|e| Error::os("creating a memfd", e))?,
-        );
-        ftruncate(&file, pages * PAGE_BYTES).map_err(|e| Error::os("sizing a memfd", e))?;
+        let file = sealed_memfd("pageferry-synthetic", MemfdFlags::empty(), pages * PAGE_BYTES)
+            .map(File::from)
+            .map_err(|e| Error::os("making a memfd", e))?;
         let guest = MemoryRegion::map_shared(file.as_fd(), 0, (pages * PAGE_BYTES) as usize, Access::Write)?;
         let again = file.try_clone().map_err(|e| Error::os("keeping a memfd", e))?;
         let slot = SlotSource {
@@ -239,6 +237,8 @@ pub struct SyntheticSource {
     running: Option<Engine>,
     stopped: Option<Vec<Writer>>,
     sealed: bool,
+    /// See [`Self::lose`].
+    poison: Option<Poison>,
 }
 
 impl SyntheticSource {
@@ -268,6 +268,7 @@ impl SyntheticSource {
             running: None,
             stopped: Some(writers),
             sealed: false,
+            poison: None,
         };
         guest.go();
         Ok(guest)
@@ -280,6 +281,16 @@ impl SyntheticSource {
             self.stopped.iter().flatten().try_for_each(|writer| writer.check_all(&self.memory.guest));
         self.go();
         checked
+    }
+
+    /// The engine loses a page of it, as to broken hardware, until the next migration begins. The guest itself does not:
+    /// its threads have a mapping of their own.
+    pub fn lose(&mut self, page: u64) -> Result<()> {
+        let poison = match self.poison.take() {
+            Some(poison) => poison,
+            None => Poison::of(self.memory.engine.slots()[0].region())?,
+        };
+        self.poison.insert(poison).page(page * PAGE_BYTES)
     }
 
     /// Pages written since the guest was born.
@@ -481,6 +492,7 @@ impl DestinationGuest for SyntheticDestination {
             running: None,
             stopped: Some(writers),
             sealed: false,
+            poison: None,
         };
         if was_running {
             guest.go();

@@ -121,4 +121,12 @@ impl Message {
         };
         Some(Self { _head: head, vector, ids, payload_bytes, fence, unreleased: 0 })
     }
+
+    /// Touches what remains to be sent. True if memory was lost there, and is replaced now.
+    pub(super) fn touch_rest(&self) -> bool {
+        // SAFETY: `build` put the message's own head and pieces of registered regions there, which stay mapped.
+        self.vector
+            .rest()
+            .fold(false, |lost, (address, len)| unsafe { crate::region::touch(address, len) } | lost)
+    }
 }

@@ -220,6 +220,9 @@ impl Sender {
                     e.raw_os_error(),
                     Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOMEM | libc::ENOBUFS)
                 ) && self.choice.refused() => {}
+            // Memory that went away since it was looked at: once it is replaced by zeros, the rest goes. Whoever posted it
+            // hears of it from the region.
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) && self.message(number).touch_rest() => {}
             Err(e) => return Err(self.broken("sending", &e)),
         }
         if self.message(number).vector.is_empty() {

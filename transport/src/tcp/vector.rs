@@ -42,6 +42,11 @@ impl Vector {
         self.first == self.pieces.len()
     }
 
+    /// Address and length of what is not done.
+    pub(super) fn rest(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.pieces[self.first..].iter().map(|piece| (piece.iov_base.expose_provenance(), piece.iov_len))
+    }
+
     /// Crosses off the first `bytes` bytes.
     ///
     /// # Panics

@@ -6,14 +6,17 @@ const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
 const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
+pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
 pub const FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
     | UFFD_FEATURE_WP_UNPOPULATED
     | UFFD_FEATURE_WP_ASYNC;
+pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
 pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
 pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 pub const PAGE_IS_WPALLOWED: u64 = 1 << 0;
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
+pub const PAGE_IS_PRESENT: u64 = 1 << 3;
 pub const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 pub const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
@@ -45,6 +48,13 @@ pub struct UffdioRegister {
 pub struct UffdioWriteprotect {
     pub range: UffdioRange,
     pub mode: u64,
+}
+
+#[repr(C)]
+pub struct UffdioPoison {
+    pub range: UffdioRange,
+    pub mode: u64,
+    pub updated: u64,
 }
 
 #[repr(C)]
@@ -91,8 +101,10 @@ impl Default for PmScanArg {
 }
 
 impl IoctlArg for UffdioApi {}
+impl IoctlArg for UffdioRange {}
 impl IoctlArg for UffdioRegister {}
 impl IoctlArg for UffdioWriteprotect {}
+impl IoctlArg for UffdioPoison {}
 impl IoctlArg for PmScanArg {}
 
 const fn iowr<T>(kind: u8, number: u8) -> libc::c_ulong {
@@ -103,14 +115,19 @@ const fn iowr<T>(kind: u8, number: u8) -> libc::c_ulong {
 }
 
 pub const UFFDIO_REGISTER: libc::c_ulong = iowr::<UffdioRegister>(0xAA, 0x00);
+pub const UFFDIO_UNREGISTER: libc::c_ulong =
+    2 << 30 | (size_of::<UffdioRange>() as libc::c_ulong) << 16 | 0xAA << 8 | 0x01;
 pub const UFFDIO_WRITEPROTECT: libc::c_ulong = iowr::<UffdioWriteprotect>(0xAA, 0x06);
+pub const UFFDIO_POISON: libc::c_ulong = iowr::<UffdioPoison>(0xAA, 0x08);
 pub const UFFDIO_API: libc::c_ulong = iowr::<UffdioApi>(0xAA, 0x3F);
 pub const PAGEMAP_SCAN: libc::c_ulong = iowr::<PmScanArg>(b'f', 16);
 
 const _: () = {
     assert!(size_of::<UffdioApi>() == 24 && UFFDIO_API == 0xc018_aa3f);
+    assert!(size_of::<UffdioRange>() == 16 && UFFDIO_UNREGISTER == 0x8010_aa01);
     assert!(size_of::<UffdioRegister>() == 32 && UFFDIO_REGISTER == 0xc020_aa00);
     assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTECT == 0xc018_aa06);
+    assert!(size_of::<UffdioPoison>() == 32 && UFFDIO_POISON == 0xc020_aa08);
     assert!(size_of::<PageRegion>() == 24);
     assert!(size_of::<PmScanArg>() == 96 && PAGEMAP_SCAN == 0xc060_6610);
 };

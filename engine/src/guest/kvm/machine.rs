@@ -28,8 +28,8 @@ use crate::prefault::Prefault;
 use crossbeam_channel::bounded;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
-use pageferry_transport::Access;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use pageferry_transport::sealed_memfd;
+use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -441,12 +441,12 @@ fn allocate(config: &MachineConfig) -> Result<GuestMemory> {
     let mut sources = Vec::new();
     for (index, (_, bytes)) in layout(config.memory_bytes).into_iter().enumerate() {
         let name = ["low", "high"][index.min(1)];
-        let mut flags = MemfdFlags::CLOEXEC;
+        let mut flags = MemfdFlags::empty();
         if config.huge_pages {
             flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         }
-        let file = memfd_create(format!("pageferry-{name}"), flags).map_err(|e| memory_error(config, e))?;
-        ftruncate(&file, bytes).map_err(|e| memory_error(config, e))?;
+        let file =
+            sealed_memfd(&format!("pageferry-{name}"), flags, bytes).map_err(|e| memory_error(config, e))?;
         sources.push(SlotSource {
             name: name.into(),
             file: File::from(file),
@@ -456,7 +456,7 @@ fn allocate(config: &MachineConfig) -> Result<GuestMemory> {
             process_address: 0,
         });
     }
-    GuestMemory::map(sources, Access::Write).map_err(|e| match e {
+    GuestMemory::map_for_machine(sources).map_err(|e| match e {
         Error::LocalTransport(e) if config.huge_pages => Error::refused(format!(
             "this host has not set aside {} huge pages of 2 MiB ({}): echo {0} > /proc/sys/vm/nr_hugepages",
             config.memory_bytes / HUGE_PAGE_BYTES,

@@ -2,6 +2,7 @@
 
 use super::boot;
 use super::cpu::CpuProfile;
+use super::layout::layout;
 use super::machine::{Machine, MachineConfig, Saving};
 use super::payload::{LedgerReport, PayloadOptions, PayloadPlan};
 use super::serial::Console;
@@ -11,10 +12,12 @@ use crate::dirty::kvm::KickVcpus;
 use crate::error::{Error, Result};
 use crate::guest::{GuestDescription, Liveness, SourceGuest};
 use crate::memory::GuestMemory;
+use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
 use crossbeam_channel::Receiver;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
+use pageferry_transport::Access;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -59,6 +62,9 @@ pub struct KvmSource {
     retired: Option<Box<dyn DirtySource>>,
     /// What calling the vCPUs out took when tracking began, in microseconds.
     kick_us: u64,
+    /// The memory as the lanes read it, once it is to be moved. Not the mapping in which the guest runs: a page that the
+    /// host lost reads as zeros in this one.
+    view: Option<Arc<GuestMemory>>,
 }
 
 impl KvmSource {
@@ -117,6 +123,7 @@ impl KvmSource {
             saving: None,
             retired: None,
             kick_us: 0,
+            view: None,
         }
     }
 
@@ -209,11 +216,23 @@ impl SourceGuest for KvmSource {
     }
 
     fn preflight(&mut self) -> Result<()> {
+        if self.view.is_none() {
+            self.view = Some(Arc::new(self.machine.memory().map_again(Access::Read)?));
+        }
         self.alive()
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {
-        self.machine.memory()
+        self.view.as_ref().unwrap_or_else(|| self.machine.memory())
+    }
+
+    fn name_guest_physical(&mut self, pages: &mut [LostPage]) {
+        let layout = layout(self.machine.config().memory_bytes);
+        for (slot, (address, _)) in self.machine.memory().slots().iter().zip(layout) {
+            for page in pages.iter_mut().filter(|page| page.block == slot.name) {
+                page.guest_physical = Some(address + page.offset);
+            }
+        }
     }
 
     fn state_bytes_max(&self) -> u64 {

@@ -16,7 +16,8 @@
 use super::readconfig;
 use crate::error::{Error, Result};
 use crate::page::PAGE_BYTES;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use pageferry_transport::sealed_memfd;
+use rustix::fs::MemfdFlags;
 use serde_json::{Map, Value};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -551,7 +552,7 @@ fn parse_size(text: &str, unit: u64) -> Result<u64> {
 }
 
 fn make_memory(file: &MemoryFile) -> Result<OwnedFd> {
-    let mut flags = MemfdFlags::CLOEXEC;
+    let mut flags = MemfdFlags::empty();
     let mut page = PAGE_BYTES;
     if let Some(bytes) = file.huge_page_bytes {
         flags |= MemfdFlags::HUGETLB;
@@ -564,24 +565,20 @@ fn make_memory(file: &MemoryFile) -> Result<OwnedFd> {
             page = bytes;
         }
     }
-    let fd =
-        memfd_create(format!("pageferry-{}", file.name), flags).map_err(|e| match file.huge_page_bytes {
-            Some(bytes) => Error::os(
-                format!(
-                    "making memory {} of huge pages ({bytes} bytes each): does this kernel have that size?",
-                    file.name
-                ),
-                e,
-            ),
-            None => Error::os(format!("making memory {}", file.name), e),
-        })?;
     let bytes =
         file.bytes.checked_next_multiple_of(page).filter(|b| *b > 0).ok_or_else(|| {
             Error::refused(format!("memory {}: {} bytes is no size", file.name, file.bytes))
         })?;
-    ftruncate(&fd, bytes)
-        .map_err(|e| Error::os(format!("making memory {} {bytes} bytes long", file.name), e))?;
-    Ok(fd)
+    sealed_memfd(&format!("pageferry-{}", file.name), flags, bytes).map_err(|e| match file.huge_page_bytes {
+        Some(huge) => Error::os(
+            format!(
+                "making memory {} of {bytes} bytes in huge pages ({huge} bytes each): does this kernel have that size?",
+                file.name
+            ),
+            e,
+        ),
+        None => Error::os(format!("making memory {} of {bytes} bytes", file.name), e),
+    })
 }
 
 #[cfg(test)]

@@ -9,22 +9,32 @@
 //! | ---           | ---                           | ---                              |
 //! | open          | cancel, let the guest run     | end the copy                     |
 //! | sealed        | keep it stopped: Commit may be out  | let the guest run: it is ours |
+//! | watching      | nothing                       |                                  |
 //! | finished      | nothing                       | nothing                          |
+//!
+//! At the source it is started before memory is armed ([`crate::dirty::pagemap`]) and holds one more descriptor of the
+//! userfaultfd: when the supervisor is killed the kernel does not disarm all of memory in one long call; the guardian does
+//! it in short ones, after everything else. Until the supervisor is about to stop the guest the byte says "watching": then
+//! that is all that there is to do.
 //!
 //! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as they were,
 //! lie behind the two. All of it is shared memory, so sealing costs nothing in the blackout.
 
 use super::qmp::Qmp;
 use super::stream::Settings;
+use crate::dirty::pagemap::TrackedRange;
 use crate::error::{Error, Result};
 use crate::output::say;
-use pageferry_transport::{Access, MemoryRegion};
+use pageferry_transport::{Access, MemoryRegion, sealed_memfd};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::MemfdFlags;
 use rustix::process::{Signal, pidfd_send_signal};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -40,11 +50,13 @@ const RESCUE_MAX: Duration = Duration::from_secs(30);
 const RESCUE_EVERY: Duration = Duration::from_millis(5);
 
 /// Size of the shared memory, and where in it what lies.
-const SHARED_BYTES: usize = 64 << 10;
+const SHARED_BYTES: usize = 128 << 10;
 const FLAG_AT: usize = 0;
 const WAS_RUNNING_AT: usize = 1;
 /// Length (u32, little endian) and JSON of [`Settings`].
 const SETTINGS_AT: usize = 4;
+/// The same of the tracked ranges: some hundred bytes each, and QEMU has 256 memory devices at most.
+const RANGES_AT: usize = 64 << 10;
 
 /// Which side it guards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -62,6 +74,7 @@ enum Flag {
     Open = 0,
     Sealed = 1,
     Finished = 2,
+    Watching = 3,
 }
 
 /// The supervisor's handle. Dropping it without [`Guardian::finish`] has the guardian act.
@@ -76,16 +89,43 @@ impl Guardian {
     /// Starts one for the QEMU with this pid and QMP socket, and waits until it is on duty. It inherits the
     /// process' handle, so that it never takes another process for it that was given the number anew.
     pub fn start(side: Side, pid: u32, pidfd: BorrowedFd<'_>, qmp: &Path) -> Result<Self> {
+        Self::start_with(side, pid, pidfd, qmp, None)
+    }
+
+    /// The same at the source for memory that is about to be armed.
+    pub fn start_watching(
+        pid: u32,
+        pidfd: BorrowedFd<'_>,
+        qmp: &Path,
+        uffd: BorrowedFd<'_>,
+        ranges: &[TrackedRange],
+    ) -> Result<Self> {
+        Self::start_with(Side::Source, pid, pidfd, qmp, Some((uffd, ranges)))
+    }
+
+    fn start_with(
+        side: Side,
+        pid: u32,
+        pidfd: BorrowedFd<'_>,
+        qmp: &Path,
+        tracked: Option<(BorrowedFd<'_>, &[TrackedRange])>,
+    ) -> Result<Self> {
         let starting = |e| Error::os("starting the guardian process", e);
-        let memfd = memfd_create("pageferry-guardian", MemfdFlags::CLOEXEC)
-            .map_err(|e| Error::os("creating a memfd", e))?;
-        ftruncate(&memfd, SHARED_BYTES as u64).map_err(|e| Error::os("sizing a memfd", e))?;
+        let memfd = sealed_memfd("pageferry-guardian", MemfdFlags::empty(), SHARED_BYTES as u64)
+            .map_err(|e| Error::os("making a memfd", e))?;
         let shared = MemoryRegion::map_shared(memfd.as_fd(), 0, SHARED_BYTES, Access::Write)?;
         // Until somebody says otherwise: a guest that runs by mistake can be paused again, one that stands
         // still by mistake is an outage.
         shared.write(WAS_RUNNING_AT, &[1])?;
         let mut command = Command::new("/proc/self/exe");
         inherit(&mut command, pidfd);
+        if side == Side::Source {
+            shared.write(FLAG_AT, &[Flag::Watching as u8])?;
+        }
+        if let Some((uffd, ranges)) = tracked {
+            write_json(&shared, RANGES_AT..SHARED_BYTES, ranges)?;
+            inherit(&mut command, uffd);
+        }
         let mut child = command
             .arg0("pageferry")
             .args(["guardian", "--side", if side == Side::Source { "source" } else { "destination" }])
@@ -93,6 +133,7 @@ impl Guardian {
             .arg(qmp)
             .arg("--flag")
             .arg(format!("/proc/{}/fd/{}", std::process::id(), memfd.as_raw_fd()))
+            .args(tracked.map(|(uffd, _)| format!("--uffd={}", uffd.as_raw_fd())))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .process_group(0)
@@ -120,13 +161,7 @@ impl Guardian {
 
     /// QEMU's settings, to be restored by whoever puts the guest right.
     pub fn entrust(&self, settings: &Settings) -> Result<()> {
-        let json = serde_json::to_vec(settings)
-            .map_err(|e| Error::os("keeping QEMU's settings", std::io::Error::from(e)))?;
-        if SETTINGS_AT + 4 + json.len() > SHARED_BYTES {
-            return Err(Error::Guest("QEMU has more migration settings than could be kept".into()));
-        }
-        self.shared.write(SETTINGS_AT + 4, &json)?;
-        Ok(self.shared.write(SETTINGS_AT, &(json.len() as u32).to_le_bytes())?)
+        write_json(&self.shared, SETTINGS_AT..RANGES_AT, settings)
     }
 
     /// Whether the guest ran before, and so is to run again.
@@ -150,9 +185,26 @@ impl Guardian {
         self.set(Flag::Sealed)
     }
 
-    /// Takes the seal back.
+    /// Takes the seal back, if there is one.
     pub fn unseal(&self) -> Result<()> {
+        if self.flag()? == Flag::Sealed as u8 { self.set(Flag::Open) } else { Ok(()) }
+    }
+
+    /// Whether nothing has been done yet that it would have to put right: at the source until [`Self::engage`].
+    pub fn is_watching(&self) -> Result<bool> {
+        Ok(self.flag()? == Flag::Watching as u8)
+    }
+
+    /// Called before anything is done that it might have to put right.
+    pub fn engage(&self, was_running: bool) -> Result<()> {
+        self.was_running(was_running)?;
         self.set(Flag::Open)
+    }
+
+    fn flag(&self) -> Result<u8> {
+        let mut flag = [0];
+        self.shared.read(FLAG_AT, &mut flag)?;
+        Ok(flag[0])
     }
 
     /// Sends it home; nothing is left to guard.
@@ -193,6 +245,9 @@ pub struct GuardianArgs {
     /// The shared memory, as a path under the supervisor's /proc entry.
     #[arg(long)]
     flag: PathBuf,
+    /// The userfaultfd with which the guest's memory is armed, inherited.
+    #[arg(long)]
+    uffd: Option<i32>,
 }
 
 /// The guardian's whole life.
@@ -210,30 +265,44 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
     let mut bytes = [0; 2];
     shared.read(FLAG_AT, &mut bytes)?;
     let (open, sealed) = (bytes[0] == Flag::Open as u8, bytes[0] == Flag::Sealed as u8);
-    let rescue = || put_right(&args.qmp, bytes[1] == 1, settings_in(&shared).as_ref());
+    let settings: Option<Settings> = read_json(&shared, SETTINGS_AT..RANGES_AT);
+    let rescue = || put_right(&args.qmp, bytes[1] == 1, settings.as_ref());
+    let disarm = || disarm(args, &shared, bytes[0]);
     // The guest first, then the word about it.
-    match args.side {
+    let done = match args.side {
         Side::Source if open => {
-            rescue()?;
-            say("the supervisor died during a migration; the guest goes on here");
-            Ok(())
+            rescue().map(|()| say("the supervisor died during a migration; the guest goes on here"))
         }
         Side::Source if sealed => {
             say(
                 "the supervisor died after the destination was told to run the guest; the guest stays stopped here. \
                  Look at the destination, then use `pageferry settle`",
             );
-            super::sentry::keep_stopped(&args.qmp, &pidfd)
+            // It is watched from the first moment on.
+            std::thread::scope(|scope| {
+                scope.spawn(disarm);
+                super::sentry::keep_stopped(&args.qmp, &pidfd)
+            })
         }
         Side::Destination if open => pidfd_send_signal(&pidfd, Signal::KILL)
             .map_err(|e| Error::os("ending the unfinished copy of the guest", e)),
-        Side::Destination if sealed => {
-            rescue()?;
+        Side::Destination if sealed => rescue().map(|()| {
             say("the supervisor died while it took over the guest; the guest is let go on here");
-            Ok(())
-        }
+        }),
         _ => Ok(()),
+    };
+    if !sealed {
+        disarm();
     }
+    done
+}
+
+/// Disarms the guest's memory, unless the supervisor has done it and ended in order.
+fn disarm(args: &GuardianArgs, shared: &MemoryRegion, flag: u8) {
+    let Some(uffd) = args.uffd.filter(|_| flag != Flag::Finished as u8) else { return };
+    let ranges: Vec<TrackedRange> = read_json(shared, RANGES_AT..SHARED_BYTES).unwrap_or_default();
+    // SAFETY: inherited, and used for nothing else; it stays open until this process ends.
+    crate::dirty::pagemap::disarm(unsafe { BorrowedFd::borrow_raw(uffd) }, &ranges);
 }
 
 /// Has the child alone inherit a descriptor.
@@ -260,16 +329,27 @@ fn inherited_pidfd(args: &GuardianArgs) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(args.pidfd) })
 }
 
-/// The settings that the supervisor entrusted, if it came to that.
-fn settings_in(shared: &MemoryRegion) -> Option<Settings> {
+/// Writes a length and JSON to a part of the shared memory.
+fn write_json<T: Serialize + ?Sized>(shared: &MemoryRegion, part: Range<usize>, value: &T) -> Result<()> {
+    let json =
+        serde_json::to_vec(value).map_err(|e| Error::os("telling the guardian", std::io::Error::from(e)))?;
+    if 4 + json.len() > part.len() {
+        return Err(Error::Guest("QEMU has more settings or memory than the guardian can be told".into()));
+    }
+    shared.write(part.start + 4, &json)?;
+    Ok(shared.write(part.start, &(json.len() as u32).to_le_bytes())?)
+}
+
+/// What was written so, if it came to that.
+fn read_json<T: DeserializeOwned>(shared: &MemoryRegion, part: Range<usize>) -> Option<T> {
     let mut length = [0; 4];
-    shared.read(SETTINGS_AT, &mut length).ok()?;
+    shared.read(part.start, &mut length).ok()?;
     let length = u32::from_le_bytes(length) as usize;
-    if length == 0 || length > SHARED_BYTES {
+    if length == 0 || length > part.len() - 4 {
         return None;
     }
     let mut json = vec![0; length];
-    shared.read(SETTINGS_AT + 4, &mut json).ok()?;
+    shared.read(part.start + 4, &mut json).ok()?;
     serde_json::from_slice(&json).ok()
 }
 
@@ -307,6 +387,7 @@ mod tests {
             pidfd,
             qmp: PathBuf::new(),
             flag: PathBuf::new(),
+            uffd: None,
         };
         let file = File::open("/dev/null").unwrap();
         let error = inherited_pidfd(&args(file.as_raw_fd())).unwrap_err().to_string();

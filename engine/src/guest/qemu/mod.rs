@@ -13,6 +13,7 @@ pub mod destination;
 pub mod guardian;
 pub mod image;
 pub mod inject;
+mod mtree;
 pub mod ownership;
 pub mod platform;
 pub mod process;

@@ -3,6 +3,7 @@
 use super::blocks;
 use super::guardian::{Guardian, Side};
 use super::inject::userfaultfd_of;
+use super::mtree;
 use super::platform::Gatherer;
 use super::process::{Qemu, ended};
 use super::sentry::{Post, Sentry};
@@ -12,6 +13,7 @@ use crate::dirty::pagemap::{PagemapSource, TrackedRange};
 use crate::error::{Error, Result};
 use crate::guest::{GuestDescription, Liveness, SourceGuest};
 use crate::memory::GuestMemory;
+use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
 use rustix::fd::AsFd;
 use serde_json::json;
@@ -176,18 +178,23 @@ impl QemuSource {
         self.armed.as_mut().ok_or_else(|| Error::Guest("the switchover was not armed".into()))
     }
 
+    /// A guardian that is ready to put right what comes.
     fn guardian(&mut self) -> Result<&mut Guardian> {
         let guardian = match self.guardian.take() {
             Some(guardian) => guardian,
             None => {
                 let (pid, pidfd) = (self.qemu.pid(), self.qemu.pidfd());
-                let guardian = Guardian::start(Side::Source, pid, pidfd.as_fd(), self.qemu.qmp_path())?;
-                // Before anything is done that it might have to put right.
-                guardian.was_running(self.is_running()?)?;
-                guardian
+                Guardian::start(Side::Source, pid, pidfd.as_fd(), self.qemu.qmp_path())?
             }
         };
-        Ok(self.guardian.insert(guardian))
+        let watching = guardian.is_watching();
+        self.guardian = Some(guardian);
+        let was_running = if watching? { Some(self.is_running()?) } else { None };
+        let guardian = self.guardian.as_mut().ok_or_else(|| Error::Guest("no guardian is on duty".into()))?;
+        if let Some(was_running) = was_running {
+            guardian.engage(was_running)?;
+        }
+        Ok(guardian)
     }
 
     /// Stops the vCPUs, with a guardian that knows of it.
@@ -322,6 +329,17 @@ impl SourceGuest for QemuSource {
         Ok(devices.as_array().is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
     }
 
+    fn name_guest_physical(&mut self, pages: &mut [LostPage]) {
+        let arguments = json!({ "command-line": "info mtree -f" });
+        match self.qemu.qmp.execute("human-monitor-command", arguments, Instant::now() + QMP_MAX) {
+            Ok(text) => pages.iter_mut().for_each(|page| {
+                page.guest_physical =
+                    mtree::guest_physical(text.as_str().unwrap_or(""), &page.block, page.offset);
+            }),
+            Err(e) => tracing::debug!(error = %e.chain(), "guest-physical addresses are not known"),
+        }
+    }
+
     fn is_running(&mut self) -> Result<bool> {
         self.was_running = self.qemu.is_running()?;
         Ok(self.was_running)
@@ -335,7 +353,14 @@ impl SourceGuest for QemuSource {
             first_page: slot.first_page,
             backing_page_bytes: slot.backing_page_bytes,
         });
-        let source = PagemapSource::new(uffd, self.qemu.pid(), ranges.collect())?;
+        let ranges: Vec<_> = ranges.collect();
+        if let Some(idle) = self.guardian.take() {
+            idle.finish();
+        }
+        let (pid, pidfd, qmp) = (self.qemu.pid(), self.qemu.pidfd(), self.qemu.qmp_path());
+        let guardian = Guardian::start_watching(pid, pidfd.as_fd(), qmp, uffd.as_fd(), &ranges)?;
+        self.guardian = Some(guardian);
+        let source = PagemapSource::new(uffd, pid, ranges)?;
         // Its pagemap was opened by the number of the process, which it has kept if it lives.
         self.qemu.liveness()()?;
         Ok(Box::new(source))

@@ -1,0 +1,186 @@
+//! Protects a process' memory against writes and lets it go again, in short calls.
+//!
+//! One call over all of it keeps the process' other threads from mapping memory, and KVM from filling its tables, for
+//! tens of milliseconds a GiB. So each call covers a window, and the next comes after a pause as long as the call took.
+//!
+//! ```text
+//!   arm       UFFDIO_REGISTER                 UFFDIO_WRITEPROTECT | UFFDIO_WRITEPROTECT | ...
+//!   disarm    UFFDIO_UNREGISTER | UFFDIO_UNREGISTER | ...  from the beginning on: the pieces merge; then the close
+//! ```
+//!
+//! Closing the descriptor does all that is left in one call. So the last descriptor is never closed on armed memory of a
+//! process that lives: whoever outlives the supervisor holds one more ([`disarm`]).
+
+use super::{TrackedRange, abi, ioctl};
+use crate::error::{Error, Result};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// What one call should take: far less than a guest's timer tick, and enough that the call itself does not show.
+const CALL_TARGET: Duration = Duration::from_millis(1);
+/// The first window, some half a millisecond on full memory here.
+const WINDOW_BYTES_FIRST: u64 = 16 << 20;
+/// A call over less gains nothing: waking up whoever waits takes longer.
+const WINDOW_BYTES_MIN: u64 = 2 << 20;
+/// Sparse memory is walked fast; without a bound one slow stretch behind it would be one long call.
+const WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// The longest pause between two calls. A call may take long because this thread got no processor.
+const PAUSE_MAX: Duration = Duration::from_millis(2);
+
+/// Chooses the windows by what the ones before took. Pure.
+#[derive(Debug)]
+struct Windows {
+    bytes: u64,
+}
+
+impl Windows {
+    fn new() -> Self {
+        Self { bytes: WINDOW_BYTES_FIRST }
+    }
+
+    /// The length of the next call, of whole pages of this size.
+    fn next(&self, left: u64, page_bytes: u64) -> u64 {
+        self.bytes.next_multiple_of(page_bytes.max(1)).min(left)
+    }
+
+    /// What a call over `bytes` took.
+    fn took(&mut self, bytes: u64, time: Duration) {
+        if time > CALL_TARGET {
+            self.bytes = (self.bytes / 2).max(WINDOW_BYTES_MIN);
+        } else if time < CALL_TARGET / 4 && bytes >= self.bytes {
+            self.bytes = (self.bytes * 2).min(WINDOW_BYTES_MAX);
+        }
+    }
+}
+
+/// Calls `call` with one window after the other, of all ranges, and leaves the process alone in between.
+fn in_windows(
+    ranges: &[TrackedRange],
+    mut call: impl FnMut(abi::UffdioRange) -> Result<(), Errno>,
+) -> Result<(), (Errno, u64)> {
+    let mut windows = Windows::new();
+    for range in ranges {
+        let mut at = range.process_address;
+        while at < range.end() {
+            let len = windows.next(range.end() - at, range.backing_page_bytes);
+            let begun = Instant::now();
+            call(abi::UffdioRange { start: at, len }).map_err(|e| (e, at))?;
+            let time = begun.elapsed();
+            windows.took(len, time);
+            at += len;
+            std::thread::sleep(time.min(PAUSE_MAX));
+        }
+    }
+    Ok(())
+}
+
+/// A process' memory, armed. Dropping it disarms in windows.
+#[derive(Debug)]
+pub(super) struct Armed {
+    uffd: OwnedFd,
+    ranges: Vec<TrackedRange>,
+}
+
+impl Armed {
+    /// Arms the memory of process `pid`, through a userfaultfd of its own that is enabled. What was armed when it fails is
+    /// disarmed again.
+    pub(super) fn new(uffd: OwnedFd, pid: u32, ranges: &[TrackedRange]) -> Result<Self> {
+        let mut armed = Self { uffd, ranges: Vec::with_capacity(ranges.len()) };
+        for range in ranges {
+            register(armed.uffd.as_fd(), pid, range)?;
+            armed.ranges.push(*range);
+        }
+        let uffd = armed.uffd.as_fd();
+        in_windows(ranges, |range| {
+            let mut arm = abi::UffdioWriteprotect { range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
+            ioctl(uffd, abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop)
+        })
+        .map_err(|(errno, at)| match errno {
+            Errno::SRCH => Error::Guest(format!("process {pid} died")),
+            e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
+        })?;
+        Ok(armed)
+    }
+}
+
+impl Drop for Armed {
+    fn drop(&mut self) {
+        disarm(self.uffd.as_fd(), &self.ranges);
+    }
+}
+
+/// Lets armed memory go in windows, so that closing the descriptor has nothing left to do. Ends at the first window that
+/// cannot be let go: the process has ended, or has unmapped it.
+pub fn disarm(uffd: BorrowedFd<'_>, ranges: &[TrackedRange]) {
+    let ended = in_windows(ranges, |mut range| ioctl(uffd, abi::UFFDIO_UNREGISTER, &mut range).map(drop));
+    if let Err((errno, at)) = ended {
+        tracing::debug!(%errno, "memory at {at:#x} could not be disarmed; closing the descriptor does it");
+    }
+}
+
+fn register(uffd: BorrowedFd<'_>, pid: u32, range: &TrackedRange) -> Result<()> {
+    let uffd_range = abi::UffdioRange { start: range.process_address, len: range.bytes };
+    let mut register =
+        abi::UffdioRegister { range: uffd_range, mode: abi::UFFDIO_REGISTER_MODE_WP, ioctls: 0 };
+    ioctl(uffd, abi::UFFDIO_REGISTER, &mut register).map(drop).map_err(|e| match e {
+        Errno::BUSY => Error::refused(format!(
+            "the memory of process {pid} is already followed by another userfaultfd: \
+             is another migration or a background snapshot under way?"
+        )),
+        Errno::SRCH => Error::Guest(format!("process {pid} died")),
+        other => Error::os(
+            format!(
+                "UFFDIO_REGISTER of {} bytes at {:#x} in process {pid}",
+                range.bytes, range.process_address
+            ),
+            other,
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_grow_over_sparse_memory_and_shrink_where_a_call_takes_long() {
+        let mut windows = Windows::new();
+        assert_eq!(windows.next(u64::MAX, 4096), WINDOW_BYTES_FIRST);
+        for _ in 0..20 {
+            windows.took(windows.next(u64::MAX, 4096), Duration::from_micros(10));
+        }
+        assert_eq!(windows.next(u64::MAX, 4096), WINDOW_BYTES_MAX);
+        windows.took(WINDOW_BYTES_MAX, Duration::from_millis(5));
+        assert_eq!(windows.next(u64::MAX, 4096), WINDOW_BYTES_MAX / 2);
+        for _ in 0..20 {
+            windows.took(windows.next(u64::MAX, 4096), Duration::from_millis(5));
+        }
+        assert_eq!(windows.next(u64::MAX, 4096), WINDOW_BYTES_MIN);
+        assert_eq!(windows.next(u64::MAX, 1 << 30), 1 << 30, "no part of a huge page");
+        assert_eq!(windows.next(4096, 4096), 4096);
+        windows.took(4096, Duration::ZERO);
+        assert_eq!(windows.next(u64::MAX, 4096), WINDOW_BYTES_MIN, "a short rest tells nothing");
+    }
+
+    #[test]
+    fn every_byte_is_covered_once_and_in_order() {
+        let range = |process_address, bytes| TrackedRange {
+            process_address,
+            bytes,
+            first_page: 0,
+            backing_page_bytes: 4096,
+        };
+        let ranges = [range(0, 100 << 20), range(1 << 40, 4096)];
+        let mut calls = Vec::new();
+        in_windows(&ranges, |window| {
+            calls.push((window.start, window.len));
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(calls.iter().map(|(_, len)| len).sum::<u64>(), (100 << 20) + 4096);
+        assert!(calls.len() > 2, "{calls:?}");
+        let follows = |pair: &[(u64, u64)]| pair[0].0 + pair[0].1 == pair[1].0 || pair[1].0 == 1 << 40;
+        assert!(calls.windows(2).all(follows), "{calls:?}");
+    }
+}

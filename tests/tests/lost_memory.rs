@@ -1,0 +1,151 @@
+//! Guest memory that goes away under the supervisor: pages that the hardware lost, files that are cut. Nobody dies of it:
+//! what was lost is named, and the guest runs on or moves, as the operator chose.
+
+use pageferry::destination::Reception;
+use pageferry::doorway::Doorway;
+use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
+use pageferry::guest::{DestinationGuest, SourceGuest};
+use pageferry::link::LinkChoice;
+use pageferry::memory::lost::Poisoned;
+use pageferry::page::PAGE_BYTES;
+use pageferry::progress::Monitor;
+use pageferry::report::{MigrationReport, Outcome};
+use pageferry::source::{MigrateOptions, migrate};
+use pageferry_tests::SOON;
+use pageferry_tests::stage::Stage;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+/// 16 MiB, of which the guest's threads write the first half.
+const GUEST: SyntheticOptions = SyntheticOptions {
+    pages: 4096,
+    touched_pages: 2048,
+    threads: 1,
+    pages_per_second: Some(2_000),
+    seed: 20_261_129,
+    discards: false,
+};
+
+/// Pages that the guest's threads leave alone; what is lost and what is beside it.
+const LOST: u64 = 3000;
+const BESIDE: [u64; 2] = [LOST - 1, LOST + 1];
+
+fn attempt(
+    guest: &mut SyntheticSource,
+    poisoned: Poisoned,
+    verify: bool,
+) -> (MigrationReport, SyntheticDestination) {
+    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(doorway.address.to_string());
+    (options.poisoned, options.verify, options.downtime_us_max) = (poisoned, verify, 1_000_000);
+    let mut destination = SyntheticDestination::new(GUEST.pages).unwrap();
+    let report = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut reception = Reception::new(doorway, LinkChoice::default());
+            let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
+            reception.serve(incoming, &mut destination, &mut || Ok(()))
+        });
+        migrate(guest, &options, &Monitor::default())
+    });
+    (report, destination)
+}
+
+fn page_of(guest: &dyn DestinationGuest, page: u64) -> Vec<u8> {
+    let mut bytes = vec![1; PAGE_BYTES as usize];
+    guest.memory().slots()[0].region().read((page * PAGE_BYTES) as usize, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_page_that_the_hardware_lost_is_named_and_the_guest_runs_on_or_moves_with_zeros_there() {
+    let mut guest = SyntheticSource::start(GUEST).unwrap();
+    for page in [LOST, BESIDE[0], BESIDE[1]] {
+        let region = guest.memory().slots()[0].region();
+        region.write((page * PAGE_BYTES) as usize, &[7; PAGE_BYTES as usize]).unwrap();
+    }
+    guest.lose(LOST).unwrap();
+    let (report, _) = attempt(&mut guest, Poisoned::Refuse, false);
+    assert_eq!((report.outcome, report.refused), (Outcome::Aborted, false));
+    let reason = report.reason.unwrap();
+    assert!(reason.contains("synthetic at 0xbb8000") && reason.contains("--poisoned zero"), "{reason}");
+    assert_eq!(report.lost_pages.len(), 1);
+    guest.check().unwrap();
+
+    let mut guest = SyntheticSource::start(GUEST).unwrap();
+    for page in [LOST, BESIDE[0], BESIDE[1]] {
+        let region = guest.memory().slots()[0].region();
+        region.write((page * PAGE_BYTES) as usize, &[7; PAGE_BYTES as usize]).unwrap();
+    }
+    guest.lose(LOST).unwrap();
+    let (report, destination) = attempt(&mut guest, Poisoned::Zero, true);
+    assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
+    let lost = &report.lost_pages[..];
+    assert!(
+        matches!(lost, [page] if page.offset == LOST * PAGE_BYTES && page.bytes == PAGE_BYTES),
+        "{lost:?}"
+    );
+    assert_eq!(page_of(&destination, LOST), [0; PAGE_BYTES as usize]);
+    BESIDE.iter().for_each(|page| assert_eq!(page_of(&destination, *page), [7; PAGE_BYTES as usize]));
+    destination.into_source().expect("it runs there").check().unwrap();
+}
+
+/// Cut when the set-up has found its pages and before they are read, as by a neighbour's mistake. QEMU does not run, so
+/// that it does not die of it first.
+#[test]
+fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
+    const MIB: u64 = 1 << 20;
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = memory.path().join("ram");
+    let qemu = |path: &str| {
+        format!(
+            "qemu-system-x86_64 -S -accel tcg -machine q35,memory-backend=m -m 64 -nodefaults -display none \
+             -object memory-backend-file,id=m,size=64M,mem-path={path},share=on"
+        )
+    };
+    let stage = Stage::new();
+    let source = stage.run("src", &qemu(&path.display().to_string()), "rounds");
+    let destination = stage.receive("dst", &qemu(&memory.path().join("other").display().to_string()), "");
+    let file = File::options().read(true).write(true).open(&path).unwrap();
+    file.write_all_at(&[9; 4096], 40 * MIB).unwrap();
+    let moving = stage.migrate("src", destination.address(), &[]);
+    source.wait_held("rounds");
+    file.set_len(32 * MIB).unwrap();
+    stage.release();
+    let ended = moving.end(SOON);
+    let cut = "memory block m was cut to 0x2000000 of 0x4000000 bytes";
+    assert_eq!(ended.status, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains(cut), "{}", ended.stderr);
+    assert!(source.alive() && source.guest_state().as_deref() == Some("prelaunch"));
+    // Cut before, and nobody touches what is gone: it is not taken for memory that was never touched.
+    let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
+    assert!(ended.status == Some(1) && ended.stderr.contains(cut), "{}", ended.stderr);
+    file.set_len(64 * MIB).unwrap();
+    let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+}
+
+/// The kernel would disarm all of memory in one call when the last descriptor is closed. So somebody who outlives the
+/// supervisor holds one.
+#[test]
+fn memory_is_disarmed_by_the_guardian_when_the_supervisor_is_killed() {
+    use pageferry_tests::eventually;
+    use pageferry_tests::look::tracked_mappings;
+    use pageferry_tests::stage::BARE;
+    let stage = Stage::new();
+    let mut source = stage.run("src", BARE, "rounds");
+    let destination = stage.receive("dst", BARE, "");
+    let qemu = source.qemu();
+    let _moving = stage.migrate("src", destination.address(), &[]);
+    source.wait_held("rounds");
+    assert!(tracked_mappings(qemu) > 0);
+    let guardians = source.guardians();
+    assert_eq!(guardians.len(), 1, "before memory is armed");
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", guardians[0])).unwrap();
+    let held = descriptors.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    assert_eq!(held.filter(|link| link.to_string_lossy().contains("userfaultfd")).count(), 1);
+    source.kill();
+    eventually("the guardian disarms", SOON, || (tracked_mappings(qemu) == 0).then_some(()));
+    eventually("the guardian ends", SOON, || source.guardians().is_empty().then_some(()));
+    assert!(source.guest_runs());
+}
