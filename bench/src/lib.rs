@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod dirty;
 pub mod downtime;
 pub mod floor;
+pub mod gaps;
 pub mod machine;
 pub mod memory;
 pub mod microvm;

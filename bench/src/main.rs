@@ -12,6 +12,7 @@ use pageferry_bench::compare::compare;
 use pageferry_bench::cost::{self, CostOptions, Row};
 use pageferry_bench::dirty::{self, args::DirtyArgs};
 use pageferry_bench::downtime::{self, Guest, MoveOptions};
+use pageferry_bench::gaps::{self, GapsArgs};
 use pageferry_bench::peers::{self, args::PeersArgs};
 use pageferry_bench::progress::Progress;
 use pageferry_bench::rdma::{self, RdmaBenchOptions};
@@ -50,6 +51,8 @@ enum Command {
     Sweep(SweepArgs),
     /// What following a guest's writes costs, for the migration and for the guest.
     Dirty(DirtyArgs),
+    /// How long a guest stands still outside the switchover: start, rounds, cancel, abort, a killed supervisor.
+    Gaps(GapsArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
     /// A record of reports of `pageferry migrate --json`, such as those of moves between two hosts.
@@ -197,6 +200,7 @@ fn main() -> ExitCode {
         Command::Simulate(args) => run_simulate(args),
         Command::Sweep(args) => run_sweep(args),
         Command::Dirty(args) => run_dirty(args),
+        Command::Gaps(args) => measure("gaps", &args.out.clone(), |progress| gaps::run(&args, progress)),
         Command::Compare(args) => run_compare(&args),
         Command::Collect(args) => run_collect(args),
         Command::Summary(args) => run_summary(&args),

@@ -234,7 +234,7 @@ pub fn move_microvm(
 }
 
 /// A supervisor that ends with the guest it held.
-struct Supervisor(Child);
+pub(crate) struct Supervisor(Child);
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
@@ -243,7 +243,7 @@ impl Drop for Supervisor {
     }
 }
 
-fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
+pub(crate) fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
     let child = Command::new(&yard.options.pageferry)
         .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
         .args(["attach", &machine.name, "--pid", &machine.pid.to_string(), "--qmp"])
