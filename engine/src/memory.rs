@@ -4,6 +4,7 @@
 pub mod file;
 mod holes;
 pub mod lost;
+pub mod opened;
 #[cfg(feature = "vm-memory")]
 pub mod rust_vmm;
 pub mod users;

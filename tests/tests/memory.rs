@@ -123,11 +123,15 @@ fn a_guest_that_runs_keeps_its_memory_whoever_else_would_have_it() {
     // The lock ended with its holder: neither QEMU nor anybody else has inherited it.
     let again = stage.attach("src", &[]);
     assert_eq!(again.qemu(), pid);
-    let destination = stage.receive("dst", &files.machine("there"), "");
-    let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
-    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let destination = stage.receive("dst", &files.machine("there"), "filling");
+    let moving = stage.migrate("src", destination.address(), &["--verify"]);
+    destination.wait_held("filling");
+    receive_refused(&stage, "second", &files.machine("there"), &["in use by", "qemu-system"]);
+    stage.release();
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(0), "one that was refused does not disturb the move: {}", ended.stderr);
     destination.wait_guest_runs();
-    // One that has just come is as safe.
+    // A guest that has just come is as safe.
     receive_refused(&stage, "second", &files.machine("there"), &["in use by", "qemu-system"]);
     assert!(destination.guest_runs());
     assert!(files.holds("there", LOW..HIGH, 1));
@@ -167,6 +171,46 @@ fn a_process_that_cannot_be_seen_is_a_user_too() {
     let behind = Stage::new().behind(&format!("mount --bind {} /proc/{qemu}", nothing.display()));
     receive_refused(&behind, "dst", &files.machine("ram"), &["cannot be seen from here", "mem-path"]);
     assert!(files.holds("ram", LOW..HIGH, 1));
+}
+
+/// A QEMU without pageferry, ended on drop.
+struct Plain(std::process::Child);
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_qemu_that_came_to_a_waiting_receivers_file_keeps_its_memory() {
+    let (stage, files) = (Stage::new(), Files::new());
+    let source = stage.run("src", &files.machine("here"), "");
+    source.wait_guest_runs();
+    let destination = stage.receive("dst", &files.machine("there"), "");
+    let mut words = files.machine("there").split(' ').map(str::to_owned).collect::<Vec<_>>();
+    words.extend(pageferry_tests::stage::monitor_options(&stage.path("plain.look")));
+    let plain = Plain(std::process::Command::new(&words[0]).args(&words[1..]).spawn().unwrap());
+    let runs = || look::guest_state(&stage.path("plain.look")).as_deref() == Some("running");
+    eventually("the other QEMU runs", SOON, || runs().then_some(()));
+    files.write("there", LOW..HIGH, 3);
+    let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
+    assert_eq!(ended.status, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains(&format!("(process {})", plain.0.id())), "{}", ended.stderr);
+    assert!(files.holds("there", LOW..HIGH, 3));
+    assert!(runs() && source.guest_runs());
+    drop(plain);
+    // Its user has gone. What it has left there is not the guest's: a page of zeros is not sent.
+    let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let (here, there) = (files.map("here"), files.map("there"));
+    let mut pages = [[0; PAGE]; 2];
+    for at in (LOW..HIGH).step_by(PAGE) {
+        here.read(at, &mut pages[0]).unwrap();
+        there.read(at, &mut pages[1]).unwrap();
+        assert!(pages[0] == pages[1], "the page at {at:#x}");
+    }
 }
 
 /// Commands to a supervisor's QEMU on the test's own monitor.

@@ -8,19 +8,24 @@ use std::path::{Path, PathBuf};
 /// The names of a version's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Version {
-    limit: &'static str,
+    /// The first is refused beyond; beyond the second, whoever allocates is held up until memory is given back, which a
+    /// guest's is not.
+    limits: &'static [&'static str],
     used: &'static str,
     /// Lines of `memory.stat`: file pages, which the kernel takes back before it refuses anything.
     files: [&'static str; 2],
 }
 
 const V1: Version = Version {
-    limit: "memory.limit_in_bytes",
+    limits: &["memory.limit_in_bytes"],
     used: "memory.usage_in_bytes",
     files: ["total_inactive_file", "total_active_file"],
 };
-const V2: Version =
-    Version { limit: "memory.max", used: "memory.current", files: ["inactive_file", "active_file"] };
+const V2: Version = Version {
+    limits: &["memory.max", "memory.high"],
+    used: "memory.current",
+    files: ["inactive_file", "active_file"],
+};
 
 /// Every memory cgroup above this process that has a limit and can be seen from here.
 pub(super) fn bounds() -> Vec<Bound> {
@@ -69,7 +74,8 @@ fn bound(directory: &Path, version: Version) -> Option<Bound> {
     let read = |file: &str| read_to_string(directory.join(file)).ok();
     let number = |file: &str| read(file)?.trim().parse::<u64>().ok();
     // `max` is no number, and no limit.
-    let (limit, used) = (number(version.limit)?, number(version.used)?);
+    let limits = version.limits.iter().filter_map(|file| Some((number(file)?, *file)));
+    let ((limit, file), used) = (limits.min()?, number(version.used)?);
     let stat = read("memory.stat").unwrap_or_default();
     let of = |name: &str| -> Option<u64> {
         stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
@@ -77,7 +83,7 @@ fn bound(directory: &Path, version: Version) -> Option<Bound> {
     let files: u64 = version.files.iter().filter_map(|name| of(name)).sum();
     Some(Bound {
         what: format!("the memory cgroup {} (limit {} MiB)", directory.display(), limit >> 20),
-        mend: format!("raise its {}", version.limit),
+        mend: format!("raise its {file}"),
         available: limit.saturating_sub(used.saturating_sub(files)),
     })
 }
@@ -120,6 +126,9 @@ mod tests {
         assert_eq!(bound(directory.path(), V2), None);
         write("memory.max", "1200\n");
         assert_eq!(bound(directory.path(), V2).unwrap().available, 700);
+        write("memory.high", "1100\n");
+        let high = bound(directory.path(), V2).unwrap();
+        assert_eq!((high.available, high.mend.as_str()), (600, "raise its memory.high"));
         write("memory.limit_in_bytes", "900\n");
         write("memory.usage_in_bytes", "1000\n");
         assert_eq!(bound(directory.path(), V1).unwrap().available, 0, "it is over its limit");

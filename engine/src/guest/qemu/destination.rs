@@ -9,12 +9,14 @@ use super::stream::{self, Incoming, STATE_MAX, Settings};
 use crate::error::{Error, Result};
 use crate::guest::{DestinationGuest, GuestDescription, Liveness};
 use crate::memory::GuestMemory;
+use crate::memory::opened::OpenWatch;
 use crate::room;
 use pageferry_transport::MemoryRegion;
 use rustix::fd::AsFd;
 use serde_json::json;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,10 @@ pub struct QemuDestination {
     platform: Platform,
     /// Names of differences from the source's that the operator allows.
     allowed: Vec<String>,
+    /// Tells who else comes to its memory while it waits.
+    opened: OpenWatch,
+    /// Whether somebody did, and its memory has not been made zero since.
+    used: AtomicBool,
     /// The number of the last event before it waited: no RESUME and no RESET may follow before Commit.
     waiting_since: u64,
     /// Has the monitor from the load to Commit.
@@ -49,6 +55,8 @@ impl QemuDestination {
     /// # Errors
     /// [`Error::Refused`] if other processes map its memory. Nothing was written then.
     pub fn new(mut qemu: Qemu) -> Result<Self> {
+        // The watch first: who comes after the look is told by it.
+        let opened = OpenWatch::of(qemu.memory())?;
         qemu.refuse_shared_use()?;
         let huge_pages_set_aside = qemu.has_huge_pages_set_aside();
         room::check_huge_pages(qemu.memory(), huge_pages_set_aside)?;
@@ -75,6 +83,8 @@ impl QemuDestination {
             huge_pages_set_aside,
             platform,
             allowed: Vec::new(),
+            opened,
+            used: AtomicBool::new(false),
             waiting_since,
             sentry: Some(sentry),
             struck,
@@ -111,7 +121,15 @@ impl DestinationGuest for QemuDestination {
 
     fn admit(&self, theirs: &GuestDescription) -> Result<()> {
         admit(&Platform::unpack(&theirs.platform)?, &self.platform, &self.allowed)?;
-        // Equal when they were described; ours may have been changed while this waited.
+        // While this waited, somebody may have used its memory, or changed its images.
+        if self.opened.was_opened() {
+            self.used.store(true, Ordering::Relaxed);
+        }
+        self.qemu.refuse_shared_use()?;
+        if self.used.load(Ordering::Relaxed) {
+            self.qemu.memory().make_zero()?;
+            self.used.store(false, Ordering::Relaxed);
+        }
         self.qemu
             .check_images()
             .map_err(|e| Error::Refused(format!("{}; start the receiver again", e.chain())))
@@ -137,6 +155,12 @@ impl DestinationGuest for QemuDestination {
         let deadline = Instant::now() + STATE_MAX;
         let what = "handing the device state to QEMU";
         self.refuse_interference()?;
+        self.qemu.check_images()?;
+        if self.opened.was_opened() {
+            return Err(Error::Guest(
+                "another process opened the guest's memory file while the guest came, and may have written there".into(),
+            ));
+        }
         self.qemu.qmp.type_ahead("cont", deadline)?;
         let mut stream =
             self.stream.take().ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// For a process that is ending to let go of a file: the kernel may be busy with taking its memory apart.
 const LET_GO_MAX: Duration = Duration::from_secs(2);
 /// Pause between two looks for that; nobody tells of it.
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The memory files that one supervisor holds for its QEMU. Dropping it lets go of them.
 #[derive(Debug, Default)]
@@ -79,10 +79,15 @@ pub fn alone(memory: &GuestMemory, qemu: u32) -> Result<()> {
 
 /// Locks a file that nobody maps.
 fn take_unused(path: &Path) -> Result<FileLock> {
-    let lock = FileLock::take(path)?;
-    let id = lock.as_ref().map_or_else(|| FileId::at(path), |lock| Ok(lock.id()))?;
-    let users = users::of(&[id], |_| false);
-    let Some(lock) = lock.filter(|_| users.is_empty()) else { return Err(in_use(path, &users)) };
+    let unused = |id: FileId| match users::of(&[id], |_| false) {
+        users if users.is_empty() => Ok(()),
+        users => Err(in_use(path, &users)),
+    };
+    // Once without opening it: a receiver that waits in it takes whoever opens it for somebody who writes there.
+    unused(FileId::at(path)?)?;
+    let Some(lock) = FileLock::take(path)? else { return Err(in_use(path, &[])) };
+    let id = lock.id();
+    unused(id)?;
     // Others' processes are not shown to everybody, and those of other containers to nobody.
     if lock.is_open_elsewhere() == Some(true) && !users::has_visible_opener(id) {
         return Err(Error::refused(format!(
