@@ -4,7 +4,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
-use crate::guest::SourceGuest;
+use crate::guest::{SourceGuest, Vouched};
 use crate::hold;
 use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
 use crate::link::{self, LinkChoice, Transport, Wish};
@@ -80,6 +80,9 @@ pub struct MigrateOptions {
     pub poisoned: Poisoned,
     /// Allow an address off loopback.
     pub insecure: bool,
+    /// What the operator vouches for.
+    #[serde(default)]
+    pub vouched: Vouched,
 }
 
 impl MigrateOptions {
@@ -97,6 +100,7 @@ impl MigrateOptions {
             verify: false,
             poisoned: Poisoned::Refuse,
             insecure: false,
+            vouched: Vouched::default(),
         }
     }
 }
@@ -228,6 +232,7 @@ fn run(
     monitor.enter(Stage::Setup);
     let addresses = Address::resolve_all(&options.to)?;
     addresses.iter().try_for_each(|address| session::check_exposure(address, options.insecure))?;
+    guest.vouch(&options.vouched);
     guest.preflight()?;
     report.memory_bytes = guest.memory().bytes();
     crate::warm::map_own_code();

@@ -9,6 +9,7 @@
 //!   look         what /proc and a second QMP monitor say about a QEMU
 //!   throttle     a bound on the speed of a disk
 //!   ledger       a guest of two kilobytes that checks its memory
+//!   slow_fs      a file system in user space that answers slowly
 //!   console      the Linux guest of docs/guest.md, through its serial port
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod ledger;
 pub mod look;
 pub mod proxy;
 pub mod random;
+pub mod slow_fs;
 pub mod stage;
 pub mod throttle;
 pub mod words;

@@ -1,6 +1,7 @@
 //! What cannot work is refused: exit status 2, one clear line with the mend, and nothing is touched. What
 //! was tried and given up ends with 1, and the guest runs on.
 
+use pageferry::guest::qemu::qmp::Qmp;
 use pageferry::supervisor::api::State;
 use pageferry_tests::look::{self, tracked_mappings};
 use pageferry_tests::stage::{BARE, Ended, Stage, monitor_options};
@@ -14,6 +15,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 /// Where nobody answers (RFC 5737).
 const ELSEWHERE: &str = "192.0.2.1:7600";
@@ -629,7 +631,7 @@ fn devices_that_write_memory_from_outside_are_refused() {
     supervisor.wait_guest_runs();
     let destination = stage.receive("dst", BARE, "");
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
-    refused(&ended, &["vhost-user", "outside QEMU's process", "unplug"]);
+    refused(&ended, &["vhost-user", "outside QEMU's process", "Unplug", "--allow-device vhost-user"]);
     assert!(supervisor.guest_runs());
 }
 
@@ -682,4 +684,72 @@ fn a_downtime_below_the_floor_is_given_up_with_a_clear_reason() {
     }
     assert!(source.guest_runs());
     assert_eq!(tracked_mappings(source.qemu()), 0);
+}
+
+#[test]
+fn the_operator_may_vouch_for_a_device_by_its_type() {
+    let stage = Stage::new();
+    // A 9p share that nobody has mounted.
+    let share = stage.path("share");
+    std::fs::create_dir(&share).unwrap();
+    let qemu = format!(
+        "{BARE} -fsdev local,id=fs,path={},security_model=none -device virtio-9p-pci,id=share,fsdev=fs,mount_tag=t",
+        share.display()
+    );
+    let source = stage.run("src", &qemu, "");
+    source.wait_guest_runs();
+    let destination = stage.receive("dst", &qemu, "");
+    let words = ["virtio-9p-pci (share)", "QEMU does not wait for its reads", "--allow-device virtio-9p-pci"];
+    move_refused(&stage, destination.address(), &[], &words);
+    move_refused(&stage, destination.address(), &["--allow-device", "virtio-9p"], &words);
+    assert_eq!(tracked_mappings(source.qemu()), 0);
+    let ended = stage.migrate("src", destination.address(), &["--allow-device", "virtio-9p-pci"]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+}
+
+#[test]
+fn a_device_that_comes_and_goes_in_the_rounds_aborts_before_the_pause() {
+    let stage = Stage::new();
+    let qemu = format!("{BARE} -device qemu-xhci,id=usb");
+    let source = stage.run("src", &qemu, "rounds");
+    source.wait_guest_runs();
+    let destination = stage.receive("dst", &qemu, "");
+    let moving = stage.migrate("src", destination.address(), &[]);
+    source.wait_held("rounds");
+    // Plugged out at once, as no driver of the guest has a say: the list of devices is what it was.
+    let deadline = Instant::now() + SOON;
+    let mut qmp = Qmp::connect(&source.monitor, deadline).unwrap();
+    let stick = json!({ "driver": "usb-tablet", "id": "stick", "bus": "usb.0" });
+    qmp.execute("device_add", stick, deadline).unwrap();
+    qmp.execute("device_del", json!({ "id": "stick" }), deadline).unwrap();
+    qmp.wait_event(deadline, |event| event.name == "DEVICE_DELETED" && event.data["device"] == "stick")
+        .unwrap();
+    drop(qmp);
+    stage.release();
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("stick was unplugged"), "{}", ended.stderr);
+    assert!(source.guest_runs());
+    // And it moves when nothing is plugged.
+    destination.wait_state(State::Waiting);
+    let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+}
+
+#[test]
+fn a_device_that_came_in_the_rounds_aborts_before_the_pause() {
+    let stage = Stage::new();
+    let qemu = format!("{BARE} -device qemu-xhci,id=usb");
+    let source = stage.run("src", &qemu, "rounds");
+    source.wait_guest_runs();
+    let destination = stage.receive("dst", &qemu, "");
+    let moving = stage.migrate("src", destination.address(), &[]);
+    source.wait_held("rounds");
+    let stick = json!({ "driver": "usb-tablet", "id": "stick", "bus": "usb.0" });
+    look::ask(&source.monitor, "device_add", stick).expect("QEMU takes it");
+    stage.release();
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("usb-tablet (stick) came"), "{}", ended.stderr);
+    assert!(source.guest_runs());
 }

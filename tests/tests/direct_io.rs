@@ -8,6 +8,7 @@ use pageferry::dirty::DirtySource;
 use pageferry::dirty::pagemap::{PagemapSource, TrackedRange, own_userfaultfd};
 use pageferry::page::PAGE_BYTES;
 use pageferry_tests::not_run;
+use pageferry_tests::slow_fs::SlowFs;
 use pageferry_transport::MemoryRegion;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::pread;
@@ -17,19 +18,27 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
+use std::time::Duration;
 
 const PAGES: u64 = 4096;
 const READ_PAGES: u64 = 64;
 const READERS: u64 = 4;
 const SWEEPS: u64 = 5;
 
+/// How long each read of the slow file system takes: long beside a harvest.
+const SLOW: Duration = Duration::from_millis(5);
+
 /// A file whose page `p` is full of bytes that tell `p`.
-fn disk(path: &Path) -> Option<OwnedFd> {
+fn write_disk(path: &Path) {
     let mut file = File::create(path).unwrap();
     for page in 0..PAGES {
         file.write_all(&[(page % 251 + 1) as u8; PAGE_BYTES as usize]).unwrap();
     }
     file.sync_all().unwrap();
+}
+
+fn disk(path: &Path) -> Option<OwnedFd> {
+    write_disk(path);
     open(path, OFlags::RDONLY | OFlags::DIRECT, Mode::empty()).ok()
 }
 
@@ -123,5 +132,31 @@ fn direct_reads_lose_no_page_once_they_are_settled_between_harvest_and_copy() {
     }
     // That the danger is real: without settling, pages are lost. Not asserted, for a quick disk may hide it.
     let lost: u64 = (0..5).map(|_| pages_lost(&disk, false)).sum();
+    println!("without settling, {lost} pages were lost");
+}
+
+/// What the drain rests on: whether a read copies through the page tables is the file system's doing, and not
+/// the reader's, who opens its file alike each time.
+#[test]
+fn a_file_system_that_pins_plain_reads_loses_pages_unless_they_are_settled_and_one_that_copies_does_not() {
+    let name = "a_file_system_that_pins_plain_reads_loses_pages_unless_they_are_settled_and_one_that_copies_does_not";
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("disk");
+    write_disk(&path);
+    let mount = |direct| {
+        let slow = SlowFs::over(&path, direct, SLOW)?;
+        let flags = |more| open(slow.path(), OFlags::RDONLY | more, Mode::empty());
+        let (plain, direct) = (flags(OFlags::empty()).unwrap(), flags(OFlags::DIRECT).unwrap());
+        Ok::<_, String>((slow, plain, direct))
+    };
+    let (pinning, copying) = match (mount(true), mount(false)) {
+        (Ok(pinning), Ok(copying)) => (pinning, copying),
+        (Err(why), _) | (_, Err(why)) => return not_run(name, &why),
+    };
+    assert_eq!(pages_lost(&copying.1, false), 0, "through the page cache");
+    let lost = pages_lost(&pinning.1, false);
+    assert!(lost > 0, "plain reads past the page cache");
+    assert_eq!(pages_lost(&pinning.1, true), 0, "the same, settled");
+    assert_eq!(pages_lost(&copying.2, true), 0, "direct reads, settled");
     println!("without settling, {lost} pages were lost");
 }

@@ -10,6 +10,7 @@ pub mod units;
 use crate::destination::Reception;
 use crate::doorway::Doorway;
 use crate::error::{Error, Result};
+use crate::guest::Vouched;
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::guardian::{self, GuardianArgs};
 use crate::guest::qemu::ownership::Ownership;
@@ -193,6 +194,8 @@ struct MigrateArgs {
     /// Connect off loopback although the connection is neither encrypted nor authenticated yet.
     #[arg(long)]
     insecure: bool,
+    #[command(flatten)]
+    vouched: Vouched,
 }
 
 #[derive(Debug, Args)]
@@ -383,5 +386,6 @@ fn migrate_options(args: &MigrateArgs) -> Result<MigrateOptions> {
         verify: args.verify,
         poisoned: args.poisoned,
         insecure: args.insecure,
+        vouched: args.vouched.clone(),
     })
 }

@@ -18,6 +18,7 @@ use crate::memory::lost::LostPage;
 use crate::page::PageRun;
 use crate::policy::FixedCosts;
 use crate::protocol::bounded;
+use clap::Args;
 use pageferry_transport::MemoryRegion;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -76,6 +77,15 @@ pub struct GuestDescription {
     pub platform: Vec<u8>,
 }
 
+/// What the operator vouches for, where the engine cannot know.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
+pub struct Vouched {
+    /// Move the guest although it has a device, netdev, object or block driver of this type: you know that it writes no
+    /// guest memory that the tracking does not see. May be given again.
+    #[arg(long = "allow-device", value_name = "TYPE")]
+    pub devices: Vec<String>,
+}
+
 /// Fails once the process that runs the guest has ended. Cheap enough for every batch.
 pub type Liveness = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
@@ -86,6 +96,11 @@ pub type MapAhead = Arc<dyn Fn(PageRun) -> Result<()> + Send + Sync>;
 pub trait SourceGuest: Send {
     /// What the destination must match.
     fn describe(&self) -> GuestDescription;
+
+    /// Takes note of what the operator vouches for. Called before [`Self::preflight`].
+    fn vouch(&mut self, vouched: &Vouched) {
+        let _ = vouched;
+    }
 
     /// Fails, with the mend, if something stands against moving it. Touches nothing.
     fn preflight(&mut self) -> Result<()>;

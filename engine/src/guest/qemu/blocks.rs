@@ -21,7 +21,7 @@ use crate::memory::SlotSource;
 use crate::proc_maps::Mapping;
 use pageferry_transport::Access;
 use rustix::fs::{fstat, fstatfs};
-use serde_json::{Value, json};
+use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -160,116 +160,10 @@ fn judge(version: Version, block: &RamBlock, backend: Option<&str>, shared: bool
 
 /// The memory backends by id, with their types.
 fn backends(qmp: &mut Qmp, deadline: Instant) -> Result<HashMap<String, String>> {
-    Ok(objects(qmp, deadline)?.into_iter().filter(|(_, kind)| kind.starts_with("memory-backend")).collect())
-}
-
-/// The user-created objects: id and type.
-fn objects(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<(String, String)>> {
-    let list = qmp.execute("qom-list", json!({ "path": "/objects" }), deadline)?;
-    let of = |object: &Value| {
-        let kind = object.get("type")?.as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
-        Some((object.get("name")?.as_str()?.to_owned(), kind.to_owned()))
-    };
-    Ok(list.as_array().into_iter().flatten().filter_map(of).collect())
-}
-
-/// Devices and back ends that write guest memory from outside QEMU's process, where the tracking
-/// does not see it. Empty if the guest can be moved. (vhost in the kernel writes through QEMU's own
-/// page tables and is seen.)
-pub fn outside_writers(qmp: &mut Qmp, deadline: Instant) -> Result<Vec<String>> {
-    let mut monitor = |command: &str| -> Result<String> {
-        let arguments = json!({ "command-line": command });
-        let answer = qmp.execute("human-monitor-command", arguments, deadline)?;
-        answer
-            .as_str()
-            .map(str::to_owned)
-            .ok_or_else(|| Error::Guest(format!("QEMU answered `{command}` with something else than a text")))
-    };
-    let mut names = devices_outside(&monitor("info qtree")?);
-    names.extend(networks_outside(&monitor("info network")?));
-    for (id, kind) in objects(qmp, deadline)? {
-        if is_outside(&kind) {
-            names.push(format!("{kind} ({id})"));
-        }
-    }
-    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }), deadline)?;
-    for node in nodes.as_array().into_iter().flatten() {
-        if let Some(driver) = node["drv"].as_str().filter(|driver| is_outside_driver(driver)) {
-            names.push(format!("{driver} (a disk)"));
-        }
-    }
-    Ok(names)
-}
-
-/// Whether a disk of the guest is read past the host's page cache. The kernel then pins guest pages and
-/// the disk writes them by DMA, which write-protection reports when the transfer begins, not when it
-/// ends; see [`crate::guest::SourceGuest::settle_io`].
-pub fn has_direct_io(qmp: &mut Qmp, deadline: Instant) -> Result<bool> {
-    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }), deadline)?;
-    Ok(nodes.as_array().is_some_and(|nodes| nodes.iter().any(is_direct)))
-}
-
-/// A block node whose transfers may go by DMA: opened with `cache.direct`, or a device passed through.
-fn is_direct(node: &Value) -> bool {
-    node["cache"]["direct"] == true
-        || matches!(
-            node["drv"].as_str(),
-            Some("host_device" | "host_cdrom" | "io_uring" | "nvme-io_uring" | "iscsi" | "rbd")
-        )
-}
-
-/// Block drivers that hand guest memory to hardware or to another process for good.
-fn is_outside_driver(driver: &str) -> bool {
-    matches!(driver, "nvme" | "virtio-blk-vfio-pci" | "virtio-blk-vhost-user" | "virtio-blk-vhost-vdpa")
-}
-
-/// Types of devices, network back ends and objects whose other half is another process or hardware.
-fn is_outside(kind: &str) -> bool {
-    [
-        "vhost-user",
-        "vhost-vdpa",
-        "vhost-scsi",
-        "vfio-",
-        "x-vfio-",
-        "ivshmem",
-        "x-pci-proxy",
-        "cryptodev-vhost-user",
-    ]
-    .iter()
-    .any(|prefix| kind.starts_with(prefix))
-}
-
-/// Lines of `info qtree` look like `dev: vfio-pci, id "gpu"`.
-fn devices_outside(qtree: &str) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    let mut depth_hidden = None;
-    for line in qtree.lines() {
-        let depth = line.len() - line.trim_start().len();
-        if depth_hidden.is_some_and(|hidden| depth > hidden) {
-            continue; // the inner half of a device already named
-        }
-        depth_hidden = None;
-        let Some((kind, id)) = line.trim_start().strip_prefix("dev: ").and_then(|l| l.split_once(", id "))
-        else {
-            continue;
-        };
-        if is_outside(kind) {
-            let id = id.trim_matches('"');
-            names.push(if id.is_empty() { kind.to_owned() } else { format!("{kind} ({id})") });
-            depth_hidden = Some(depth);
-        }
-    }
-    names
-}
-
-/// Lines of `info network` look like ` \ net0: index=0,type=vhost-user,...`.
-fn networks_outside(text: &str) -> Vec<String> {
-    let outside = |line: &str| {
-        let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": ")?;
-        let kind = rest.split(',').find_map(|p| p.strip_prefix("type="))?;
-        is_outside(kind).then(|| format!("netdev {kind} ({name})"))
-    };
-    text.lines().filter_map(outside).collect()
+    Ok(super::devices::objects(qmp, deadline)?
+        .into_iter()
+        .filter(|(_, kind)| kind.starts_with("memory-backend"))
+        .collect())
 }
 
 fn human_text(answer: &Value) -> Result<String> {
@@ -428,18 +322,6 @@ mod tests {
     const V10: Version = Version { major: 10, minor: 0, micro: 2 };
 
     #[test]
-    fn disks_that_write_guest_memory_by_dma_are_told_from_those_that_do_not() {
-        let direct = |text: &str| is_direct(&serde_json::from_str(text).unwrap());
-        assert!(direct(
-            r#"{"drv": "file", "cache": {"direct": true, "writeback": true, "no-flush": false}}"#
-        ));
-        assert!(direct(r#"{"drv": "host_device", "cache": {"direct": false}}"#));
-        assert!(!direct(r#"{"drv": "qcow2", "cache": {"direct": false}}"#));
-        assert!(!direct("{}") && !direct("null"));
-        assert!(is_outside_driver("nvme") && !is_outside_driver("file"));
-    }
-
-    #[test]
     fn the_table_of_qemu_10_is_read() {
         let text = "              Block Name    PSize              Offset               Used              Total                HVA  RO\n\
            pageferry.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f0db7fff000  rw\n\
@@ -533,16 +415,6 @@ mod tests {
     }
 
     #[test]
-    fn outside_writers_are_named() {
-        let qtree = "bus: main-system-bus\n  type System\n  dev: q35-pcihost, id \"\"\n    bus: pcie.0\n      type PCIE\n      \
-            dev: vhost-user-fs-pci, id \"fs\"\n        tag = \"x\"\n        bus: virtio-bus\n          dev: vhost-user-fs-device, id \"\"\n      \
-            dev: vfio-pci, id \"\"\n        host = \"0000:01:00.0\"\n      dev: virtio-net-pci, id \"vfio-like\"\n";
-        assert_eq!(devices_outside(qtree), ["vhost-user-fs-pci (fs)", "vfio-pci"]);
-        let network = "nn: index=0,type=nic,model=virtio-net-pci\n \\ u0: index=0,type=vhost-user,queues=1\nt: index=0,type=tap\n";
-        assert_eq!(networks_outside(network), ["netdev vhost-user (u0)"]);
-    }
-
-    #[test]
     fn memory_of_a_real_qemu_is_found_and_is_the_same_memory() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = directory.path().join("ram");
@@ -571,7 +443,6 @@ mod tests {
         std::os::unix::fs::FileExt::read_exact_at(&memory, &mut seen, ram.process_address + (1 << 20))
             .unwrap();
         assert_eq!(&seen, b"ferry");
-        assert!(outside_writers(&mut qemu.qmp, TestQemu::soon()).unwrap().is_empty());
     }
 
     #[test]

@@ -4,12 +4,15 @@
 //! ([`blocks`]); its writes are followed through a userfaultfd that one injected system call makes
 //! ([`inject`]); its device state is QEMU's own migration stream, held back until the guest is stopped
 //! ([`stream`]); a lock says whose a memory file is ([`ownership`]); everything else is said over QMP
-//! ([`qmp`]). If the supervisor dies in the blackout, a [`guardian`] puts the guest right; if another monitor
+//! ([`qmp`]). What may write its memory is known by type ([`devices`]) and by what QEMU holds open
+//! ([`disks`]). If the supervisor dies in the blackout, a [`guardian`] puts the guest right; if another monitor
 //! lets a guest run that must not, a [`sentry`] stops it.
 
 pub mod blocks;
 pub mod command;
 pub mod destination;
+pub mod devices;
+pub mod disks;
 pub mod guardian;
 pub mod image;
 pub mod inject;

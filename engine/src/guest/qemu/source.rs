@@ -1,6 +1,8 @@
 //! A guest that runs in QEMU, as the source of a migration.
 
 use super::blocks;
+use super::devices::{self, Inventory};
+use super::disks;
 use super::guardian::{Guardian, Side};
 use super::inject::userfaultfd_of;
 use super::mtree;
@@ -11,12 +13,12 @@ use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
 use crate::error::{Error, Result};
-use crate::guest::{GuestDescription, Liveness, SourceGuest};
+use crate::guest::{GuestDescription, Liveness, SourceGuest, Vouched};
 use crate::memory::GuestMemory;
 use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
 use rustix::fd::AsFd;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,6 +63,10 @@ pub struct QemuSource {
     gatherer: Gatherer,
     /// See [`Self::settle_in`].
     left_over: Option<Settings>,
+    /// What the operator vouches for.
+    vouched: Vouched,
+    /// What the guest was made of at the preflight.
+    inventory: Option<Inventory>,
 }
 
 /// What `arm` set up and `resume` takes down.
@@ -90,6 +96,8 @@ impl QemuSource {
             platform: Vec::new(),
             gatherer: Gatherer::default(),
             left_over: None,
+            vouched: Vouched::default(),
+            inventory: None,
         }
     }
 
@@ -242,22 +250,54 @@ impl QemuSource {
         Ok(())
     }
 
-    fn refuse_what_escapes_tracking(&mut self, deadline: Instant) -> Result<()> {
-        let writers = blocks::outside_writers(&mut self.qemu.qmp, deadline)?;
-        if writers.is_empty() {
+    /// What the guest is made of; refused if the tracking would not see all that it may write.
+    fn refuse_what_escapes_tracking(&mut self, deadline: Instant) -> Result<Inventory> {
+        let nodes = devices::block_nodes(&mut self.qemu.qmp, deadline)?;
+        let inventory = Inventory::read(&mut self.qemu.qmp, &nodes, deadline)?;
+        inventory.check(&self.vouched)?;
+        self.refuse_registered_memory()?;
+        Ok(inventory)
+    }
+
+    /// The look at what may have changed since the last one; returns the block nodes.
+    fn look_in_the_rounds(&mut self) -> Result<Value> {
+        let deadline = Instant::now() + QMP_MAX;
+        let nodes = devices::block_nodes(&mut self.qemu.qmp, deadline)?;
+        devices::check_block_drivers(&nodes, &self.vouched)?;
+        devices::check_none_unplugged(&mut self.qemu.qmp)?;
+        self.refuse_registered_memory()?;
+        Ok(nodes)
+    }
+
+    fn refuse_registered_memory(&self) -> Result<()> {
+        let slots = self.qemu.memory().slots().iter();
+        let memory: Vec<_> =
+            slots.map(|s| s.process_address..s.process_address + s.region().len() as u64).collect();
+        if disks::registered_buffers(self.qemu.pid(), &memory)?.is_empty() {
             return Ok(());
         }
-        Err(Error::refused(format!(
-            "the guest has devices that write its memory from outside QEMU's process, where no tracking sees it: {}; \
-             unplug them (vhost-net in the kernel, virtio and emulated devices are fine)",
-            writers.join(", ")
-        )))
+        Err(Error::refused(
+            "QEMU has registered guest memory as buffers of an io_uring, which the kernel writes by an address of its own, \
+             where no tracking sees it: give the disk another driver or another aio= (threads, native)",
+        ))
+    }
+}
+
+/// What is found in the rounds ends a migration that is under way: nothing is refused any more.
+fn no_refusal(error: Error) -> Error {
+    match error {
+        Error::Refused(text) => Error::Guest(text),
+        other => other,
     }
 }
 
 impl SourceGuest for QemuSource {
     fn describe(&self) -> GuestDescription {
         GuestDescription { platform: self.platform.clone(), ..self.qemu.description().clone() }
+    }
+
+    fn vouch(&mut self, vouched: &Vouched) {
+        self.vouched.clone_from(vouched);
     }
 
     fn preflight(&mut self) -> Result<()> {
@@ -269,7 +309,8 @@ impl SourceGuest for QemuSource {
         }
         self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
-        self.refuse_what_escapes_tracking(deadline)?;
+        devices::forget_unplugged(&mut self.qemu.qmp)?;
+        self.inventory = Some(self.refuse_what_escapes_tracking(deadline)?);
         if self.qemu.follow_memory()? {
             tracing::info!("the guest's memory has changed since it was taken up, and is mapped anew");
         }
@@ -283,7 +324,7 @@ impl SourceGuest for QemuSource {
             )));
         }
         let migration = self.qemu.qmp.execute("query-migrate", json!({}), deadline)?;
-        let migration = migration.get("status").and_then(serde_json::Value::as_str).unwrap_or("none");
+        let migration = migration.get("status").and_then(Value::as_str).unwrap_or("none");
         if stream::under_way(migration) {
             return Err(Error::refused(format!(
                 "QEMU is busy with a migration of its own ({migration}); let it end, or `migrate_cancel` it"
@@ -369,7 +410,12 @@ impl SourceGuest for QemuSource {
     fn settle_io(&mut self) -> Result<()> {
         // Asked each time: disks are plugged in. Stopping the vCPUs is the one thing by which QEMU waits for
         // every transfer of every device.
-        if blocks::has_direct_io(&mut self.qemu.qmp, Instant::now() + QMP_MAX)? && self.is_running()? {
+        let nodes = self.look_in_the_rounds().map_err(no_refusal)?;
+        let pinning = disks::may_pin(&nodes, self.qemu.pid())?;
+        if let Some(why) = pinning
+            && self.is_running()?
+        {
+            tracing::debug!(why, "transfers are drained");
             self.stop()?;
             self.cont()?;
         }
@@ -377,6 +423,7 @@ impl SourceGuest for QemuSource {
     }
 
     fn arm(&mut self) -> Result<()> {
+        devices::check_none_unplugged(&mut self.qemu.qmp)?;
         let settings = Settings::read(&mut self.qemu.qmp)?;
         self.guardian()?.entrust(&settings)?;
         let sentry = Some(Sentry::ready(Post::Source)?);
@@ -385,7 +432,10 @@ impl SourceGuest for QemuSource {
         armed.outgoing = Some(Outgoing::start(&mut self.qemu.qmp)?);
         // What was plugged in during the rounds. From here on QEMU plugs nothing.
         let deadline = Instant::now() + QMP_MAX;
-        self.refuse_what_escapes_tracking(deadline)?;
+        let inventory = self.refuse_what_escapes_tracking(deadline).map_err(no_refusal)?;
+        if let Some(before) = &self.inventory {
+            inventory.check_unchanged_since(before)?;
+        }
         self.check_memory()
     }
 
