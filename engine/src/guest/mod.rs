@@ -84,6 +84,11 @@ pub struct Vouched {
     /// guest memory that the tracking does not see. May be given again.
     #[arg(long = "allow-device", value_name = "TYPE")]
     pub devices: Vec<String>,
+    /// Move the guest although it has virtualization switched on under KVM: you know that it runs no guest of its own.
+    /// What the processor writes for one is not seen.
+    #[arg(long)]
+    #[serde(default)]
+    pub no_nested_guest: bool,
 }
 
 /// Fails once the process that runs the guest has ended. Cheap enough for every batch.

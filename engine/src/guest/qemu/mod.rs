@@ -17,6 +17,7 @@ pub mod guardian;
 pub mod image;
 pub mod inject;
 mod mtree;
+pub mod nested;
 pub mod ownership;
 pub mod platform;
 pub mod process;

@@ -6,6 +6,7 @@ use super::disks;
 use super::guardian::{Guardian, Side};
 use super::inject::userfaultfd_of;
 use super::mtree;
+use super::nested::Exposed;
 use super::platform::Gatherer;
 use super::process::{Qemu, ended};
 use super::sentry::{Post, Sentry};
@@ -67,6 +68,8 @@ pub struct QemuSource {
     vouched: Vouched,
     /// What the guest was made of at the preflight.
     inventory: Option<Inventory>,
+    /// What the guest's vCPUs could run nested guests with.
+    nested: Option<Exposed>,
 }
 
 /// What `arm` set up and `resume` takes down.
@@ -98,6 +101,7 @@ impl QemuSource {
             left_over: None,
             vouched: Vouched::default(),
             inventory: None,
+            nested: None,
         }
     }
 
@@ -256,6 +260,7 @@ impl QemuSource {
         let inventory = Inventory::read(&mut self.qemu.qmp, &nodes, deadline)?;
         inventory.check(&self.vouched)?;
         self.refuse_registered_memory()?;
+        self.refuse_nested_guest(deadline)?;
         Ok(inventory)
     }
 
@@ -266,7 +271,15 @@ impl QemuSource {
         devices::check_block_drivers(&nodes, &self.vouched)?;
         devices::check_none_unplugged(&mut self.qemu.qmp)?;
         self.refuse_registered_memory()?;
+        self.refuse_nested_guest(deadline)?;
         Ok(nodes)
+    }
+
+    fn refuse_nested_guest(&mut self, deadline: Instant) -> Result<()> {
+        match &self.nested {
+            Some(exposed) => exposed.check(&mut self.qemu.qmp, &self.vouched, deadline),
+            None => Ok(()),
+        }
     }
 
     fn refuse_registered_memory(&self) -> Result<()> {
@@ -310,6 +323,13 @@ impl SourceGuest for QemuSource {
         self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
         devices::forget_unplugged(&mut self.qemu.qmp)?;
+        self.nested = Exposed::find(&mut self.qemu.qmp, deadline)?;
+        if let Some(exposed) = &self.nested {
+            tracing::warn!(
+                "the guest's vCPUs have {}: let it start no guest of its own while it is moved",
+                exposed.words()
+            );
+        }
         self.inventory = Some(self.refuse_what_escapes_tracking(deadline)?);
         if self.qemu.follow_memory()? {
             tracing::info!("the guest's memory has changed since it was taken up, and is mapped anew");
