@@ -753,3 +753,28 @@ fn a_device_that_came_in_the_rounds_aborts_before_the_pause() {
     assert!(ended.stderr.contains("usb-tablet (stick) came"), "{}", ended.stderr);
     assert!(source.guest_runs());
 }
+
+#[test]
+fn block_jobs_and_exports_are_refused_with_what_ends_them() {
+    let stage = Stage::new();
+    let disk = |name: &str| format!("-blockdev driver=null-co,read-zeroes=on,node-name={name}");
+    let qemu = format!("{BARE} {} {}", disk("a"), disk("b"));
+    let source = stage.run("src", &qemu, "");
+    source.wait_guest_runs();
+    let destination = stage.receive("dst", &qemu, "");
+    let do_it = |command, arguments| look::ask(&source.monitor, command, arguments).expect(command);
+    do_it("blockdev-mirror", json!({ "job-id": "m", "device": "a", "target": "b", "sync": "none" }));
+    move_refused(&stage, destination.address(), &[], &["the block job m (mirror)", "job-cancel"]);
+    do_it("job-cancel", json!({ "id": "m" }));
+    eventually("the job is over", SOON, || {
+        look::ask(&source.monitor, "query-jobs", json!({}))?.as_array()?.is_empty().then_some(())
+    });
+    let path = stage.path("nbd").display().to_string();
+    do_it("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": path } } }));
+    let export = json!({ "type": "nbd", "id": "e", "node-name": "a", "writable": true });
+    do_it("block-export-add", export);
+    move_refused(&stage, destination.address(), &[], &["the disk a is exported by nbd", "block-export-del"]);
+    do_it("block-export-del", json!({ "id": "e" }));
+    let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+}

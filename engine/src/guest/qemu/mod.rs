@@ -8,6 +8,7 @@
 //! ([`disks`]). If the supervisor dies in the blackout, a [`guardian`] puts the guest right; if another monitor
 //! lets a guest run that must not, a [`sentry`] stops it.
 
+pub mod block_jobs;
 pub mod blocks;
 pub mod command;
 pub mod destination;

@@ -1,5 +1,6 @@
 //! A guest that runs in QEMU, as the source of a migration.
 
+use super::block_jobs;
 use super::blocks;
 use super::devices::{self, Inventory};
 use super::disks;
@@ -260,6 +261,7 @@ impl QemuSource {
         let inventory = Inventory::read(&mut self.qemu.qmp, &nodes, deadline)?;
         inventory.check(&self.vouched)?;
         self.refuse_registered_memory()?;
+        block_jobs::check(&mut self.qemu.qmp, deadline)?;
         self.refuse_nested_guest(deadline)?;
         Ok(inventory)
     }
