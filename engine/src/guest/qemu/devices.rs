@@ -97,7 +97,7 @@ pub fn check_block_drivers(nodes: &Value, vouched: &Vouched) -> Result<()> {
     check(&block_drivers_in(nodes).collect::<Vec<_>>(), vouched)
 }
 
-/// Fails if a device was unplugged since that was asked last. Who plugs a device in and out again between
+/// Fails if a device was unplugged since that was asked last and before QEMU's last answer. Who plugs a device in and out again between
 /// two looks at the list of devices leaves no other trace.
 pub fn check_none_unplugged(qmp: &mut Qmp) -> Result<()> {
     match unplugged(qmp)? {

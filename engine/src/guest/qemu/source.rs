@@ -1,7 +1,6 @@
 //! A guest that runs in QEMU, as the source of a migration.
 
 use super::block_jobs;
-use super::blocks;
 use super::devices::{self, Inventory};
 use super::disks;
 use super::guardian::{Guardian, Side};
@@ -38,6 +37,12 @@ const EXIT_MAX: Duration = Duration::from_millis(500);
 const RESUME_MAX: Duration = Duration::from_secs(30);
 /// Pause between two attempts at it.
 const RESUME_EVERY: Duration = Duration::from_millis(20);
+
+/// QEMU's states in which a guest can be moved. One that does not run stays as it is at the destination: QEMU's stream
+/// has the state. Those that stopped for an error of a disk, a panic, a shutdown or the watchdog are among them: that is
+/// when an operator wants the guest away from a host.
+const MOVABLE: [&str; 8] =
+    ["running", "paused", "suspended", "prelaunch", "io-error", "guest-panicked", "shutdown", "watchdog"];
 
 /// See the [module](self).
 pub struct QemuSource {
@@ -324,8 +329,8 @@ impl SourceGuest for QemuSource {
         }
         self.settle_in();
         let deadline = Instant::now() + QMP_MAX;
-        devices::forget_unplugged(&mut self.qemu.qmp)?;
         self.nested = Exposed::find(&mut self.qemu.qmp, deadline)?;
+        devices::forget_unplugged(&mut self.qemu.qmp)?;
         if let Some(exposed) = &self.nested {
             tracing::warn!(
                 "the guest's vCPUs have {}: let it start no guest of its own while it is moved",
@@ -338,11 +343,16 @@ impl SourceGuest for QemuSource {
         }
         self.qemu.describe_images()?;
         let status = self.qemu.status()?;
-        let movable = matches!(status.as_str(), "running" | "paused" | "suspended" | "prelaunch")
-            || (status == "postmigrate" && self.postmigrate_is_ours);
-        if !movable {
+        if status == "postmigrate" && self.postmigrate_is_ours {
+            return Err(Error::refused(
+                "the guest was not running when an earlier migration was aborted, after its state had been saved, and QEMU moves \
+                 such a guest only when it has run again: let it run with `cont` (and `stop` it again) first",
+            ));
+        }
+        if !MOVABLE.contains(&status.as_str()) {
             return Err(Error::refused(format!(
-                "the guest is in QEMU's state {status:?}; only one that runs or is paused can be moved"
+                "the guest is in QEMU's state {status:?}; it can be moved in one of these: {}",
+                MOVABLE.join(", ")
             )));
         }
         let migration = self.qemu.qmp.execute("query-migrate", json!({}), deadline)?;
@@ -445,8 +455,8 @@ impl SourceGuest for QemuSource {
     }
 
     fn arm(&mut self) -> Result<()> {
-        devices::check_none_unplugged(&mut self.qemu.qmp)?;
         let settings = Settings::read(&mut self.qemu.qmp)?;
+        devices::check_none_unplugged(&mut self.qemu.qmp)?;
         self.guardian()?.entrust(&settings)?;
         let sentry = Some(Sentry::ready(Post::Source)?);
         let armed = self.armed.insert(Armed { settings, outgoing: None, sentry });
