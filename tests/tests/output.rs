@@ -234,6 +234,7 @@ fn a_sources_words_are_shown_and_not_obeyed() {
         machine: THEIRS.into(),
         vcpus: 1,
         blocks: Vec::new(),
+        images: Vec::new(),
         platform: Vec::new(),
     };
     let hello = Hello { software: THEIRS.into(), lanes: 1, guest, state_bytes_max: 1 << 20, rdma: false };
