@@ -60,7 +60,7 @@ pub trait Hosted {
     /// Whether Commit may have been sent, so that only its answer, or the operator, may let it run.
     fn is_sealed(&self) -> bool;
 
-    /// Whether [`Self::look_after`] has something to do right after the guest's arrival.
+    /// Whether [`Self::look_after`] has something to do soon after the guest was taken in or up.
     fn is_new_here(&self) -> bool;
 
     /// What is done now and then while nothing happens.

@@ -72,6 +72,7 @@ impl Hosted for QemuHosted {
             return;
         }
         self.guest.settle_in();
+        self.guest.ask_ahead();
         // So that they do not pile up in QEMU.
         if let Err(e) = self.guest.qemu_mut().qmp.drain_events() {
             // Its end, if it is that, comes through `ended`.

@@ -35,6 +35,7 @@ pub struct QemuDestination {
     huge_pages_set_aside: bool,
     /// What the guest would see of its machine here.
     platform: Platform,
+    gatherer: Gatherer,
     /// Names of differences from the source's that the operator allows.
     allowed: Vec<String>,
     /// Tells who else comes to its memory while it waits.
@@ -62,7 +63,8 @@ impl QemuDestination {
         room::check_huge_pages(qemu.memory(), huge_pages_set_aside)?;
         qemu.describe_images()?;
         let pid = qemu.pid();
-        let platform = Gatherer::default().gather(&mut qemu.qmp, pid)?;
+        let mut gatherer = Gatherer::default();
+        let platform = gatherer.gather(&mut qemu.qmp, pid)?;
         // Late activation: no lock on a disk image before the guest is ours.
         let settings = Settings::read(&mut qemu.qmp)?;
         settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
@@ -82,6 +84,7 @@ impl QemuDestination {
             guardian: Some(guardian),
             huge_pages_set_aside,
             platform,
+            gatherer,
             allowed: Vec::new(),
             opened,
             used: AtomicBool::new(false),
@@ -104,7 +107,7 @@ impl QemuDestination {
         if let Some(guardian) = self.guardian.take() {
             guardian.finish();
         }
-        QemuSource::arrived(self.qemu, self.settings)
+        QemuSource::arrived(self.qemu, self.settings, self.gatherer)
     }
 
     /// The QEMU itself.

@@ -68,6 +68,8 @@ pub struct QemuSource {
     /// What the guest sees of its machine, packed, as preflight found it.
     platform: Vec<u8>,
     gatherer: Gatherer,
+    /// Whether [`Self::ask_ahead`] has asked for what a migration will want to know.
+    asked_ahead: bool,
     /// See [`Self::settle_in`].
     left_over: Option<Settings>,
     /// What the operator vouches for.
@@ -104,6 +106,7 @@ impl QemuSource {
             postmigrate_is_ours: false,
             platform: Vec::new(),
             gatherer: Gatherer::default(),
+            asked_ahead: false,
             left_over: None,
             vouched: Vouched::default(),
             inventory: None,
@@ -111,16 +114,27 @@ impl QemuSource {
         }
     }
 
-    /// Makes a source of a QEMU whose guest has just come; the settings are QEMU's before that.
+    /// Makes a source of a QEMU whose guest has just come; the settings are QEMU's before that, and the gatherer
+    /// has asked it already.
     #[must_use]
-    pub fn arrived(qemu: Qemu, before: Settings) -> Self {
-        Self { left_over: Some(before), ..Self::new(qemu) }
+    pub fn arrived(qemu: Qemu, before: Settings, gatherer: Gatherer) -> Self {
+        Self { left_over: Some(before), gatherer, ..Self::new(qemu) }
     }
 
-    /// Whether [`Self::settle_in`] has something to do.
+    /// Whether [`Self::settle_in`] or [`Self::ask_ahead`] has something to do.
     #[must_use]
     pub fn is_new_here(&self) -> bool {
-        self.left_over.is_some()
+        !self.is_watched() && (self.left_over.is_some() || !self.asked_ahead)
+    }
+
+    /// Asks QEMU for what a migration will want to know, as far as it cannot change: some hundred questions,
+    /// while nobody waits.
+    pub fn ask_ahead(&mut self) {
+        if !std::mem::replace(&mut self.asked_ahead, true)
+            && let Err(e) = self.gatherer.ask_ahead(&mut self.qemu.qmp)
+        {
+            tracing::debug!(error = %e.chain(), "the vCPUs' properties are asked for when the guest is moved");
+        }
     }
 
     /// Puts back what QEMU's settings were before a guest came. Not in the guest's first moments here: QEMU

@@ -64,6 +64,14 @@ pub struct Gatherer {
 }
 
 impl Gatherer {
+    /// Asks for what takes longest and cannot change, so that a migration need not.
+    pub fn ask_ahead(&mut self, qmp: &mut Qmp) -> Result<()> {
+        if self.cpu.is_none() {
+            self.cpu = Some(cpu(qmp)?);
+        }
+        Ok(())
+    }
+
     /// What the guest has now.
     pub fn gather(&mut self, qmp: &mut Qmp, pid: u32) -> Result<Platform> {
         let (cpu_model, cpu) = match &self.cpu {
