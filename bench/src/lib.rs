@@ -25,5 +25,6 @@ pub mod simulate;
 pub mod stats;
 pub mod summary;
 pub mod sweep;
+pub mod sweeper;
 pub mod watch;
 pub mod ways;

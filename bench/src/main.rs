@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
-use pageferry::cli::units::duration;
+use pageferry::cli::units::{downtime_max, duration};
 use pageferry::guest::kvm::machine::TrackingChoice;
 use pageferry::guest::kvm::payload::Pattern;
 use pageferry::link::Transport;
@@ -20,6 +20,7 @@ use pageferry_bench::record::{Record, save};
 use pageferry_bench::simulate::{self, SimulateArgs};
 use pageferry_bench::summary::summary;
 use pageferry_bench::sweep::{self, SweepArgs};
+use pageferry_bench::sweeper;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -59,6 +60,12 @@ enum Command {
     Collect(CollectArgs),
     /// Records as tables in Markdown.
     Summary(SummaryArgs),
+    /// Waits for the death of a run; started by it.
+    #[command(hide = true)]
+    Sweeper {
+        /// Its process id.
+        run: u32,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -130,7 +137,7 @@ struct DowntimeArgs {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest blackout that the engine is allowed.
-    #[arg(long, default_value = "30ms", value_parser = duration)]
+    #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Plant a pause of this length into each blackout, to see that it is found.
     #[arg(long, hide = true, default_value = "0ms", value_parser = duration)]
@@ -191,7 +198,37 @@ struct CostArgs {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if let Command::Sweeper { run } = command {
+        return exit(sweeper::main(run));
+    }
+    exit(if command.measures() { sweeper::mark() } else { Ok(()) }.and_then(|()| run(command)))
+}
+
+impl Command {
+    /// Whether it may start processes that must not outlive it. One repetition for a tool that counts does not, and would
+    /// be lost to that tool if it were executed anew.
+    fn measures(&self) -> bool {
+        match self {
+            Self::Compare(_) | Self::Collect(_) | Self::Summary(_) | Self::Sweeper { .. } => false,
+            Self::Cost(args) => args.once.is_none(),
+            _ => true,
+        }
+    }
+}
+
+fn exit(done: Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("pageferry-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Peers(args) => run_peers(args),
         Command::Bulk(args) => run_bulk(args),
         Command::Rdma(args) => run_rdma(args),
@@ -204,13 +241,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => run_compare(&args),
         Command::Collect(args) => run_collect(args),
         Command::Summary(args) => run_summary(&args),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("pageferry-bench: {error:#}");
-            ExitCode::FAILURE
-        }
+        Command::Sweeper { run } => sweeper::main(run),
     }
 }
 
@@ -278,19 +309,21 @@ fn run_summary(args: &SummaryArgs) -> Result<()> {
 /// Runs a command that leaves a record.
 fn measure(what: &str, out: &Path, run: impl FnOnce(&Progress) -> Result<Record>) -> Result<()> {
     save::prepare(out)?;
+    sweeper::start()?;
     let progress = Progress::begin(what)?;
     let record = run(&progress)?;
     progress.end();
     finish(&record, out)
 }
 
-/// Shows a record and writes it. A run of which nothing succeeded is a failure, with its record kept all the same.
+/// Shows a record and writes it. A run of which nothing succeeded, or that was interrupted, is a failure, with its record kept all the same.
 fn finish(record: &Record, out: &Path) -> Result<()> {
     print!("{}", record.show());
     let json = save::save(record, out)?;
     println!("{} and, to look at, {}", json.display(), json.with_extension("html").display());
     match record.failures.first() {
         Some(failure) if record.figures.is_empty() => bail!("nothing could be measured: {}", failure.why),
+        _ if record.interrupted => bail!("it was interrupted; what was measured until then is kept"),
         _ => Ok(()),
     }
 }

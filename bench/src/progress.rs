@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -16,11 +16,11 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// From now on Ctrl-C ends the run after the step that goes on, with all that was measured kept. A second one changes
+    /// From now on Ctrl-C, or the end of the terminal, ends the run after the step that goes on, with all that was measured kept. A second one changes
     /// nothing: to end at once would leave QEMUs behind, and every wait of a step has a deadline.
     pub fn begin(what: &str) -> Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
             signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("listening for Ctrl-C")?;
         }
         let bar = ProgressBar::new(0);

@@ -158,6 +158,14 @@ fn down(name: &str) {
     }
 }
 
+/// Whether namespaces of the run with this process id are there.
+#[must_use]
+pub fn made_by(run: u32) -> bool {
+    let start = format!("pf-bench-{run}-");
+    let entries = std::fs::read_dir(NAMESPACES).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(&start))
+}
+
 /// Removes what runs left behind that were killed. Fails where namespaces cannot be made at all, with the mend.
 pub fn sweep() -> Result<()> {
     script(&["sweep"])

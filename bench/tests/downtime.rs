@@ -50,6 +50,12 @@ fn a_planted_pause_is_found_by_engine_guest_and_client_within_5_percent() {
 
 #[test]
 fn what_was_measured_before_an_interruption_is_kept() {
+    for signal in [Signal::INT, Signal::HUP] {
+        interrupted_by(signal);
+    }
+}
+
+fn interrupted_by(signal: Signal) {
     let directory = tempfile::tempdir().unwrap();
     let mut child = downtime(directory.path(), &["--moves", "5000"])
         .stdout(Stdio::null())
@@ -62,17 +68,75 @@ fn what_was_measured_before_an_interruption_is_kept() {
     let listens = || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
         let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
-        u64::from_str_radix(caught.trim(), 16).is_ok_and(|caught| caught & 2 != 0)
+        // SIGHUP is the last that it begins to listen for, and the first bit.
+        u64::from_str_radix(caught.trim(), 16).is_ok_and(|caught| caught & 1 != 0)
     };
     while !listens() {
         assert!(Instant::now() < deadline, "it does not listen for signals");
         std::thread::yield_now();
     }
-    kill_process(pid, Signal::INT).unwrap();
-    child.wait().unwrap();
+    kill_process(pid, signal).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1), "an interrupted run is no success");
     let record = the_record(directory.path());
     assert!(record.interrupted);
     assert!(record.migrations.len() < 5000);
+}
+
+/// The processes of a run, by what it has put into their environment.
+fn processes_of(run: u32) -> usize {
+    let mark = format!("PAGEFERRY_BENCH_RUN={run}");
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let environments = entries.filter_map(|entry| std::fs::read(entry.path().join("environ")).ok());
+    environments.filter(|all| all.split(|byte| *byte == 0).any(|word| word == mark.as_bytes())).count()
+}
+
+/// The files of a run in this directory.
+fn files_of(run: u32, directory: &Path, start: &str) -> usize {
+    let start = format!("{start}{run}-");
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&start)).count()
+}
+
+#[test]
+fn a_run_that_is_killed_leaves_nothing_behind() {
+    const NAME: &str = "a_run_that_is_killed_leaves_nothing_behind";
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let beside = Path::new(env!("CARGO_BIN_EXE_pageferry-bench")).with_file_name("pageferry");
+    for file in [repository.join(".cache/guest/vmlinuz"), beside] {
+        if !file.is_file() {
+            return not_run(NAME, &format!("{} is not there", file.display()));
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+    command.current_dir(repository).args(["downtime", "--guest", "linux", "--moves", "50", "--out"]);
+    command.arg(directory.path()).env("TMPDIR", directory.path()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let run = child.id();
+    let found = || {
+        let memory = files_of(run, Path::new("/dev/shm"), "pageferry-bench-");
+        let sockets = files_of(run, directory.path(), "pageferry-bench-");
+        (processes_of(run), memory, sockets, files_of(run, Path::new("/run/netns"), "pf-bench-"))
+    };
+    let wait_for = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(
+                Instant::now() < deadline,
+                "{what}: {:?} processes, memory, sockets, namespaces",
+                found()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    // It, its supervisor or QEMU, the guest's memory, and the network where it may be made.
+    wait_for("it has begun", &|| {
+        let (processes, memory, sockets, namespaces) = found();
+        processes >= 2 && memory >= 1 && sockets >= 1 && (namespaces >= 1 || !geteuid().is_root())
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait_for("it is gone", &|| found() == (0, 0, 0, 0));
 }
 
 #[test]
@@ -140,5 +204,15 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
         assert_eq!(status.code(), Some(1), "{arguments:?}");
         let said = text(&stderr);
         assert!(said.contains(mend) && said.lines().count() == 1, "{said}");
+    }
+}
+
+#[test]
+fn a_downtime_of_nothing_is_bad_usage() {
+    for command in ["downtime", "peers", "sweep"] {
+        let mut bench = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
+        let Output { status, stderr, .. } = bench.args([command, "--downtime-max", "0ms"]).output().unwrap();
+        assert_eq!(status.code(), Some(2), "{command}");
+        assert!(text(&stderr).contains("paused for some milliseconds"), "{}", text(&stderr));
     }
 }

@@ -6,7 +6,7 @@ use crate::machine::{Accel, BEAT, GuestOptions};
 use crate::ways::{Terms, Way};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pageferry::cli::units::duration;
+use pageferry::cli::units::{downtime_max, duration};
 use pageferry::guest::kvm::machine::TrackingChoice;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -61,7 +61,7 @@ pub struct PeersArgs {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest blackout that pageferry is allowed.
-    #[arg(long, default_value = "30ms", value_parser = duration)]
+    #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Time between two heartbeats of a guest under kvm; each takes the guest some accesses to ports. [default: 1ms]
     #[arg(long, value_parser = duration)]

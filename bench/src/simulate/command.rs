@@ -3,7 +3,7 @@
 use super::check::GBIT;
 use super::scale::{Assumed, Scenario, Tracking};
 use super::{MOVES, SimulateOptions};
-use pageferry::cli::units::duration;
+use pageferry::cli::units::downtime_max;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ pub struct SimulateArgs {
     #[arg(long, value_name = "GBIT", requires = "memory", default_value_t = 100.0)]
     bandwidth: f64,
     /// Longest blackout that the engine is allowed.
-    #[arg(long, requires = "memory", default_value = "100ms", value_parser = duration)]
+    #[arg(long, requires = "memory", default_value = "100ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Directory for the record and its page.
     #[arg(long, value_name = "DIR", default_value = ".")]

@@ -1,7 +1,7 @@
 //! `sweep` as it stands on the command line.
 
 use super::{GBIT, MOVES, RATES_MB, RATES_MB_QUICK, SweepOptions};
-use pageferry::cli::units::duration;
+use pageferry::cli::units::downtime_max;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ pub struct SweepArgs {
     #[arg(long, default_value_t = 64)]
     working: u32,
     /// Longest blackout that the engine is allowed.
-    #[arg(long, default_value = "30ms", value_parser = duration)]
+    #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Moves at each place. [default: 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
