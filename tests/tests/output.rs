@@ -3,7 +3,7 @@
 //! whatever became of its words. What others say, a peer above all, is shown and not obeyed.
 
 use pageferry::guest::GuestDescription;
-use pageferry::net::tcp::TcpConnection;
+use pageferry::net::socket::SocketConnection;
 use pageferry::protocol::{Cause, Control, Hello, Message};
 use pageferry::supervisor::api::State;
 use pageferry_tests::look;
@@ -201,7 +201,7 @@ fn a_destinations_words_are_shown_and_not_obeyed() {
     let destination = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         stream.read_exact(&mut [0; PREAMBLE_BYTES]).unwrap();
-        let mut control = Control::new(Box::new(TcpConnection::new(stream).unwrap()));
+        let mut control = Control::new(Box::new(SocketConnection::tcp(stream).unwrap()));
         control.receive("Hello", Instant::now() + SOON).unwrap();
         control.abort(&THEIRS.repeat(1000), Cause::Failed, Instant::now() + SOON);
     });
@@ -228,7 +228,7 @@ fn a_sources_words_are_shown_and_not_obeyed() {
     let preamble = Preamble { role: Role::Control, token: Token::default() };
     let mut stream = TcpStream::connect(destination.address()).unwrap();
     stream.write_all(&preamble.encode()).unwrap();
-    let mut control = Control::new(Box::new(TcpConnection::new(stream).unwrap()));
+    let mut control = Control::new(Box::new(SocketConnection::tcp(stream).unwrap()));
     let guest = GuestDescription {
         monitor: "qemu".into(),
         machine: THEIRS.into(),
