@@ -14,19 +14,20 @@
 use super::{TrackedRange, abi, ioctl};
 use crate::error::{Error, Result};
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What one call should take: far less than a guest's timer tick, and enough that the call itself does not show.
 const CALL_TARGET: Duration = Duration::from_millis(1);
 /// The first window, some half a millisecond on full memory here.
 const WINDOW_BYTES_FIRST: u64 = 16 << 20;
-/// A call over less gains nothing: waking up whoever waits takes longer.
-const WINDOW_BYTES_MIN: u64 = 2 << 20;
+/// A call over less gains nothing: waking up whoever waits takes longer, and a terabyte is a hundred thousand calls.
+const WINDOW_BYTES_MIN: u64 = 8 << 20;
 /// Sparse memory is walked fast; without a bound one slow stretch behind it would be one long call.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
-/// The longest pause between two calls. A call may take long because this thread got no processor.
-const PAUSE_MAX: Duration = Duration::from_millis(2);
+/// The longest pause between two calls.
+const PAUSE_MAX: Duration = CALL_TARGET;
 
 /// Chooses the windows by what the ones before took. Pure.
 #[derive(Debug)]
@@ -54,6 +55,12 @@ impl Windows {
     }
 }
 
+/// Of this thread: a call that waited for a processor, or for whoever was let in, has not held anybody up for so long.
+fn processor_time() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
+}
+
 /// Calls `call` with one window after the other, of all ranges, and leaves the process alone in between.
 fn in_windows(
     ranges: &[TrackedRange],
@@ -64,9 +71,9 @@ fn in_windows(
         let mut at = range.process_address;
         while at < range.end() {
             let len = windows.next(range.end() - at, range.backing_page_bytes);
-            let begun = Instant::now();
+            let begun = processor_time();
             call(abi::UffdioRange { start: at, len }).map_err(|e| (e, at))?;
-            let time = begun.elapsed();
+            let time = processor_time().saturating_sub(begun);
             windows.took(len, time);
             at += len;
             std::thread::sleep(time.min(PAUSE_MAX));
