@@ -194,15 +194,16 @@ impl QemuSource {
             return if ended(&self.qemu.pidfd(), EXIT_MAX)? { Ok(()) } else { Err(e) };
         }
         let turns = self.qemu.qmp.turns();
-        let (what, command) = if turns.resume > self.halted {
-            ("let the guest run", "cont")
+        let what = if turns.resume > self.halted {
+            "another monitor let the guest run (`cont`)"
         } else if turns.reset > self.halted {
-            ("reset the guest", "system_reset")
+            "another monitor (`system_reset`), or the guest itself at that moment, reset the guest"
         } else {
             return Ok(());
         };
         Err(Error::Guest(format!(
-            "another monitor {what} (`{command}`) while it was stopped for the switchover. Keep libvirt, scripts and              people from that until the move is over, then try again"
+            "{what} while it was stopped for the switchover. Keep libvirt, scripts and people from that until the move is \
+             over, then try again"
         )))
     }
 
