@@ -186,7 +186,7 @@ fn block_drivers_of(schema: &Value) -> Vec<String> {
 #[test]
 fn a_real_guest_has_an_inventory_that_is_seen_and_changes_when_something_is_plugged() {
     let mut qemu =
-        TestQemu::start(&["-m", "64", "-machine", "q35", "-vga", "std", "-device", "pcie-root-port,id=slot"]);
+        TestQemu::start(&["-m", "64", "-machine", "q35", "-vga", "std", "-device", "pcie-root-port,id=rp0"]);
     let deadline = TestQemu::soon();
     let read = |qmp: &mut Qmp| {
         let nodes = block_nodes(qmp, deadline).unwrap();
@@ -199,7 +199,7 @@ fn a_real_guest_has_an_inventory_that_is_seen_and_changes_when_something_is_plug
     read(&mut qemu.qmp).check_unchanged_since(&before).unwrap();
     check_none_unplugged(&mut qemu.qmp).unwrap();
 
-    let usb = json!({ "driver": "qemu-xhci", "id": "usb", "bus": "slot" });
+    let usb = json!({ "driver": "qemu-xhci", "id": "usb", "bus": "rp0" });
     qemu.qmp.execute("device_add", usb, deadline).unwrap();
     let text = read(&mut qemu.qmp).check_unchanged_since(&before).unwrap_err().to_string();
     assert!(text.contains("qemu-xhci (usb) came"), "{text}");
