@@ -175,6 +175,7 @@ mod tests {
     #[test]
     fn an_answer_in_the_old_connection_settles_it_although_nobody_listens_any_more() {
         let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
+        doorway.expect(Token([1; 16]));
         let soon = || clock::now() + Duration::from_secs(10);
         let mut old = session::reopen(&System, &doorway.address, Token([1; 16])).unwrap();
         old.send(&Message::Commit, soon()).unwrap();

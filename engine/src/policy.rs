@@ -321,9 +321,9 @@ mod tests {
             residue_pages: 7,
         };
         let large = estimator.observe(&finished(10_000, 3), &expected);
-        assert_eq!((large.bytes_per_second, large.fixed.harvest_us), (409.6e6, 6000));
+        assert_eq!((large.bytes_per_second, large.fixed.harvest_us), (409.6e6, 6500));
         let small = estimator.observe(&finished(1000, 9), &expected);
-        assert_eq!((small.bytes_per_second, small.fixed.harvest_us), (409.6e6, 6000));
+        assert_eq!((small.bytes_per_second, small.fixed.harvest_us), (409.6e6, 6500));
         assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
     }
 
