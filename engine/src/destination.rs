@@ -389,9 +389,13 @@ impl Reception {
 
         // Ours.
         let resuming = clock::now();
-        guest.seal(prepare.was_running)?;
-        hold::point("owner");
-        match guest.run(prepare.was_running) {
+        let sealed = guest.seal(prepare.was_running);
+        let resumed = sealed.and_then(|()| {
+            hold::point("owner");
+            guest.run(prepare.was_running)
+        });
+        // Unless it may run, it is thrown away, and the source is told so: also where it could not be sealed.
+        match resumed {
             Ok(()) => {}
             Err(doubt @ Error::Unknown(_)) => return Err(doubt),
             Err(e) => {

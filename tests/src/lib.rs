@@ -21,6 +21,7 @@ pub mod ledger;
 pub mod look;
 pub mod proxy;
 pub mod random;
+pub mod simulation;
 pub mod slow_fs;
 pub mod stage;
 pub mod throttle;

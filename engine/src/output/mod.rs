@@ -39,6 +39,9 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 /// A line for the operator on stderr. Never waits and never fails; it is escaped, so it is one line whatever is
 /// in it.
 pub fn say(text: &str) {
+    if crate::clock::tell(text) {
+        return;
+    }
     line(&format!("pageferry: {text}"));
 }
 
