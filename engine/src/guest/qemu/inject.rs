@@ -18,7 +18,7 @@
 //! We may die at any moment in it, and the kernel then lets the thread go with the registers that
 //! it has. It goes on right all the same: until `registers` with its own, from then on along its
 //! way back, which ends in `rt_sigreturn(2)` with everything as it was
-//! ([decision 35](../../../../../docs/decisions/0035-the-way-back-of-an-injected-call.md)). What
+//! ([decision 30](../../../../../docs/decisions/0030-the-way-back-of-an-injected-call.md)). What
 //! such a death leaves at worst is one unused descriptor in that process.
 //!
 //! A system call that was interrupted is restarted by the kernel: the restored registers say
