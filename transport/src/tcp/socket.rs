@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 /// `net.core.wmem_max`.
 const LOCAL_BUFFER_BYTES: usize = 4 << 20;
 
-/// See the [module](self).
+/// A connected stream socket of either kind.
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,

@@ -56,7 +56,7 @@ const NOT_OF_THE_MACHINE: &[&str] = &[
     "memory-encryption",
 ];
 
-/// Remembers what cannot change while a guest lives. See the [module](self).
+/// Remembers what cannot change while a guest lives.
 #[derive(Debug, Default)]
 pub struct Gatherer {
     /// The vCPUs' properties: some hundred questions.
