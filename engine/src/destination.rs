@@ -24,7 +24,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// For the source to start its tracking and look at its memory.
+/// For the source to start its tracking and look at its memory, and longer by the time that such a look may
+/// take: memory is protected in short calls with pauses between them.
 const OFFER_MAX: Duration = Duration::from_secs(60);
 /// Without a byte for this long the source counts as dead, and longer by the time that it may need to
 /// look through all of its memory (zero pages, digest). A host that vanished is noticed much earlier, by
@@ -323,7 +324,7 @@ impl Reception {
         guest: &dyn DestinationGuest,
         watch: &mut Watch<'_>,
     ) -> Result<Offer> {
-        let (alive, deadline) = (guest.liveness(), clock::now() + OFFER_MAX);
+        let (alive, deadline) = (guest.liveness(), clock::now() + OFFER_MAX + longest_look(guest));
         loop {
             if control.readable(LOOK_EVERY)? {
                 return match control.receive_offer(clock::now() + SETUP_MAX)? {
@@ -425,7 +426,7 @@ impl Reception {
         watch: &mut Watch<'_>,
     ) -> Result<Prepare> {
         let alive = guest.liveness();
-        let idle_max = IDLE_MAX + Duration::from_secs(guest.memory().bytes() / LOOK_BYTES_PER_SECOND_MIN);
+        let idle_max = IDLE_MAX + longest_look(guest);
         let (mut placed, mut moved) = (0, clock::now());
         loop {
             if control.readable(LOOK_EVERY)? {
@@ -526,6 +527,11 @@ impl Reception {
             tracing::warn!(error = %e, "no thread to answer a source that asks again");
         }
     }
+}
+
+/// How long the source may need to look through all of this guest's memory.
+fn longest_look(guest: &dyn DestinationGuest) -> Duration {
+    Duration::from_secs(guest.memory().bytes() / LOOK_BYTES_PER_SECOND_MIN)
 }
 
 /// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit to
