@@ -541,6 +541,12 @@ impl SourceGuest for QemuSource {
     fn resume(&mut self) -> Result<()> {
         self.relieve();
         let Some(guardian) = &self.guardian else { return Ok(()) };
+        if guardian.is_watching()? {
+            // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be busy, would have to
+            // answer, and a migration that it is busy with is somebody else's.
+            self.stand_down();
+            return Ok(());
+        }
         guardian.unseal()?;
         self.sealed = false;
         if let Some(armed) = &mut self.armed {
