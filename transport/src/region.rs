@@ -131,9 +131,9 @@ impl MemoryRegion {
     /// Maps the lost page at this offset from its file again: it may be another page by now.
     pub fn look_again(&self, lost: Lost) -> Result<()> {
         let Some(guard) = &self.guard else { return Ok(()) };
-        self.map_again(guard, lost.offset, lost.bytes)?;
+        // Forgotten first: a lane may touch it as soon as it is mapped, and what is noted then is to stay.
         guard.forget(lost.offset);
-        Ok(())
+        self.map_again(guard, lost.offset, lost.bytes)
     }
 
     /// Maps all of a guarded region from its file again, if any of it was lost. Nobody uses it meanwhile.
