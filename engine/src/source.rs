@@ -444,7 +444,16 @@ impl Ferry<'_> {
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
         monitor.enter(Stage::Committed);
         let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
-        let blackout = self.settle(committed, sent, inquiry)?;
+        let blackout = match self.settle(committed, sent, inquiry) {
+            Ok(blackout) => blackout,
+            Err(doubt @ Error::Unknown(_)) => return Err(doubt),
+            Err(error) => {
+                // It stands still for as long as it takes, so before the tracking is undone, which grows with memory.
+                // What fails here is tried once more, and told, by who called.
+                let _ = self.guest.resume();
+                return Err(error);
+            }
+        };
         drop(pump);
         self.guest.retire(tracking);
         self.report.blackout_us = blackout;
