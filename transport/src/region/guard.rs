@@ -268,13 +268,24 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         let errno = libc::__errno_location();
         let kept = *errno;
         let code = (*info).si_code;
-        let fault = matches!(code, libc::BUS_ADRERR | libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO);
-        let handled = fault && replace((*info).si_addr().addr(), code != libc::BUS_ADRERR);
+        let handled = match code {
+            libc::BUS_ADRERR | libc::BUS_MCEERR_AR => {
+                replace((*info).si_addr().addr(), code == libc::BUS_MCEERR_AR)
+            }
+            // News of a page that this thread has not touched, so its mapping may be about to go. Who touches it faults.
+            libc::BUS_MCEERR_AO => is_guarded((*info).si_addr().addr()),
+            _ => false,
+        };
         *errno = kept;
         if !handled {
             pass_on(signal, info, context);
         }
     }
+}
+
+/// Whether a guarded mapping holds this address.
+fn is_guarded(address: usize) -> bool {
+    TABLE.iter().any(|place| place.holding(address).is_some())
 }
 
 /// Puts zeros in the place of the page at this address, if it is in a guarded mapping. The kernel may have said that the
