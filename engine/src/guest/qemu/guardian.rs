@@ -201,6 +201,11 @@ impl Guardian {
         self.set(Flag::Open)
     }
 
+    /// The opposite: what was done since is undone, and nothing has to be put right again.
+    pub fn stand_back(&self) -> Result<()> {
+        self.set(Flag::Watching)
+    }
+
     fn flag(&self) -> Result<u8> {
         let mut flag = [0];
         self.shared.read(FLAG_AT, &mut flag)?;

@@ -465,6 +465,10 @@ impl SourceGuest for QemuSource {
             tracing::debug!(why, "transfers are drained");
             self.stop()?;
             self.cont()?;
+            // Whoever pauses the guest from now on finds it paused, also if this process dies.
+            if let Some(guardian) = self.guardian.as_ref().filter(|_| self.armed.is_none()) {
+                guardian.stand_back()?;
+            }
         }
         Ok(())
     }
