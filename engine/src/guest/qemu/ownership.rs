@@ -77,9 +77,11 @@ pub fn alone(memory: &GuestMemory, qemu: u32) -> Result<()> {
     })
 }
 
-/// Locks a file that nobody maps.
+/// Locks a file that no other process maps. This one may have it still: a link by RDMA lets go of the memory of a guest that
+/// was not taken in by and by. No guest of ours is in it, or its lock would be held.
 fn take_unused(path: &Path) -> Result<FileLock> {
-    let unused = |id: FileId| match users::of(&[id], |_| false) {
+    let me = std::process::id();
+    let unused = |id: FileId| match users::of(&[id], |pid| pid == me) {
         users if users.is_empty() => Ok(()),
         users => Err(in_use(path, &users)),
     };
@@ -88,8 +90,9 @@ fn take_unused(path: &Path) -> Result<FileLock> {
     let Some(lock) = FileLock::take(path)? else { return Err(in_use(path, &[])) };
     let id = lock.id();
     unused(id)?;
+    let ours = !users::of(&[id], |pid| pid != me).is_empty();
     // Others' processes are not shown to everybody, and those of other containers to nobody.
-    if lock.is_open_elsewhere() == Some(true) && !users::has_visible_opener(id) {
+    if !ours && lock.is_open_elsewhere() == Some(true) && !users::has_visible_opener(id) {
         return Err(Error::refused(format!(
             "the memory file {} is open in a process that cannot be seen from here (another user's, or in another \
              container): give this guest a mem-path of its own, or end that process first",
@@ -212,6 +215,12 @@ mod tests {
         assert!(FileLock::take(&path).unwrap().is_none(), "it is held");
         // As patient as with a process that ends: tests beside this one start some.
         patiently(|| take_unused(&other)).expect("it is let go of");
+        // Before QEMU starts anew, this process may still map what the last one had.
+        drop(std::mem::take(&mut ownership));
+        drop(qemu);
+        let again = patiently(|| take_unused(&path)).expect("our own mapping is nobody else's");
+        drop(again);
+        ownership.cover(&memory).unwrap();
         let refused = Ownership::default().cover(&memory).unwrap_err().to_string();
         assert!(refused.contains(path.to_str().unwrap()), "{refused}");
         ownership.cover(&memory).unwrap();
