@@ -117,12 +117,16 @@ impl Drop for Armed {
     }
 }
 
-/// Lets armed memory go in windows, so that closing the descriptor has nothing left to do. Ends at the first window that
-/// cannot be let go: the process has ended, or has unmapped it.
+/// Lets armed memory go in windows, so that closing the descriptor has nothing left to do. Goes on with the next range at
+/// the first window that cannot be let go: the process has ended, or has unmapped it (a DIMM was unplugged).
 pub fn disarm(uffd: BorrowedFd<'_>, ranges: &[TrackedRange]) {
-    let ended = in_windows(ranges, |mut range| ioctl(uffd, abi::UFFDIO_UNREGISTER, &mut range).map(drop));
-    if let Err((errno, at)) = ended {
-        tracing::debug!(%errno, "memory at {at:#x} could not be disarmed; closing the descriptor does it");
+    for range in ranges {
+        let ended = in_windows(std::slice::from_ref(range), |mut window| {
+            ioctl(uffd, abi::UFFDIO_UNREGISTER, &mut window).map(drop)
+        });
+        if let Err((errno, at)) = ended {
+            tracing::debug!(%errno, "memory at {at:#x} could not be disarmed; closing the descriptor does it");
+        }
     }
 }
 
