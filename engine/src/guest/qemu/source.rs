@@ -480,6 +480,8 @@ impl SourceGuest for QemuSource {
         let sentry = Some(Sentry::ready(Post::Source)?);
         let armed = self.armed.insert(Armed { settings, outgoing: None, sentry });
         armed.settings.impose(&mut self.qemu.qmp, &["x-ignore-shared", "events"])?;
+        // Once more: the start of the stream throws away what QEMU has said until then.
+        devices::check_none_unplugged(&mut self.qemu.qmp)?;
         armed.outgoing = Some(Outgoing::start(&mut self.qemu.qmp)?);
         // What was plugged in during the rounds. From here on QEMU plugs nothing.
         let deadline = Instant::now() + QMP_MAX;
