@@ -582,6 +582,51 @@ fn a_receiver_short_of_descriptors_for_the_lanes_tells_the_source() {
     assert_eq!(moving.end(SOON).status, Some(0));
 }
 
+/// A program that forbids io_uring to the command behind it, as a container's seccomp filter does.
+const WITHOUT_IO_URING: &str = r"
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int main(int count, char **words) {
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = { sizeof code / sizeof code[0], code };
+    if (count < 2 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+        return 99;
+    execvp(words[1], words + 1);
+    return 98;
+}
+";
+
+#[test]
+fn a_receiver_that_may_not_use_io_uring() {
+    let source_stage = Stage::new();
+    let source = source_stage.run("src", BARE, "");
+    source.wait_guest_runs();
+    let (text, filter) = (source_stage.path("filter.c"), source_stage.path("filter"));
+    std::fs::write(&text, WITHOUT_IO_URING).unwrap();
+    assert!(Command::new("cc").arg("-o").args([&filter, &text]).status().unwrap().success());
+    let binary = pageferry_tests::binary();
+    let stage = Stage::new().behind(&format!("exec {} {} \"$@\"", filter.display(), binary.display()));
+    let receive =
+        ["receive", "dst", "--listen", "127.0.0.1:0", "--transport", "tcp", "--", "qemu-system-x86_64"];
+    refused(&stage.done(&receive), &["io_uring is forbidden", "seccomp", "io_uring_setup"]);
+    // One that may get a guest by RDMA waits, says so, and tells a source that cannot.
+    let destination = stage.receive("dst", BARE, "");
+    assert!(destination.words.text().contains("by RDMA alone: io_uring is forbidden"));
+    let texts = ["the destination refuses", "io_uring is forbidden", "seccomp"];
+    move_refused(&source_stage, destination.address(), &[], &texts);
+}
+
 #[test]
 fn a_guest_that_has_moved_is_not_said_to_be_here() {
     let stage = Stage::new();
