@@ -30,8 +30,8 @@ pub const BLOCKS_MAX: usize = 1 << 10;
 /// A name in a description at most, in bytes.
 const NAME_BYTES_MAX: usize = 1 << 10;
 
-/// [`GuestDescription::platform`] at most, in bytes.
-const PLATFORM_BYTES_MAX: usize = 32 << 10;
+/// [`GuestDescription::platform`] at most, in bytes: what Hello, of 64 KiB at most, has left for it.
+pub const PLATFORM_BYTES_MAX: usize = 40 << 10;
 
 /// One block of guest memory, as the two ends compare it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

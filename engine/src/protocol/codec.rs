@@ -346,7 +346,9 @@ mod tests {
 
     #[test]
     fn the_longest_honest_messages_fit() {
-        let dimms = hello(260, "pageferry.dimm.some.longer.name");
+        let mut dimms = hello(260, "pageferry.dimm.some.longer.name");
+        let Message::Hello(hello) = &mut dimms else { unreachable!("it is one") };
+        hello.guest.platform = vec![0xff; crate::guest::PLATFORM_BYTES_MAX];
         assert_eq!(decode(&encode(&dimms).unwrap()[4..]).unwrap(), dimms);
         let staged = (0..crate::staging::STAGED_PAGES_MAX as u64).map(|i| (u64::MAX - i, u32::MAX)).collect();
         let prepare = Message::Prepare(Prepare {

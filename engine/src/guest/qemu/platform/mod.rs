@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   gather    QMP -> Platform        at the source in preflight, at the destination while it waits
-//!   Hello     Platform, packed       at most PACKED_BYTES_MAX
+//!   Hello     Platform, packed       at most PLATFORM_BYTES_MAX
 //!   compare   two of them -> differences, in words of the command line
 //! ```
 //!
@@ -18,14 +18,13 @@ pub use compare::{Difference, Weight, compare};
 pub use gather::Gatherer;
 
 use crate::error::{Error, Result};
+use crate::guest::PLATFORM_BYTES_MAX;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The form of a packed description; another one is another release's.
 const FORM: u8 = 1;
-/// Hello as a whole is bounded to 64 KiB.
-const PACKED_BYTES_MAX: usize = 40 << 10;
 /// The name under which a digest stands for all properties of a device.
 const DIGEST: &str = "properties";
 
@@ -83,7 +82,7 @@ impl Platform {
             bytes
         };
         let whole = packed(self);
-        if whole.len() <= PACKED_BYTES_MAX {
+        if whole.len() <= PLATFORM_BYTES_MAX {
             return whole;
         }
         let mut short = self.clone();
