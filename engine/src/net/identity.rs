@@ -28,7 +28,7 @@ pub(super) fn check(uid: u32) -> Result<()> {
     }
     Err(Error::refused(format!(
         "the other end of this connection within the host is user {uid}'s, and only user {own} and root are \
-         trusted: run both ends, and a tunnel between them, as the same user, or use unix:/PATH"
+         trusted: run both ends, and a tunnel between them, as the same user or as root"
     )))
 }
 
