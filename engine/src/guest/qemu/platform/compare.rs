@@ -1,11 +1,14 @@
 //! Compares what a guest sees of two machines. Pure.
 
-use super::{Device, Platform, Properties};
+use super::qtree::EXPERIMENTAL;
+use super::{DIGEST, Device, Platform, Properties};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Devices' properties that follow the host's storage: seen by the guest, but a guest lives with another value.
-const WARN_OF_DEVICE: &[&str] = &["min_io_size", "opt_io_size", "discard_granularity", "max-discard-sectors"];
+/// Devices' properties that follow the host: seen by the guest, but a guest lives with another value. Of a vsock
+/// device, QEMU tells the guest behind a move to ask for its number again.
+pub(super) const WARN_OF_DEVICE: &[&str] =
+    &["min_io_size", "opt_io_size", "discard_granularity", "max-discard-sectors", "guest-cid"];
 /// Of vCPUs: the destination's host decides them, and QEMU carries the guest's own value over.
 const WARN_OF_CPU: &[&str] = &["tsc-frequency", "ucode-rev"];
 /// Of the machine: what counts when the guest boots the next time.
@@ -136,7 +139,8 @@ impl Found {
     ) {
         for name in keys(theirs, ours) {
             let (theirs, ours) = (theirs.get(name), ours.get(name));
-            let unknown = !self.same_version && (theirs.is_none() || ours.is_none());
+            // Another version has other experimental ones, so their digests differ always.
+            let unknown = !self.same_version && (theirs.is_none() || ours.is_none() || name == EXPERIMENTAL);
             // `auto` is QEMU's word for on where it can be, and a device tells whether it is.
             let as_on = |value: Option<&String>| matches!(value.map(String::as_str), Some("auto" | "on"));
             if theirs == ours || unknown || (as_on(theirs) && as_on(ours)) {
@@ -190,7 +194,9 @@ impl Found {
             let (mut theirs, mut ours) = (theirs.clone(), ours.clone());
             theirs.shorten();
             ours.shorten();
-            self.properties(name, &option, &theirs.properties, &ours.properties, &[]);
+            // Between two versions the digests differ where one knows more than the other: that is no difference.
+            let warn: &[&str] = if self.same_version { &[] } else { &[DIGEST] };
+            self.properties(name, &option, &theirs.properties, &ours.properties, warn);
         } else {
             self.properties(name, &option, &theirs.properties, &ours.properties, WARN_OF_DEVICE);
         }
@@ -284,6 +290,38 @@ mod tests {
         assert!(compare(&theirs, &ours).is_empty());
         ours.machine.insert("hpet".into(), "off".into());
         assert_eq!(names(&compare(&theirs, &ours)), ["machine.hpet"]);
+    }
+
+    #[test]
+    fn digests_of_what_two_versions_do_not_both_know_refuse_nobody() {
+        let with = |properties: Properties| {
+            let mut platform = platform("", "");
+            platform.devices.get_mut("pcie.0/02.0").unwrap().properties.extend(properties);
+            platform
+        };
+        let (theirs, mut ours) = (with(properties("x-*=1")), with(properties("x-*=2")));
+        assert_eq!(names(&compare(&theirs, &ours)), ["device.pcie.0/02.0.x-*"]);
+        ours.version = "10.1.0".into();
+        assert!(compare(&theirs, &ours).is_empty());
+        let mut short = theirs;
+        short.devices.values_mut().for_each(Device::shorten);
+        let found = compare(&short, &ours);
+        assert_eq!(names(&found), ["device.pcie.0/02.0.properties"]);
+        assert_eq!(found[0].weight, Weight::Warn);
+    }
+
+    #[test]
+    fn a_vsock_device_may_have_another_number_here() {
+        let with = |cid: &str| {
+            let mut platform = platform("", "");
+            platform.devices.get_mut("pcie.0/02.0").unwrap().properties.extend(properties(cid));
+            platform
+        };
+        let found = compare(&with("guest-cid=3"), &with("guest-cid=4"));
+        assert_eq!(found.iter().map(|d| d.weight).collect::<Vec<_>>(), [Weight::Warn]);
+        let mut short = with("guest-cid=3");
+        short.devices.values_mut().for_each(Device::shorten);
+        assert!(compare(&short, &with("guest-cid=4")).is_empty());
     }
 
     #[test]

@@ -51,6 +51,9 @@ const NOT_OF_THE_MACHINE: &[&str] = &[
     "suppress-vmdesc",
     "aux-ram-share",
     "pcspk-audiodev",
+    // Names of block nodes, which change with a snapshot. Flash and its size are compared as devices and blocks.
+    "pflash0",
+    "pflash1",
     "phandle-start",
     "confidential-guest-support",
     "memory-encryption",
@@ -87,7 +90,9 @@ impl Gatherer {
         vcpus.sort_unstable();
         let kvm = ask(qmp, "query-kvm", json!({}))?;
         let uuid = ask(qmp, "query-uuid", json!({}))?;
-        let numa = monitor(qmp, "info numa")?;
+        let devices = qtree::parse(&monitor(qmp, "info qtree")?);
+        let grows = devices.values().any(|device| device.kind.starts_with("virtio-mem"));
+        let numa = numa_in(&monitor(qmp, "info numa")?, grows);
         Ok(Platform {
             version: qmp.version().to_string(),
             accelerator: if kvm["enabled"] == true { "kvm" } else { "tcg" }.into(),
@@ -96,13 +101,21 @@ impl Gatherer {
             smp: flat("", &smp),
             vcpus,
             machine,
-            numa: numa.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect(),
+            numa,
             uuid: uuid["UUID"].as_str().unwrap_or_default().to_owned(),
             tables: tables(pid)?,
             blocks: blocks::sizes(qmp, Instant::now() + QMP_MAX)?,
-            devices: qtree::parse(&monitor(qmp, "info qtree")?),
+            devices,
         })
     }
+}
+
+/// The lines of `info numa`. Their sizes count what the guest has plugged in of a virtio-mem device, of which a waiting
+/// QEMU has nothing yet: where there `grows` one, only the RAM blocks tell sizes.
+fn numa_in(text: &str, grows: bool) -> Vec<String> {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let size = |line: &str| line.contains(" size: ") || line.contains(" plugged: ");
+    lines.filter(|line| !(grows && size(line))).map(str::to_owned).collect()
 }
 
 fn ask(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Value> {
@@ -199,7 +212,12 @@ fn tables_in(command: &[String]) -> BTreeMap<String, u64> {
         parts.sort_unstable();
         let which = parts.iter().find(|part| part.starts_with("type=") || part.starts_with("name="));
         // A file may lie elsewhere on the other host.
-        let texts: Vec<_> = parts.iter().filter(|part| !part.starts_with("file=")).collect();
+        let is_path = |part: &str| {
+            part.starts_with("file=")
+                || (option == "smbios" && part.starts_with("path="))
+                || (option == "acpitable" && part.starts_with("data="))
+        };
+        let texts: Vec<_> = parts.iter().filter(|part| !is_path(part)).collect();
         let mut name = format!("{option} {}", which.unwrap_or(&""));
         while tables.contains_key(&name) {
             name.push('+');
@@ -222,6 +240,22 @@ mod tests {
         assert_eq!(one, tables("qemu --smbios serial=secret,type=1 -fw_cfg name=opt/a,file=/y"));
         assert_ne!(one, tables("qemu -smbios type=1,serial=other -fw_cfg name=opt/a,file=/x"));
         assert_eq!(tables("qemu -smbios type=11,value=a -smbios type=11,value=b").len(), 2);
+        for option in ["-smbios type=11,path", "-acpitable sig=SLIC,data"] {
+            assert_eq!(tables(&format!("qemu {option}=/a/x")), tables(&format!("qemu {option}=/b/x")));
+        }
+    }
+
+    #[test]
+    fn what_a_guest_has_plugged_in_of_virtio_mem_is_no_difference() {
+        let text = |size: u32| {
+            format!(
+                "1 nodes\r\nnode 0 cpus: 0 1\r\nnode 0 size: {} MB\r\nnode 0 plugged: {size} MB\r\n",
+                256 + size
+            )
+        };
+        assert_ne!(numa_in(&text(0), false), numa_in(&text(128), false));
+        assert_eq!(numa_in(&text(0), true), numa_in(&text(128), true));
+        assert_eq!(numa_in(&text(0), true), ["1 nodes", "node 0 cpus: 0 1"]);
     }
 
     #[test]

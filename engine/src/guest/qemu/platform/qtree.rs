@@ -21,6 +21,10 @@ const NOT_THE_GUESTS: &[&str] = &[
     "netdev",
     "chardev",
     "audiodev",
+    "tpmdev",
+    "vhostfd",
+    "evdev",
+    "pcap",
     "iothread",
     "iothread-vq-mapping",
     "netdevs",
@@ -64,6 +68,12 @@ const NOT_THE_GUESTS: &[&str] = &[
     "bios-chs-trans",
 ];
 
+/// Cards that show the guest's own address of the moment as theirs, by the beginnings of their types.
+const GUEST_SETS_MAC: [&str; 2] = ["vmxnet3", "i825"];
+
+/// The name under which a digest stands for QEMU's experimental properties of a device.
+pub(super) const EXPERIMENTAL: &str = "x-*";
+
 /// A property whose values show where a device is, in the order in which they are looked for.
 const PLACES: [&str; 8] = ["addr", "slot", "port", "scsi-id", "unit", "iobase", "address", "nr"];
 
@@ -102,7 +112,8 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
             let bus = above.map_or_else(|| bus.to_owned(), |above| format!("{above}/{bus}"));
             open.push(Open {
                 depth,
-                kind: kind.to_owned(),
+                // Older QEMUs have a space in `ICH9 LPC` and others.
+                kind: kind.replace(' ', "-"),
                 id: id.trim_matches('"').to_owned(),
                 bus,
                 properties: Properties::new(),
@@ -111,13 +122,12 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
         } else if let Some((name, value)) = line.split_once(" = ")
             && let Some(device) = open.last_mut()
             && !NOT_THE_GUESTS.contains(&name)
-            // Here the guest's own address of the moment.
-            && (device.kind.as_str(), name) != ("vmxnet3", "mac")
+            && !(name == "mac" && GUEST_SETS_MAC.iter().any(|start| device.kind.starts_with(start)))
         {
             if name.starts_with("x-") {
                 device.own.push((name.to_owned(), value.to_owned()));
             } else {
-                device.properties.insert(name.to_owned(), value.to_owned());
+                device.properties.insert(name.to_owned(), whatever_the_version(name, value).to_owned());
             }
         }
     }
@@ -125,6 +135,15 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
         close(Some(device), &mut devices);
     }
     devices
+}
+
+/// A value that versions of QEMU write differently. `rombar` is 1, -1 or `auto` where nobody has set it.
+fn whatever_the_version<'v>(name: &str, value: &'v str) -> &'v str {
+    match (name, value.split(' ').next()) {
+        ("rombar", Some("1" | "-1" | "auto" | "on")) => "on",
+        ("rombar", Some("0" | "off")) => "off",
+        _ => value,
+    }
 }
 
 /// A device's place: its bus, and where on it.
@@ -152,7 +171,7 @@ fn close(device: Option<Open>, devices: &mut BTreeMap<String, Device>) {
     if !device.own.is_empty() {
         // QEMU's experimental ones, of which there are many and which nobody sets: one digest for all.
         let digest = format!("{:016x}", xxh3_64(format!("{:?}", device.own).as_bytes()));
-        device.properties.insert("x-*".into(), digest);
+        device.properties.insert(EXPERIMENTAL.into(), digest);
     }
     let mut at = place.clone();
     let mut more = 1;
@@ -201,5 +220,15 @@ mod tests {
         assert_eq!(inner.properties, [("mac".into(), "\"52:54:00:12:34:56\"".into())].into());
         assert_eq!(devices["ide.1/ide-hd-unit-0"].properties["serial"], "\"a = b\"");
         assert!(parse("").is_empty());
+        // What the host's side is called, and what the guest has made of an address.
+        let vsock = "bus: b\n  dev: vhost-vsock-device, id \"\"\n    guest-cid = 3 (0x3)\n    vhostfd = \"27\"\n  \
+            dev: i82559c, id \"\"\n    mac = \"52:54:00:12:34:56\"\n  dev: ICH9 LPC, id \"\"\n";
+        let devices = parse(vsock);
+        assert_eq!(devices["b/vhost-vsock-device"].properties.keys().collect::<Vec<_>>(), ["guest-cid"]);
+        assert!(devices["b/i82559c"].properties.is_empty());
+        assert_eq!(devices["b/ICH9-LPC"].kind, "ICH9-LPC");
+        for (value, is) in [("1 (0x1)", "on"), ("-1 (0xffffffffffffffff)", "on"), ("0 (0x0)", "off")] {
+            assert_eq!(whatever_the_version("rombar", value), is);
+        }
     }
 }
