@@ -168,7 +168,7 @@ impl Reception {
         if let Err(refusal) =
             hello.check().and_then(|()| check_guest(&hello, guest)).and_then(|()| check_lanes(hello.lanes))
         {
-            say(&format!("refused the guest of {peer}: {}", refusal.chain()));
+            self.doorway.say_of_stranger(&format!("refused the guest of {peer}: {}", refusal.chain()));
             control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
         }
@@ -181,7 +181,7 @@ impl Reception {
         let (offer, target) = match self.open(&mut control, &hello, token, guest, watch) {
             Ok(opened) => opened,
             Err(error) => {
-                say(&format!("no session with {peer}: {}", error.chain()));
+                self.doorway.say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
                 let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);

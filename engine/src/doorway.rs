@@ -134,6 +134,11 @@ impl Doorway {
         &self.bell
     }
 
+    /// A line for the operator about who bears no token: of many only the first are said, and then how many.
+    pub fn say_of_stranger(&self, line: &str) {
+        self.room.say_of_stranger(line);
+    }
+
     /// Who bears this token is heard from now on, before all others.
     pub fn expect(&self, token: Token) {
         self.room.expect(token);

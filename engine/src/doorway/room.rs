@@ -154,19 +154,21 @@ impl Room {
         self.state().strangers.len()
     }
 
-    /// Says that a connection was ignored; of a flood the beginning and then the number.
+    /// Says that a connection was ignored.
     pub(super) fn ignored(&self, peer: &Address, why: &Error) {
-        let mut state = self.state();
-        if !state.open {
-            return;
+        if self.is_open() {
+            self.say_of_stranger(&format!("ignored a connection from {peer}: {}", why.chain()));
         }
-        let (unsaid, spoken_of) = state.ignored.count(clock::now());
-        drop(state);
+    }
+
+    /// A line about a stranger; of a flood the beginning and then the number.
+    pub(super) fn say_of_stranger(&self, line: &str) {
+        let (unsaid, spoken_of) = self.state().ignored.count(clock::now());
         if unsaid > 0 {
-            say(&format!("ignored {unsaid} more connections"));
+            say(&format!("ignored or refused {unsaid} more connections"));
         }
         if spoken_of {
-            say(&format!("ignored a connection from {peer}: {}", why.chain()));
+            say(line);
         }
     }
 }
