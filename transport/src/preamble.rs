@@ -11,7 +11,7 @@
 //! ```
 
 /// Version of everything that travels between two pageferries: preamble, control messages, frames.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 /// Length of an encoded preamble in bytes.
 pub const PREAMBLE_BYTES: usize = 28;
