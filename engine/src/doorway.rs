@@ -154,6 +154,8 @@ fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
     loop {
         let (connection, peer) = match listener.accept() {
             Ok(accepted) => accepted,
+            // It was reset before it was taken. Strangers can have many of these, and none may cost time or a line.
+            Err(e) if is_gone(e.kind()) => continue,
             Err(e) => {
                 tracing::warn!(error = %e, "a connection could not be accepted");
                 // Out of descriptors, most likely: give others the time to end.
@@ -179,6 +181,17 @@ fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
             tracing::warn!(error = %e, "no thread for a new connection");
         }
     }
+}
+
+/// Whether accepting failed for the connection alone.
+fn is_gone(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::NotConnected
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::Interrupted
+    )
 }
 
 /// Who a connection comes from.

@@ -72,6 +72,18 @@ fn silent_connections_shut_out_neither_a_source_nor_one_that_asks_again() {
     renewing.join().unwrap();
 }
 
+/// Each took 100 ms of the listener's time, and a line.
+#[test]
+fn connections_that_are_reset_before_they_are_taken_hold_up_nobody() {
+    let (doorway, at) = doorway();
+    for _ in 0..200 {
+        let stream = TcpStream::connect(at).unwrap();
+        rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+    }
+    let _asking = ask(&doorway);
+    assert!(is_asking(&doorway.next(Instant::now() + SETUP_MAX).expect("one that asks again")));
+}
+
 #[test]
 fn who_bears_a_token_goes_before_the_strangers_that_came_first() {
     let (doorway, at) = doorway();
