@@ -14,7 +14,7 @@ use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
 use crate::error::{Error, Result};
-use crate::guest::{GuestDescription, Liveness, SourceGuest, Vouched};
+use crate::guest::{GuestDescription, Liveness, PLATFORM_BYTES_MAX, SourceGuest, Vouched};
 use crate::memory::GuestMemory;
 use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
@@ -381,6 +381,13 @@ impl SourceGuest for QemuSource {
         // With what was plugged in and out until now.
         let pid = self.qemu.pid();
         self.platform = self.gatherer.gather(&mut self.qemu.qmp, pid)?.pack();
+        if self.platform.len() > PLATFORM_BYTES_MAX {
+            return Err(Error::refused(format!(
+                "the guest has more devices than can be described to the destination: {} bytes, of which {PLATFORM_BYTES_MAX} \
+                 are possible; unplug some",
+                self.platform.len()
+            )));
+        }
         Ok(())
     }
 

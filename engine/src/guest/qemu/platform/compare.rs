@@ -1,7 +1,7 @@
 //! Compares what a guest sees of two machines. Pure.
 
 use super::qtree::EXPERIMENTAL;
-use super::{DIGEST, Device, Platform, Properties};
+use super::{DIGEST, Device, Platform, Properties, in_short};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -86,7 +86,7 @@ pub fn compare(theirs: &Platform, ours: &Platform) -> Vec<Difference> {
         found.differences.insert(before, model);
     }
     found.properties("smp", "-smp", &theirs.smp, &ours.smp, &[]);
-    if theirs.vcpus != ours.vcpus {
+    if theirs.vcpus != ours.vcpus && theirs.vcpus != in_short(&ours.vcpus) {
         let plugged =
             |vcpus: &[String]| vcpus.iter().map(|vcpu| format!("({vcpu})")).collect::<Vec<_>>().join(" ");
         found.differences.push(one("vcpus", &plugged(&theirs.vcpus), &plugged(&ours.vcpus)));
@@ -343,10 +343,12 @@ mod tests {
         }
         let mut ours = theirs.clone();
         let short = Platform::unpack(&theirs.pack()).unwrap();
-        assert!(short.devices["b/7"].is_short());
+        assert!(short.devices["b/7"].is_short() && short.vcpus != ours.vcpus);
         assert!(compare(&short, &ours).is_empty());
         ours.devices.get_mut("b/7").unwrap().properties.insert("serial".into(), "other".into());
         assert_eq!(names(&compare(&short, &ours)), ["device.b/7.properties"]);
+        ours.vcpus.push("core-id=1".into());
+        assert_eq!(names(&compare(&short, &ours)), ["vcpus", "device.b/7.properties"]);
         // What is only another form, or cut, is refused.
         let mut other = theirs.pack();
         other.pop();
