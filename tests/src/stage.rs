@@ -6,7 +6,7 @@ use crate::words::Words;
 use crate::{SOON, eventually};
 use pageferry::supervisor::api::{Client, Reply, Request, State, Status};
 use pageferry::supervisor::runtime::RuntimeDir;
-use rustix::process::Signal;
+use rustix::process::{Signal, geteuid};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,7 @@ impl Stage {
         self
     }
 
-    /// Starts everything through a shell that runs `before` first, in a mount namespace of its own.
+    /// Starts everything through a shell that runs `before` first, as root in a mount namespace of its own.
     ///
     /// # Panics
     /// If the script cannot be written.
@@ -80,9 +80,9 @@ impl Stage {
     pub fn behind(mut self, before: &str) -> Self {
         let script = self.path("behind");
         let binary = self.binary.display();
-        let text = format!(
-            "#!/bin/sh\nexec unshare --mount -- sh -c '{before} && exec {binary} \"$@\"' pageferry \"$@\"\n"
-        );
+        let unshare = if geteuid().is_root() { "unshare --mount -- " } else { "" };
+        let text =
+            format!("#!/bin/sh\nexec {unshare}sh -c '{before} && exec {binary} \"$@\"' pageferry \"$@\"\n");
         std::fs::write(&script, text).expect("a script");
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700)).expect("executable");
         self.binary = script;
