@@ -174,7 +174,11 @@ fn attempt(
     broken: Option<&str>,
 ) -> (MigrationReport, End) {
     let mut report = MigrationReport::new(guest.memory().bytes());
-    let result = run(network, guest, options, monitor, broken, &mut report);
+    let ready = ready(guest, options, monitor);
+    // What stands against a move may be that the guest must not run here: then nothing lets it run.
+    let untouched = ready.is_err();
+    let result =
+        ready.and_then(|addresses| run(network, guest, &addresses, options, monitor, broken, &mut report));
     report.outcome = match &result {
         Ok(()) => Outcome::Completed,
         Err(Error::Unknown(_)) => Outcome::Unknown,
@@ -197,9 +201,10 @@ fn attempt(
         }
     }
     if report.outcome == Outcome::Aborted
+        && !untouched
         && let Err(e) = guest.resume()
     {
-        // Also after a refusal: it costs nothing where nothing was touched.
+        // Also after a refusal by the peer: it costs nothing where nothing was touched.
         let reason = report.reason.take().unwrap_or_default();
         report.reason = Some(format!("{reason}; and the guest does not run here: {}", e.chain()));
         // A guest that is gone with its QEMU is not in doubt.
@@ -221,19 +226,25 @@ fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
     pages
 }
 
-fn run(
-    network: &dyn Network,
-    guest: &mut dyn SourceGuest,
-    options: &MigrateOptions,
-    monitor: &Monitor,
-    broken: Option<&str>,
-    report: &mut MigrationReport,
-) -> Result<()> {
+/// What must hold before anything is touched. Returns the destination's addresses.
+fn ready(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> Result<Vec<Address>> {
     monitor.enter(Stage::Setup);
     let addresses = Address::resolve_all(&options.to)?;
     addresses.iter().try_for_each(|address| session::check_exposure(address, options.insecure))?;
     guest.vouch(&options.vouched);
     guest.preflight()?;
+    Ok(addresses)
+}
+
+fn run(
+    network: &dyn Network,
+    guest: &mut dyn SourceGuest,
+    addresses: &[Address],
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    broken: Option<&str>,
+    report: &mut MigrationReport,
+) -> Result<()> {
     report.memory_bytes = guest.memory().bytes();
     crate::warm::map_own_code();
     let discards = guest.may_discard()?;
@@ -243,7 +254,7 @@ fn run(
     };
     // What is refused wherever it goes, is refused before anybody is troubled.
     addresses.iter().try_for_each(|to| wish_for(to).map(drop))?;
-    let reached = session::reach(network, &addresses).map_err(refuse_unreachable)?;
+    let reached = session::reach(network, addresses).map_err(refuse_unreachable)?;
     let to = &reached.address.clone();
     let wish = wish_for(to)?;
     let hello = Hello {

@@ -335,6 +335,9 @@ impl SourceGuest for SyntheticSource {
     }
 
     fn preflight(&mut self) -> Result<()> {
+        if self.sealed {
+            return Err(Error::refused("the guest is stopped after a migration in doubt"));
+        }
         crate::dirty::pagemap::probe()
     }
 
@@ -574,6 +577,16 @@ mod tests {
             std::thread::yield_now();
         }
         guest.check().unwrap();
+    }
+
+    #[test]
+    fn a_guest_in_doubt_is_not_let_run_by_a_move_that_is_refused() {
+        let mut guest = SyntheticSource::start(OPTIONS).unwrap();
+        guest.pause().unwrap();
+        guest.seal().unwrap();
+        let report = migrate(&mut guest, &MigrateOptions::to("127.0.0.1:1"), &Monitor::default());
+        assert!(report.refused && report.reason.unwrap().contains("in doubt"));
+        assert!(guest.sealed && !guest.is_running().unwrap());
     }
 
     #[test]

@@ -216,6 +216,9 @@ impl SourceGuest for KvmSource {
     }
 
     fn preflight(&mut self) -> Result<()> {
+        if self.sealed {
+            return Err(Error::refused("the guest is stopped after a migration in doubt"));
+        }
         if self.view.is_none() {
             self.view = Some(Arc::new(self.machine.memory().map_again(Access::Read)?));
         }
