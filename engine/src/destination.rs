@@ -463,12 +463,22 @@ impl Reception {
         let alive = guest.liveness();
         let mut connected = true;
         let mut event = |event| *phase = phase.on(event);
+        let in_time = || {
+            if clock::now() < deadline {
+                return Ok(());
+            }
+            Err(Error::Timeout { what: "waiting for the source's Commit".into() })
+        };
         loop {
             // A guest that has died, or a receiver that is told to stop, is discarded; until Commit is
             // read, that is this side's to decide.
             alive()?;
             watch()?;
-            if connected && control.readable(LOOK_EVERY)? {
+            let readable = connected && control.readable(LOOK_EVERY)?;
+            // Before anything is taken: this process may have been frozen, and the operator may have let the guest
+            // run at the source when nobody was to be reached here.
+            in_time().inspect_err(|_| event(DestinationEvent::Deadline))?;
+            if readable {
                 match control.receive("Commit", deadline.min(clock::now() + SETUP_MAX)) {
                     Ok(Message::Commit) => {
                         event(DestinationEvent::CommitReceived);
@@ -495,15 +505,12 @@ impl Reception {
                     Incoming::Control { token: theirs, control, first: Message::Commit, .. }
                         if theirs == token =>
                     {
+                        in_time().inspect_err(|_| event(DestinationEvent::Deadline))?;
                         event(DestinationEvent::CommitReceived);
                         return Ok(Some(control));
                     }
                     other => self.turn_away(other),
                 }
-            }
-            if clock::now() >= deadline {
-                event(DestinationEvent::Deadline);
-                return Err(Error::Timeout { what: "waiting for the source's Commit".into() });
             }
         }
     }

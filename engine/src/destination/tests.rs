@@ -139,6 +139,23 @@ fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
     drop(asking.join().unwrap());
 }
 
+/// As after a freeze: Commit lies there, and so does the deadline, behind which the operator may have decided.
+#[test]
+fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
+    let (reception, at) = reception(Duration::from_millis(100));
+    let address = at.into();
+    let mut control =
+        Control::new(dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap());
+    control.send(&Message::Commit, Instant::now() + SOON).unwrap();
+    let mut watch = || {
+        std::thread::sleep(Duration::from_millis(500));
+        Ok(())
+    };
+    let (ended, phase, _) = wait(&reception, &mut watch);
+    assert!(matches!(ended, Err(Error::Timeout { .. })), "{ended:?}");
+    assert_eq!(phase, DestinationPhase::Discarded);
+}
+
 #[test]
 fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let (mut reception, at) = reception(SOON);
