@@ -35,6 +35,9 @@ const KEEP_EVERY: Duration = Duration::from_millis(50);
 /// For QEMU to greet a connection to its free monitor.
 const KEEP_GREETING_MAX: Duration = Duration::from_secs(2);
 
+/// Within this time [`keep_stopped`] has ended once somebody else has the monitor; its looks, and some more.
+pub const TAKEN_OVER_MAX: Duration = Duration::from_millis(2500);
+
 /// What is watched, and so what is done.
 #[derive(Debug)]
 pub enum Post {
@@ -145,7 +148,9 @@ impl Shared {
                         // A second handle, to wait on without the lock.
                         socket = rustix::io::fcntl_dupfd_cloexec(qmp.socket(), 0).ok();
                     }
-                    patience = None;
+                    // Without a handle (no descriptor is left) it looks now and then.
+                    patience =
+                        if socket.is_some() { None } else { Timespec::try_from(STOP_AGAIN_AFTER).ok() };
                     if let Err(e) = self.look(qmp, since) {
                         if qmp.is_broken() {
                             return;
@@ -212,6 +217,7 @@ fn park(qmp: &mut Qmp) {
 /// of its own, so that a new supervisor can have the monitor in between. Ends with QEMU, or once somebody
 /// else has the monitor.
 pub fn keep_stopped(qmp: &Path, pidfd: &OwnedFd) -> Result<()> {
+    let mut unfinished = false;
     while !super::process::ended(pidfd, KEEP_EVERY)? {
         let deadline = Instant::now() + KEEP_GREETING_MAX;
         let mut qmp = match Qmp::connect(qmp, deadline) {
@@ -221,13 +227,18 @@ pub fn keep_stopped(qmp: &Path, pidfd: &OwnedFd) -> Result<()> {
             Err(_) => continue,
         };
         let running = qmp.execute("query-status", json!({}), deadline).map(|s| s["running"] == true);
-        if running.unwrap_or(false) {
-            qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
+        if unfinished || running.unwrap_or(false) {
+            // One that is not stopped yet, and perhaps will be by this very command, is looked at again: nobody else will.
+            unfinished = true;
+            if qmp.execute("stop", json!({}), Instant::now() + QMP_MAX).is_err() {
+                continue;
+            }
             say(
                 "ANOTHER MONITOR let the guest run here although it was given to the destination. It was stopped \
                  again. To decide where it runs: `pageferry attach`, then `pageferry settle`",
             );
             park(&mut qmp);
+            unfinished = false;
         }
     }
     Ok(())

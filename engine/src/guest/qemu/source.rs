@@ -590,7 +590,10 @@ impl SourceGuest for QemuSource {
         self.relieve();
         let ended = self.qemu.quit();
         self.retired = None;
-        self.stand_down();
+        // One that does not end is still kept stopped, once this supervisor is gone.
+        if ended.is_ok() {
+            self.stand_down();
+        }
         ended
     }
 }
