@@ -270,6 +270,20 @@ impl<H: Hosted> Hosting<H> {
             });
             return None;
         }
+        // The destination's own word may be here already, and counts for more than what the operator could know.
+        if let Some(answer) = self.asking.as_ref().and_then(|asking| asking.answers().try_recv().ok()) {
+            self.asking = None;
+            let runs_there = matches!(answer, inquiry::Answer::Running(_));
+            let status = self.answered(answer);
+            let text = if runs_there {
+                "the destination has said meanwhile that the guest runs there, so it ends here"
+            } else {
+                "the destination has said meanwhile that it does not have the guest, so it stays here"
+            };
+            let text = text.into();
+            reply.deliver(if run == runs_there { Reply::Refused { text } } else { Reply::Done { text } });
+            return status;
+        }
         let settled = if run { self.hosted.run_here() } else { self.hosted.end_here() };
         match settled {
             Ok(()) => {
