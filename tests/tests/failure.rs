@@ -271,7 +271,8 @@ fn given_up(pair: &Pair, point: &str, fault: Fault) -> bool {
 /// After Commit nobody but the operator may decide at a source whose supervisor died.
 fn settle_end_at_a_new_supervisor(pair: &mut Pair) {
     assert!(look::alive(pair.source_qemu), "the guest outlives its supervisor");
-    pair.source = pair.stage.attach("src", &[]);
+    pair.source = pair.stage.attach_in_doubt("src");
+    pair.source.wait_state(State::Unknown);
     let words = pair.source.words.text();
     assert!(words.contains("does not run") && words.contains("settle"), "{words}");
     let settled = pair.stage.done(&["settle", "src", "--end"]);

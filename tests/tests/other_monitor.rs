@@ -1,6 +1,7 @@
 //! Another monitor of the same QEMU (libvirt, a script, a person) lets a guest run that must not, or resets
 //! it, in each stage of a switchover. The guest runs at one place, and the operator hears of it.
 
+use pageferry::supervisor::api::State;
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Running, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};
@@ -105,13 +106,17 @@ fn a_cont_after_the_death_of_a_supervisor_whose_commit_is_out_is_undone() {
     says(&source, "cont");
     wait_stopped(&source);
     // A new supervisor does the same, until somebody decides.
-    let mut source = stage.attach("src", &[]);
+    let mut source = stage.attach_in_doubt("src");
+    source.wait_state(State::Unknown);
     says(&source, "cont");
     source.words.wait("ANOTHER MONITOR", SOON);
     wait_stopped(&source);
     let moved = stage.migrate("src", destination.address(), &[]).end(SOON);
     assert_eq!(moved.status, Some(2), "{}", moved.stderr);
     assert!(moved.stderr.contains("in doubt"), "{}", moved.stderr);
+    // A move that was refused has not ended the watch.
+    says(&source, "cont");
+    wait_stopped(&source);
     assert_eq!(stage.done(&["settle", "src", "--end"]).status, Some(0));
     assert_eq!(source.end(), Some(0));
     look::wait_gone(qemu);

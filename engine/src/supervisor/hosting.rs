@@ -54,8 +54,10 @@ impl<H: Hosted> Hosting<H> {
             None => claim.forget_guest(),
         }
         let ended = hosted.ended()?;
+        // One that was found stopped in doubt is in doubt still.
+        let state = if hosted.is_sealed() { State::Unknown } else { State::Hosting };
         shared.update(|s| {
-            (s.state, s.listen) = (State::Hosting, None);
+            (s.state, s.listen) = (state, None);
             (s.vmm, s.pid) = (hosted.vmm(), Some(hosted.pid()));
         });
         Ok(Self {

@@ -100,6 +100,7 @@ impl Hosted for QemuHosted {
 
     fn let_go(&mut self) {
         self.guest.settle_in();
+        self.guest.outlast_guardian();
     }
 
     /// QEMU's exit status, if it was our child; that of a shell where a signal ended it.

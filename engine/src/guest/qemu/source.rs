@@ -9,7 +9,7 @@ use super::mtree;
 use super::nested::Exposed;
 use super::platform::Gatherer;
 use super::process::{Qemu, ended};
-use super::sentry::{Post, Sentry};
+use super::sentry::{Post, Sentry, TAKEN_OVER_MAX};
 use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
 use crate::dirty::pagemap::{PagemapSource, TrackedRange};
@@ -61,6 +61,8 @@ pub struct QemuSource {
     sentry: Option<Sentry>,
     /// See [`Self::is_sealed`].
     sealed: bool,
+    /// When the guardian of the supervisor before has gone, where there may be one.
+    guardian_gone: Option<Instant>,
     /// See [`SourceGuest::retire`].
     retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
@@ -102,6 +104,7 @@ impl QemuSource {
             halted: 0,
             sentry: None,
             sealed: false,
+            guardian_gone: None,
             retired: None,
             postmigrate_is_ours: false,
             platform: Vec::new(),
@@ -170,7 +173,17 @@ impl QemuSource {
         let heard = self.qemu.qmp.events_heard();
         sentry.post(&mut self.qemu.qmp, heard)?;
         self.sentry = Some(sentry);
+        self.sealed = true;
+        self.guardian_gone = Some(Instant::now() + TAKEN_OVER_MAX);
         Ok(())
+    }
+
+    /// Waits until the guardian of the supervisor before has noticed that the monitor was taken: it would stop a guest that
+    /// the operator has let run since, were the monitor free again before that.
+    pub fn outlast_guardian(&self) {
+        if let Some(gone) = self.guardian_gone.filter(|_| !self.is_watched()) {
+            std::thread::sleep(gone.saturating_duration_since(Instant::now()));
+        }
     }
 
     /// Whether the guest is watched because it must not run.
@@ -553,7 +566,10 @@ impl SourceGuest for QemuSource {
 
     fn resume(&mut self) -> Result<()> {
         self.relieve();
-        let Some(guardian) = &self.guardian else { return Ok(()) };
+        let Some(guardian) = &self.guardian else {
+            self.sealed = false;
+            return Ok(());
+        };
         if guardian.is_watching()? {
             // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be busy, would have to
             // answer, and a migration that it is busy with is somebody else's.
