@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 
 /// Pause before another try to stop a guest that QEMU did not stop.
 const STOP_AGAIN_AFTER: Duration = Duration::from_millis(20);
+/// Pause before another look after something was done.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(1);
 
 /// Pause between two looks of [`keep_stopped`].
 const KEEP_EVERY: Duration = Duration::from_millis(50);
@@ -148,24 +150,28 @@ impl Shared {
                         // A second handle, to wait on without the lock.
                         socket = rustix::io::fcntl_dupfd_cloexec(qmp.socket(), 0).ok();
                     }
-                    // Without a handle (no descriptor is left) it looks now and then.
-                    patience =
-                        if socket.is_some() { None } else { Timespec::try_from(STOP_AGAIN_AFTER).ok() };
-                    if let Err(e) = self.look(qmp, since) {
-                        if qmp.is_broken() {
-                            return;
+                    let again = match self.look(qmp, since) {
+                        // What was taken in meanwhile makes the socket readable no more. In between the monitor can be had
+                        // back.
+                        Ok(true) => Some(LOOK_AGAIN_AFTER),
+                        // Without a handle (no descriptor is left) it looks now and then.
+                        Ok(false) => socket.is_none().then_some(STOP_AGAIN_AFTER),
+                        Err(_) if qmp.is_broken() => return,
+                        Err(e) => {
+                            say(&format!("a guest that must not run could not be stopped: {}", e.chain()));
+                            Some(STOP_AGAIN_AFTER)
                         }
-                        say(&format!("a guest that must not run could not be stopped: {}", e.chain()));
-                        patience = Timespec::try_from(STOP_AGAIN_AFTER).ok();
-                    }
+                    };
+                    patience = again.and_then(|again| Timespec::try_from(again).ok());
                 }
             }
         }
     }
 
-    /// Looks for what must not be, and ends it.
-    fn look(&self, qmp: &mut Qmp, since: &mut u64) -> Result<()> {
+    /// Looks for what must not be, and ends it; says whether it did.
+    fn look(&self, qmp: &mut Qmp, since: &mut u64) -> Result<bool> {
         qmp.drain_events()?;
+        let before = *since;
         let turns = qmp.turns();
         match &self.post {
             Post::Source if turns.resume > *since => {
@@ -195,7 +201,7 @@ impl Shared {
             // All but its last byte: what QEMU takes time for is over when it is wanted.
             qmp.type_ahead("stop", Instant::now() + QMP_MAX)?;
         }
-        Ok(())
+        Ok(*since != before)
     }
 }
 
@@ -242,4 +248,55 @@ pub fn keep_stopped(qmp: &Path, pidfd: &OwnedFd) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::{Sender, bounded};
+    use serde_json::Value;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixStream;
+
+    /// A QEMU that another monitor lets run, and lets run again while the first time is being undone.
+    fn let_run_twice(stream: UnixStream, stopped: &Sender<()>) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let say = |line: &str| (&stream).write_all(format!("{line}\n").as_bytes()).unwrap();
+        let resumed = r#"{"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}}"#;
+        let mut times = 0;
+        say(r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}}}}"#);
+        while let Some(Ok(line)) = lines.next() {
+            // What is typed ahead at the end has no end.
+            let Ok(command) = serde_json::from_str::<Value>(&line) else { return };
+            if times == 1 && command["execute"] == "query-migrate-parameters" {
+                say(resumed);
+                times += 1;
+            }
+            say(&format!(r#"{{"return": {{}}, "id": {}}}"#, command["id"]));
+            match command["execute"].as_str() {
+                Some("qmp_capabilities") => {
+                    say(resumed);
+                    times += 1;
+                }
+                Some("stop") => stopped.send(()).unwrap(),
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_let_run_again_while_it_is_parked_is_stopped_again() {
+        const SOON: Duration = Duration::from_secs(10);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (stopped, stops) = bounded(8);
+        let qemu = std::thread::spawn(move || let_run_twice(theirs, &stopped));
+        let mut qmp = Qmp::over(ours.into(), Path::new("/fake"), Instant::now() + SOON).unwrap();
+        let sentry = Sentry::ready(Post::Source).unwrap();
+        sentry.post(&mut qmp, 0).unwrap();
+        for time in ["first", "second"] {
+            stops.recv_timeout(SOON).unwrap_or_else(|e| panic!("the {time} stop: {e}"));
+        }
+        drop((sentry, qmp));
+        qemu.join().unwrap();
+    }
 }
