@@ -234,11 +234,15 @@ pub fn kill(pidfd: &OwnedFd, pid: u32) -> Result<()> {
 
 /// Waits for the end of a process; says whether it came.
 pub fn ended(pidfd: &OwnedFd, wait: Duration) -> Result<bool> {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
-    match poll(&mut fds, Some(&wait)) {
-        Ok(ready) => Ok(ready > 0),
-        Err(Errno::INTR) => Ok(false),
-        Err(e) => Err(Error::os("waiting for a process", e)),
+    let deadline = Instant::now() + wait;
+    loop {
+        let wait = deadline.saturating_duration_since(Instant::now());
+        let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&wait)) {
+            Ok(ready) => return Ok(ready > 0),
+            // A signal to this process says nothing about that one.
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(Error::os("waiting for a process", e)),
+        }
     }
 }
