@@ -245,6 +245,8 @@ impl QemuSource {
 
     /// Stops the vCPUs, with a guardian that knows of it.
     fn stop(&mut self) -> Result<()> {
+        // It may have asked anew whether the guest runs.
+        self.guardian()?;
         let was_running = self.was_running;
         let guardian = self.guardian()?;
         guardian.check()?;
@@ -484,7 +486,9 @@ impl SourceGuest for QemuSource {
         {
             tracing::debug!(why, "transfers are drained");
             self.stop()?;
-            self.cont()?;
+            if self.stopped {
+                self.cont()?;
+            }
             // Whoever pauses the guest from now on finds it paused, also if this process dies.
             if let Some(guardian) = self.guardian.as_ref().filter(|_| self.armed.is_none()) {
                 guardian.stand_back()?;
