@@ -35,6 +35,15 @@ impl QemuHosted {
     pub fn new(guest: QemuSource, child: Option<Child>) -> Self {
         Self { guest, child }
     }
+
+    fn let_run(&mut self) -> Result<()> {
+        self.guest.resume()?;
+        let qemu = self.guest.qemu_mut();
+        if !qemu.is_running()? {
+            qemu.qmp.execute("cont", json!({}), Instant::now() + CONT_MAX)?;
+        }
+        Ok(())
+    }
 }
 
 impl Hosted for QemuHosted {
@@ -86,12 +95,17 @@ impl Hosted for QemuHosted {
     }
 
     fn run_here(&mut self) -> Result<()> {
-        self.guest.resume()?;
-        let qemu = self.guest.qemu_mut();
-        if !qemu.is_running()? {
-            qemu.qmp.execute("cont", json!({}), Instant::now() + CONT_MAX)?;
+        let in_doubt = self.guest.is_sealed();
+        let runs = self.let_run();
+        // As where its disks are locked, by the guest at the destination: then it is in doubt as before.
+        if runs.is_err()
+            && in_doubt
+            && matches!(self.guest.qemu_mut().is_running(), Ok(false))
+            && let Err(e) = self.guest.watch_in_doubt()
+        {
+            say(&format!("the guest is not watched for other monitors any more: {}", e.chain()));
         }
-        Ok(())
+        runs
     }
 
     fn end_here(&mut self) -> Result<()> {

@@ -167,8 +167,12 @@ impl QemuSource {
         self.sealed
     }
 
-    /// Keeps a guest stopped that was found stopped in doubt, until the operator has decided about it.
+    /// Keeps a guest stopped that was found stopped in doubt, or could not be let run in doubt, until the operator has decided
+    /// about it.
     pub fn watch_in_doubt(&mut self) -> Result<()> {
+        if let Some(guardian) = &self.guardian {
+            guardian.seal()?;
+        }
         let sentry = Sentry::ready(Post::Source)?;
         let heard = self.qemu.qmp.events_heard();
         sentry.post(&mut self.qemu.qmp, heard)?;
