@@ -89,7 +89,7 @@ fn a_run_that_is_interrupted_keeps_what_it_has_and_removes_its_cable() {
     wait_until("it made no cable", || namespaces_of(pid).len() == 2);
     kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::INT).unwrap();
     let output = run.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(namespaces_of(pid), [] as [String; 0]);
     assert!(the_record(directory.path()).interrupted);
 }
