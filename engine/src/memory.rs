@@ -2,7 +2,7 @@
 //! pages.
 
 pub mod file;
-mod holes;
+pub mod holes;
 pub mod lost;
 pub mod opened;
 #[cfg(feature = "vm-memory")]
@@ -208,12 +208,19 @@ impl GuestMemory {
         (index, (pfn - self.slots[index].first_page) * PAGE_BYTES)
     }
 
-    /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`); the rest is a hole
-    /// and reads as zeros. Reading a hole through a mapping would allocate it, so nobody should.
+    /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`; of huge pages, those that their file has);
+    /// the rest is a hole and reads as zeros. Reading a hole through a mapping would allocate it, so nobody should.
+    /// Where a file of huge pages cannot be asked, all of it counts as touched.
     pub fn touched(&self) -> Result<Vec<PageRun>> {
         let mut runs = Vec::new();
         for slot in &self.slots {
             slot.check_size()?;
+            if slot.backing_page_bytes != PAGE_BYTES
+                && let Some(pages) = slot.huge_pages()?
+            {
+                runs.extend(pages);
+                continue;
+            }
             let mut at = 0;
             let end = slot.region.len() as u64;
             while at < end {

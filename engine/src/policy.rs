@@ -79,6 +79,9 @@ pub struct Finished {
     pub pages: u64,
     /// From the first post to the fence's completion.
     pub elapsed: Duration,
+    /// Of that, how long the link waited while memory was looked through that holds little to be sent: memory that was set
+    /// aside, and never written.
+    pub looking: Duration,
     /// The harvest after it.
     pub harvest: Duration,
     /// Pages that this harvest found.
@@ -122,7 +125,8 @@ impl Estimator {
         self.round_us_min = self.round_us_min.min(finished.elapsed.as_micros() as u64);
         let bytes = finished.pages * PAGE_BYTES;
         if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
-            self.bytes_per_second = bytes as f64 / finished.elapsed.as_secs_f64().max(1e-6);
+            let sending = finished.elapsed.saturating_sub(finished.looking);
+            self.bytes_per_second = bytes as f64 / sending.as_secs_f64().max(1e-6);
         }
         Observation {
             round: finished.round,
@@ -317,6 +321,7 @@ mod tests {
             round: 0,
             pages,
             elapsed: ms(100),
+            looking: Duration::ZERO,
             harvest: ms(harvest),
             residue_pages: 7,
         };
@@ -327,6 +332,27 @@ mod tests {
         assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
     }
 
+    /// A guest of which much was set aside and little is written: its first round is long, and the later ones are too small
+    /// to measure anything.
+    #[test]
+    fn the_look_at_memory_of_zeros_is_not_taken_for_a_slow_link() {
+        let mut estimator = Estimator::default();
+        let expected = Expected { state_bytes: 0, round_trip_us: 100, fixed: FIXED };
+        let ms = Duration::from_millis;
+        let mut finished = Finished {
+            round: 0,
+            pages: 10_000,
+            elapsed: ms(4_100),
+            looking: ms(4_000),
+            harvest: Duration::ZERO,
+            residue_pages: 500,
+        };
+        assert_eq!(estimator.observe(&finished, &expected).bytes_per_second, 409.6e6);
+        (finished.round, finished.pages, finished.elapsed, finished.looking) = (1, 500, ms(5), ms(1));
+        let seen = estimator.observe(&finished, &expected);
+        assert!(predict_blackout_us(&seen) <= 10_000, "{}", predict_blackout_us(&seen));
+    }
+
     #[test]
     fn a_round_trip_is_not_much_longer_than_the_shortest_round() {
         let mut estimator = Estimator::default();
@@ -335,6 +361,7 @@ mod tests {
             round: 0,
             pages: 10,
             elapsed: Duration::from_millis(ms),
+            looking: Duration::ZERO,
             harvest: Duration::ZERO,
             residue_pages: 7,
         };

@@ -8,6 +8,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
+use crate::memory::holes::Freed;
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::staging::{STAGING_BYTES, Staging};
 use pageferry_transport::{
@@ -24,6 +25,9 @@ const BATCH: usize = 256;
 const BATCH_BYTES_MAX: u64 = 8 << 20;
 /// Pages looked at for one batch: zeros are passed over at memory speed, but not unwatched.
 const BATCH_SCAN_PAGES: u64 = 1 << 15;
+
+/// Where only one page in so many has to be sent, the link waits for the look and not the other way round.
+const LOOKED_AT_FOR_ONE_SENT: u64 = 8;
 
 /// How long one wait lasts before the watch is asked again.
 const WATCH_EVERY: Duration = Duration::from_millis(50);
@@ -53,6 +57,7 @@ pub struct Pump<'a> {
     last_tag: u32,
     last_fence_received: bool,
     bytes_written: u64,
+    looked: Duration,
     completions: Vec<Completion>,
     last_completion: Instant,
 }
@@ -112,6 +117,7 @@ impl<'a> Pump<'a> {
             last_tag: 0,
             last_fence_received: false,
             bytes_written: 0,
+            looked: Duration::ZERO,
             completions: Vec::with_capacity(2 * BATCH),
             last_completion: now,
         }
@@ -121,6 +127,12 @@ impl<'a> Pump<'a> {
     #[must_use]
     pub fn bytes_written(&self) -> u64 {
         self.bytes_written
+    }
+
+    /// How long the link waited while this looked through memory that holds little to be sent.
+    #[must_use]
+    pub fn looked(&self) -> Duration {
+        self.looked
     }
 
     /// Bytes of memory that were never sent: never touched, or zero.
@@ -218,26 +230,22 @@ impl<'a> Pump<'a> {
     ) -> Result<u64> {
         self.memory.look_again_at(dirty)?;
         self.separate(dirty, watch)?;
-        self.last_completion = clock::now();
-        if let Some(pace) = &mut self.pace {
-            (pace.since, pace.bytes) = (clock::now(), 0);
-        }
-        // A bounded rate is kept in bursts of a tenth of a second.
-        let burst = self.pace.as_ref().map_or(u64::MAX, |pace| pace.bytes_per_second_max / 10);
-        let batch_bytes_max = BATCH_BYTES_MAX.min(burst).max(1);
+        let batch_bytes_max = self.begin_to_post();
         let (mut pages, mut at) = (0, 0);
         let mut batch = Vec::with_capacity(BATCH);
         while !dirty.is_empty() {
             let mut len = 0;
             let (begin, dirty_before) = (at, dirty.count());
-            let mut bytes = 0;
+            let (mut bytes, mut looked_at, begun) = (0, 0, clock::now());
             while len < BATCH && bytes < batch_bytes_max && at < begin + BATCH_SCAN_PAGES {
                 let Some(piece) = self.next_piece(dirty, at) else {
                     at = dirty.pages();
                     break;
                 };
+                let first = piece.run.first.0;
                 match self.without_zeros(piece)? {
                     Some(piece) => {
+                        looked_at += piece.run.end() - first;
                         at = piece.run.end();
                         bytes += piece.run.bytes();
                         self.sent.insert(piece.run);
@@ -249,8 +257,14 @@ impl<'a> Pump<'a> {
                             self.unfenced.insert(rest.run);
                         }
                     }
-                    None => at = piece.run.end(),
+                    None => {
+                        looked_at += piece.run.count;
+                        at = piece.run.end();
+                    }
                 }
+            }
+            if bytes / PAGE_BYTES < looked_at / LOOKED_AT_FOR_ONE_SENT {
+                self.looked += clock::elapsed(begun);
             }
             self.post_all(&batch[..len], watch)?;
             pages += bytes / PAGE_BYTES;
@@ -261,6 +275,17 @@ impl<'a> Pump<'a> {
             self.keep_pace(bytes, watch)?;
         }
         Ok(pages)
+    }
+
+    /// Waits and rates count from here. Returns how many bytes a batch may have.
+    fn begin_to_post(&mut self) -> u64 {
+        self.last_completion = clock::now();
+        if let Some(pace) = &mut self.pace {
+            (pace.since, pace.bytes) = (clock::now(), 0);
+        }
+        // A bounded rate is kept in bursts of a tenth of a second.
+        let burst = self.pace.as_ref().map_or(u64::MAX, |pace| pace.bytes_per_second_max / 10);
+        BATCH_BYTES_MAX.min(burst).max(1)
     }
 
     /// Has everything that was posted before received by the peer, if one of these pages was among it.
@@ -325,35 +350,66 @@ impl<'a> Pump<'a> {
         Ok(Some(piece.part(first, end)))
     }
 
-    /// How long looking for holes takes: what [`Self::push_holes`] costs where there are none.
+    /// How long looking for what the guest gave back takes: what [`Self::push_freed`] costs where there is none.
     pub fn time_a_look_for_holes(&self) -> Result<Duration> {
         let begun = Instant::now();
-        self.memory.holes(&self.sent)?;
+        self.memory.freed(&self.sent)?;
         Ok(begun.elapsed())
     }
 
-    /// Writes zeros over every page that was pushed and is a hole now: memory that a balloon took away
-    /// after it was sent. Taking it away is no write, so no dirty source reports it.
-    pub fn push_holes(&mut self, zeros: &Arc<MemoryRegion>, watch: &mut Watch<'_>) -> Result<u64> {
-        let holes = self.memory.holes(&self.sent)?;
-        self.separate(&holes, watch)?;
-        let (mut batch, mut at) = (Vec::with_capacity(BATCH), 0);
-        while let Some(piece) = self.next_piece(&holes, at) {
+    /// Deals with memory that was taken away from the guest (by a balloon) after it was sent. Taking it away is no write,
+    /// so no dirty source reports it. What is a hole now has zeros written over it, and need not be read any more if it is
+    /// dirty. What may have been one and is there again becomes dirty. To be called ahead of [`Self::push`]; returns how
+    /// many pages of zeros were posted.
+    pub fn push_freed(
+        &mut self,
+        dirty: &mut DirtyBitmap,
+        zeros: &Arc<MemoryRegion>,
+        watch: &mut Watch<'_>,
+    ) -> Result<u64> {
+        let mut asked = self.sent.clone();
+        dirty.runs(u64::MAX).for_each(|run| asked.insert(run));
+        let Freed { mut holes, mut back } = self.memory.freed(&asked)?;
+        holes.runs(u64::MAX).for_each(|run| dirty.remove(run));
+        // What was posted since the last fence was posted in the blackout, when nothing is taken away any more. A lane may
+        // only not have read it yet.
+        self.unfenced.runs(u64::MAX).for_each(|run| back.remove(run));
+        back.runs(u64::MAX).for_each(|run| dirty.insert(run));
+        // Never sent: zeros at both ends.
+        self.sent.runs(u64::MAX).for_each(|run| asked.remove(run));
+        asked.runs(u64::MAX).for_each(|run| holes.remove(run));
+        self.push_zeros(&holes, zeros, watch)?;
+        Ok(holes.count())
+    }
+
+    fn push_zeros(
+        &mut self,
+        holes: &DirtyBitmap,
+        zeros: &Arc<MemoryRegion>,
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
+        let batch_bytes_max = self.begin_to_post();
+        self.separate(holes, watch)?;
+        let (mut batch, mut bytes, mut at) = (Vec::with_capacity(BATCH), 0, 0);
+        while let Some(piece) = self.next_piece(holes, at) {
             at = piece.run.end();
             let mut request = self.request(piece)?;
             request.local = zeros.slice(0, piece.run.bytes() as usize)?;
             batch.push(request);
+            bytes += piece.run.bytes();
             self.unfenced.insert(piece.run);
-            if batch.len() == BATCH {
+            if batch.len() == BATCH || bytes >= batch_bytes_max {
                 self.post_all(&batch, watch)?;
                 watch()?;
+                self.keep_pace(bytes, watch)?;
                 batch.clear();
+                bytes = 0;
             }
         }
         self.post_all(&batch, watch)?;
         // The destination has zeros there again, as if they had never been sent.
         holes.runs(u64::MAX).for_each(|run| self.sent.remove(run));
-        Ok(holes.count())
+        Ok(())
     }
 
     /// Posts a piece of the device state, which lies at `offset` of the local state region already.

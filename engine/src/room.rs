@@ -65,8 +65,8 @@ pub(crate) fn check(memory: &GuestMemory, touched: &[PageRun], set_aside: bool) 
     )))
 }
 
-/// Fails if a pool does not have all of the huge pages of this memory. To be asked before it is looked through: a file of
-/// huge pages does not tell its holes, so all of it is allocated then.
+/// Fails if a pool does not have all of the huge pages of this memory. To be asked before it is looked through: where the
+/// kernel does not tell the holes of huge pages, all of it is allocated then.
 pub(crate) fn check_huge_pages(memory: &GuestMemory, set_aside: bool) -> Result<()> {
     let huge = memory.slots().iter().filter(|slot| slot.backing_page_bytes != PAGE_BYTES);
     check(memory, &huge.map(MemorySlot::run).collect::<Vec<_>>(), set_aside)

@@ -379,7 +379,7 @@ impl Ferry<'_> {
                 report: self.report,
                 round_trip_us: session.round_trip_us,
                 options,
-                discards,
+                zeros: discards.then_some(&zeros),
                 holes_us: u64::MAX,
             };
             rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
@@ -391,10 +391,10 @@ impl Ferry<'_> {
                 return Err(pageferry_transport::Error::State(link::BALLOONED).into());
             }
             let mut relieving = || watch().and_then(|()| tracking.relieve());
-            pump.push(&mut dirty, &mut relieving, &mut |_| {})?;
             if discards {
-                pump.push_holes(&zeros, &mut relieving)?;
+                pump.push_freed(&mut dirty, &zeros, &mut relieving)?;
             }
+            pump.push(&mut dirty, &mut relieving, &mut |_| {})?;
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut relieving)?;
             if by_rdma {
@@ -567,8 +567,8 @@ struct Rounds<'r> {
     report: &'r mut MigrationReport,
     round_trip_us: u64,
     options: &'r MigrateOptions,
-    /// Whether memory may be taken away from the guest.
-    discards: bool,
+    /// If memory may be taken away from the guest: what is written over it.
+    zeros: Option<&'r Arc<MemoryRegion>>,
     /// The shortest look for what was taken away so far, in microseconds.
     holes_us: u64,
 }
@@ -577,7 +577,7 @@ impl Rounds<'_> {
     /// What the blackout costs beside pages, states and harvests.
     fn fixed_costs(&mut self, guest: &dyn SourceGuest, pump: &Pump<'_>) -> Result<FixedCosts> {
         let fixed = guest.fixed_costs();
-        if !self.discards {
+        if self.zeros.is_none() {
             return Ok(fixed);
         }
         let look = pump.time_a_look_for_holes()?;
@@ -605,7 +605,13 @@ impl Rounds<'_> {
             let monitor = self.monitor;
             monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
             let mut relieving = || watch().and_then(|()| tracking.relieve());
-            let pages =
+            let looked_before = pump.looked();
+            let mut pages = 0;
+            // In each round, so that the blackout finds little. Nothing was sent before the first.
+            if let Some(zeros) = self.zeros.filter(|_| index > 0) {
+                pages += pump.push_freed(dirty, zeros, &mut relieving)?;
+            }
+            pages +=
                 pump.push(dirty, &mut relieving, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut relieving)?;
@@ -615,7 +621,9 @@ impl Rounds<'_> {
             tracking.harvest(dirty)?;
             let harvest = clock::elapsed(harvesting);
             guest.settle_io()?;
-            let finished = Finished { round: index, pages, elapsed, harvest, residue_pages: dirty.count() };
+            let looking = pump.looked() - looked_before;
+            let residue_pages = dirty.count();
+            let finished = Finished { round: index, pages, elapsed, looking, harvest, residue_pages };
             let expected = Expected {
                 state_bytes: guest.state_bytes_expected(),
                 round_trip_us: self.round_trip_us,

@@ -148,10 +148,10 @@ impl<'g> Paused<'g> {
         self.blackout.save = lap(since);
         source.harvest(dirty)?;
         self.blackout.harvest += lap(since);
-        pump.push(dirty, watch, &mut |_| {})?;
         if let Some(zeros) = zeros {
-            pump.push_holes(zeros, watch)?;
+            pump.push_freed(dirty, zeros, watch)?;
         }
+        pump.push(dirty, watch, &mut |_| {})?;
         let fence = pump.last_fence()?;
         let (staged, registrations) = (pump.staged(), pump.registrations_since());
         self.blackout.push += lap(since);

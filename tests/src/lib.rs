@@ -9,6 +9,7 @@
 //!   look         what /proc and a second QMP monitor say about a QEMU
 //!   throttle     a bound on the speed of a disk
 //!   ledger       a guest of two kilobytes that checks its memory
+//!   huge_pages   huge pages that a test has for itself
 //!   slow_fs      a file system in user space that answers slowly
 //!   console      the Linux guest of docs/guest.md, through its serial port
 //! ```
@@ -17,6 +18,7 @@
 //! here says so through [`not_run`].
 
 pub mod console;
+pub mod huge_pages;
 pub mod ledger;
 pub mod look;
 pub mod proxy;

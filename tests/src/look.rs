@@ -4,7 +4,7 @@ use crate::{LOOK_EVERY, SOON};
 use pageferry::guest::qemu::qmp::Qmp;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -77,6 +77,22 @@ pub fn tracked_mappings(pid: u32) -> usize {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
     let flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
     flags.filter(|flags| flags.split_whitespace().any(|flag| flag == "uw")).count()
+}
+
+/// The file of a QEMU's memory that pageferry has made, of which there is one of this size.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn memory_file(pid: u32, bytes: u64) -> File {
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("QEMU runs")
+        .flatten()
+        .map(|fd| fd.path())
+        .filter(|fd| fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().contains("memfd:pageferry-")))
+        .filter_map(|fd| File::options().read(true).write(true).open(fd).ok())
+        .find(|file| file.metadata().is_ok_and(|of| of.len() == bytes))
+        .expect("a memory file of that size")
 }
 
 /// Number of open descriptors.

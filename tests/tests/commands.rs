@@ -1,13 +1,13 @@
 //! A user's own QEMU command works as it is. Every guest here gets a pattern over all of its memory before
 //! it is moved, and the test itself looks for it at the destination, besides `--verify`.
 
+use pageferry_tests::huge_pages::HugePages;
 use pageferry_tests::look;
 use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, not_run};
 use pageferry_transport::{Access, MemoryRegion};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::Arc;
 
 const QEMU: &str = "qemu-system-x86_64 -accel tcg -nodefaults -display none";
@@ -140,41 +140,6 @@ fn two_numa_nodes_with_a_backend_each() {
          -numa node,nodeid=0,cpus=0,memdev=n0 -numa node,nodeid=1,cpus=1,memdev=n1",
         &[32, 64],
     );
-}
-
-/// Reserved huge pages, given back at the end.
-struct HugePages {
-    before: u64,
-}
-
-impl HugePages {
-    const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-    const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-
-    fn count(path: &str) -> Option<u64> {
-        std::fs::read_to_string(path).ok()?.trim().parse().ok()
-    }
-
-    /// So many free ones, or why not.
-    fn reserve(pages: u64) -> Result<Self, String> {
-        let before = Self::count(Self::RESERVED).ok_or("this kernel has no huge pages of 2 MiB")?;
-        let kept = Self { before };
-        if !Path::new(Self::RESERVED).metadata().is_ok_and(|m| !m.permissions().readonly()) {
-            return Err("/sys is read-only".into());
-        }
-        std::fs::write(Self::RESERVED, (before + pages).to_string())
-            .map_err(|e| format!("reserving huge pages needs root: {e}"))?;
-        match Self::count(Self::FREE) {
-            Some(free) if free >= pages => Ok(kept),
-            free => Err(format!("the kernel found {free:?} of {pages} huge pages of 2 MiB")),
-        }
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::RESERVED, self.before.to_string());
-    }
 }
 
 #[test]

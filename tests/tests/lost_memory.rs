@@ -1,5 +1,6 @@
 //! Guest memory that goes away under the supervisor: pages that the hardware lost, files that are cut. Nobody dies of it:
-//! what was lost is named, and the guest runs on or moves, as the operator chose.
+//! what was lost is named, and the guest runs on or moves, as the operator chose. And pages that a balloon takes away: they
+//! arrive as what the guest would read there.
 
 use pageferry::destination::Reception;
 use pageferry::doorway::Doorway;
@@ -11,10 +12,15 @@ use pageferry::page::PAGE_BYTES;
 use pageferry::progress::Monitor;
 use pageferry::report::{MigrationReport, Outcome};
 use pageferry::source::{MigrateOptions, migrate};
-use pageferry_tests::SOON;
+use pageferry_tests::huge_pages::HugePages;
+use pageferry_tests::look::memory_file;
 use pageferry_tests::stage::Stage;
+use pageferry_tests::{SOON, not_run};
+use pageferry_transport::{Access, MemoryRegion};
+use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
 /// 16 MiB, of which the guest's threads write the first half.
@@ -123,6 +129,59 @@ fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
     file.set_len(64 * MIB).unwrap();
     let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+}
+
+/// Takes pages away as QEMU does for a balloon and for free page reporting, after they were sent. The guest of the one that
+/// reads such a page finds zeros, and so must the one that reads it at the destination.
+fn taken_away_while_it_moves(hugetlb: &str, page_bytes: u64) {
+    const BYTES: u64 = 64 << 20;
+    const FIRST: u64 = 8;
+    let qemu = format!(
+        "qemu-system-x86_64 -S -accel tcg -machine q35,memory-backend=m -m 64 -nodefaults -display none \
+         -device virtio-balloon-pci -object memory-backend-memfd,id=m,size=64M{hugetlb}"
+    );
+    let map =
+        |file: &File| MemoryRegion::map_unreserved(file.as_fd(), 0, BYTES as usize, Access::Write).unwrap();
+    let at = |index: u64| ((FIRST + index) * page_bytes) as usize;
+    let stage = Stage::new();
+    let source = stage.run("src", &qemu, "switchover");
+    let destination = stage.receive("dst", &qemu, "");
+    let (here, there) = (memory_file(source.qemu(), BYTES), memory_file(destination.qemu(), BYTES));
+    let allocated = |file: &File| file.metadata().unwrap().blocks() * 512 / page_bytes;
+    (0..8).for_each(|index| map(&here).write(at(index), &[7; 4096]).unwrap());
+    let before = allocated(&here);
+    let moving = stage.migrate("src", destination.address(), &["--verify", "--downtime-max", "1s"]);
+    source.wait_held("switchover");
+    assert_eq!(allocated(&here), before, "what the guest never touched is not allocated by a look at it");
+    // 0 and 1 stay. 2 to 5 are taken away, and 4 and 5 are read again: there are pages of zeros then.
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&here, punch, at(2) as u64, 4 * page_bytes).unwrap();
+    (4..6).for_each(|index| assert!(map(&here).is_zero(at(index), 4096).unwrap()));
+    stage.release();
+    let ended = moving.end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    let arrived = map(&there);
+    let mut page = [1; 4096];
+    for index in 0..8 {
+        let wanted = if (2..6).contains(&index) { 0 } else { 7 };
+        arrived.read(at(index), &mut page).unwrap();
+        assert!(page == [wanted; 4096], "page {index} of the eight begins with {}", page[0]);
+    }
+    assert!(allocated(&there) <= before + 2, "{} of {before}", allocated(&there));
+}
+
+#[test]
+fn what_a_balloon_takes_away_reads_as_zeros_at_the_destination() {
+    taken_away_while_it_moves("", 4096);
+}
+
+#[test]
+fn what_a_balloon_takes_away_in_huge_pages_reads_as_zeros_at_the_destination() {
+    const NAME: &str = "what_a_balloon_takes_away_in_huge_pages_reads_as_zeros_at_the_destination";
+    match HugePages::reserve(64 + 4) {
+        Ok(_reserved) => taken_away_while_it_moves(",hugetlb=on,hugetlbsize=2M", 2 << 20),
+        Err(why) => not_run(NAME, &why),
+    }
 }
 
 /// The kernel would disarm all of memory in one call when the last descriptor is closed. So somebody who outlives the

@@ -160,6 +160,7 @@ pub fn outlook(guest: &ModelledGuest, cable: &Cable, costs: &Costs, engine: &Eng
             round: index,
             pages: dirty.round() as u64,
             elapsed: duration(round_us),
+            looking: Duration::ZERO,
             harvest: duration(harvest_us),
             residue_pages: left.round() as u64,
         };

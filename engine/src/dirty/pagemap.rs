@@ -17,16 +17,18 @@
 //! What a page that no page table entry maps looks like (tried on Linux 6.18; the tests hold it):
 //! the first write to it after `new` is reported, a mere read is not, and a hole that is punched into
 //! the file (a balloon's `MADV_REMOVE`) is **not** reported: the pump looks for holes at the end
-//! ([`crate::precopy::Pump::push_holes`]).
+//! ([`crate::precopy::Pump::push_freed`]).
 
 mod abi;
 mod arming;
+mod huge;
 mod poison;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod unmapped;
 
 pub use arming::disarm;
+pub(crate) use huge::HugeFile;
 pub use poison::Poison;
 pub(crate) use unmapped::unmapped_here;
 

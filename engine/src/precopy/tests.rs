@@ -5,7 +5,7 @@ use crate::memory::SlotSource;
 use crate::staging::place;
 use pageferry_transport::loopback::{Faults, LoopbackInitiator, LoopbackTarget, pair};
 use pageferry_transport::{Access, Result as LinkResult, Target, TransportKind};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use std::ops::RangeInclusive;
 
 /// Three stripes.
@@ -230,4 +230,38 @@ fn memory_that_is_made_ready_ahead_is_not_staged() {
     set(550, &here, 1);
     pump.push(&mut pages([550]), &mut watch, &mut |_| {}).unwrap();
     assert_eq!((pump.staged(), pump.registrations_since()), (Vec::new(), 0));
+}
+
+/// A balloon takes pages away after they were sent. One of them is only read since, which nothing reports as a write.
+#[test]
+fn what_was_freed_arrives_as_the_guest_reads_it_and_is_not_allocated_again() {
+    for seed in 0..10 {
+        let World { mut link, mut target, here, there, remote, state, .. } = world(seed, UNREADY);
+        // The guest's process has a mapping of its own.
+        let guest = here.map_again(Access::Write).unwrap();
+        let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize).unwrap();
+        link.register(&zeros).unwrap();
+        let mut pump = pump(&mut link, &here, remote, state);
+        let list = [1, 2, 3, 4, 5];
+        list.iter().for_each(|&page| set(page, &guest, 7));
+        pump.push(&mut pages(list), &mut watch, &mut |_| {}).unwrap();
+        let tag = pump.fence().unwrap();
+        target.wait_fence(tag, soon()).unwrap();
+        pump.wait_fence(tag, &mut watch).unwrap();
+
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let file = here.slots()[0].file().unwrap();
+        fallocate(&file, punch, 2 * PAGE_BYTES, 4 * PAGE_BYTES).unwrap();
+        assert_eq!(get(3, &guest), 0);
+        set(4, &guest, 9);
+        // 5 was written before it was taken away.
+        let mut dirty = pages([4, 5]);
+        assert_eq!(pump.push_freed(&mut dirty, &zeros, &mut watch).unwrap(), 2, "2 and 5");
+        assert_eq!(dirty, pages([3, 4]));
+        pump.push(&mut dirty, &mut watch, &mut |_| {}).unwrap();
+        let tag = pump.fence().unwrap();
+        target.wait_fence(tag, soon()).unwrap();
+        assert_eq!(list.map(|page| get(page, &there)), [7, 0, 0, 9, 0], "seed {seed}");
+        assert_eq!(here.touched().unwrap(), [PageRun::between(1, 2), PageRun::between(3, 5)]);
+    }
 }

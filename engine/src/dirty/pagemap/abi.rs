@@ -3,6 +3,7 @@
 pub const UFFD_USER_MODE_ONLY: i32 = 1;
 pub const UFFD_API: u64 = 0xAA;
 const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+pub const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
@@ -13,6 +14,7 @@ pub const FEATURES: u64 = UFFD_FEATURE_PAGEFAULT_FLAG_WP
     | UFFD_FEATURE_WP_ASYNC;
 pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1 << 0;
 pub const UFFDIO_REGISTER_MODE_WP: u64 = 1 << 1;
+pub const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
 pub const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 pub const PAGE_IS_WPALLOWED: u64 = 1 << 0;
 pub const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -48,6 +50,14 @@ pub struct UffdioRegister {
 pub struct UffdioWriteprotect {
     pub range: UffdioRange,
     pub mode: u64,
+}
+
+#[repr(C)]
+pub struct UffdioContinue {
+    pub range: UffdioRange,
+    pub mode: u64,
+    /// Bytes that were mapped, or an errno below zero.
+    pub mapped: i64,
 }
 
 #[repr(C)]
@@ -104,6 +114,7 @@ impl IoctlArg for UffdioApi {}
 impl IoctlArg for UffdioRange {}
 impl IoctlArg for UffdioRegister {}
 impl IoctlArg for UffdioWriteprotect {}
+impl IoctlArg for UffdioContinue {}
 impl IoctlArg for UffdioPoison {}
 impl IoctlArg for PmScanArg {}
 
@@ -118,6 +129,7 @@ pub const UFFDIO_REGISTER: libc::c_ulong = iowr::<UffdioRegister>(0xAA, 0x00);
 pub const UFFDIO_UNREGISTER: libc::c_ulong =
     2 << 30 | (size_of::<UffdioRange>() as libc::c_ulong) << 16 | 0xAA << 8 | 0x01;
 pub const UFFDIO_WRITEPROTECT: libc::c_ulong = iowr::<UffdioWriteprotect>(0xAA, 0x06);
+pub const UFFDIO_CONTINUE: libc::c_ulong = iowr::<UffdioContinue>(0xAA, 0x07);
 pub const UFFDIO_POISON: libc::c_ulong = iowr::<UffdioPoison>(0xAA, 0x08);
 pub const UFFDIO_API: libc::c_ulong = iowr::<UffdioApi>(0xAA, 0x3F);
 pub const PAGEMAP_SCAN: libc::c_ulong = iowr::<PmScanArg>(b'f', 16);
@@ -127,6 +139,7 @@ const _: () = {
     assert!(size_of::<UffdioRange>() == 16 && UFFDIO_UNREGISTER == 0x8010_aa01);
     assert!(size_of::<UffdioRegister>() == 32 && UFFDIO_REGISTER == 0xc020_aa00);
     assert!(size_of::<UffdioWriteprotect>() == 24 && UFFDIO_WRITEPROTECT == 0xc018_aa06);
+    assert!(size_of::<UffdioContinue>() == 32 && UFFDIO_CONTINUE == 0xc020_aa07);
     assert!(size_of::<UffdioPoison>() == 32 && UFFDIO_POISON == 0xc020_aa08);
     assert!(size_of::<PageRegion>() == 24);
     assert!(size_of::<PmScanArg>() == 96 && PAGEMAP_SCAN == 0xc060_6610);

@@ -5,8 +5,8 @@ use pageferry_transport::Access;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use std::collections::BTreeSet;
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 struct Memory {
@@ -275,8 +275,11 @@ fn no_write_to_huge_pages_is_missed() {
     no_write_is_missed(&memory, 100);
 }
 
-/// Huge pages reserved beyond what the machine had, given back on drop.
-struct HugePages(u64);
+/// Huge pages reserved beyond what the machine had, given back on drop. One test at a time has some.
+pub(crate) struct HugePages {
+    pages: u64,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl HugePages {
     const COUNT: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
@@ -285,10 +288,12 @@ impl HugePages {
         std::fs::read_to_string(name).ok()?.trim().parse().ok()
     }
 
-    fn reserve(pages: u64) -> Option<Self> {
+    pub(crate) fn reserve(pages: u64) -> Option<Self> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let before = Self::count(Self::COUNT)?;
         std::fs::write(Self::COUNT, (before + pages).to_string()).ok()?;
-        let this = Self(pages);
+        let this = Self { pages, _alone: alone };
         (Self::count(Self::COUNT)? >= before + pages).then_some(this)
     }
 }
@@ -296,7 +301,7 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         if let Some(now) = Self::count(Self::COUNT) {
-            let _ = std::fs::write(Self::COUNT, now.saturating_sub(self.0).to_string());
+            let _ = std::fs::write(Self::COUNT, now.saturating_sub(self.pages).to_string());
         }
     }
 }
