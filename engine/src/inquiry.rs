@@ -10,7 +10,8 @@
 //! Only a destination that has said something settles it. A refused connection, silence, or a receiver that
 //! does not know the session say nothing. The destination answers a session's token for its whole life, so
 //! asking goes on for as long as the guest is in doubt: by [`crate::source::migrate`] at first, then by the
-//! supervisor or whoever embeds the engine ([`crate::progress::Monitor::take_inquiry`]).
+//! supervisor or whoever embeds the engine ([`crate::progress::Monitor::take_inquiry`]), also after the death of
+//! the process that began ([`Keeper`]).
 
 use crate::clock;
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ use crate::protocol::{Cause, Control, Message, Running};
 use crate::session::{self, aborted};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use pageferry_transport::preamble::Token;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
 /// For the destination to resume the vCPUs, and for one answer when asked again.
@@ -57,6 +59,12 @@ impl Inquiry {
     pub fn new(to: Address, token: Token, old: Option<Control>) -> Self {
         let messages = old.as_ref().map_or(0, Control::messages);
         Self { to, token, old, messages }
+    }
+
+    /// The same in another process.
+    #[must_use]
+    pub fn again(question: &Question) -> Self {
+        Self::new(question.to.clone(), question.token, None)
     }
 
     /// Who is asked.
@@ -127,6 +135,74 @@ impl Inquiry {
     }
 }
 
+/// An open question in a form that outlives its process. To ask it is to say Commit: it may be asked only of a
+/// guest that was sealed for it and has not run since.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub struct Question {
+    /// Who is asked.
+    pub to: Address,
+    /// The session whose Commit it is.
+    pub token: Token,
+    /// Whether the vCPUs ran before they were stopped for it, and so run again if the copy was discarded.
+    pub was_running: bool,
+}
+
+/// A question as it is written.
+#[derive(Serialize, Deserialize)]
+struct Written {
+    to: String,
+    token: String,
+    was_running: bool,
+}
+
+impl From<Question> for Written {
+    fn from(question: Question) -> Self {
+        let token = format!("{:032x}", u128::from_be_bytes(question.token.0));
+        Self { to: question.to.to_string(), token, was_running: question.was_running }
+    }
+}
+
+impl TryFrom<Written> for Question {
+    type Error = Error;
+
+    fn try_from(written: Written) -> Result<Self> {
+        let token = u128::from_str_radix(&written.token, 16)
+            .map_err(|e| Error::refused(format!("the token of a question: {e}")))?;
+        let to = written.to.parse()?;
+        Ok(Self { to, token: Token(token.to_be_bytes()), was_running: written.was_running })
+    }
+}
+
+/// Keeps the question of a migration where it is found after the death of this process, for guests that outlive it
+/// ([`crate::progress::Monitor::keep_question_with`]). A question that is found may be asked, so the order is strict:
+///
+/// ```text
+///   forget -> the guest runs, rounds -> write_ahead -> pause .. Ready, seal -> reveal -> Commit
+/// ```
+///
+/// Once the guest runs again, or is to run, whoever resumes it forgets the question.
+pub trait Keeper: std::fmt::Debug + Send + Sync {
+    /// An attempt begins. After `Ok` no earlier question is found any more.
+    ///
+    /// # Errors
+    /// They refuse the attempt.
+    fn forget(&self) -> Result<()>;
+
+    /// Writes the question down where nobody looks for it. The guest still runs.
+    ///
+    /// # Errors
+    /// They cost nothing but the question: nothing must be revealed then.
+    fn write_ahead(&self, question: &Question) -> Result<()>;
+
+    /// The guest is sealed, and Commit is sent next: what was written ahead is found from here on. Called in the
+    /// blackout, so it must be one quick step that is done or not done.
+    ///
+    /// # Errors
+    /// They cost nothing but the question.
+    fn reveal(&self) -> Result<()>;
+}
+
 /// Whether this settles the question, and how.
 fn settles(heard: Result<Message>) -> Option<Answer> {
     match heard {
@@ -169,6 +245,19 @@ mod tests {
         }
         assert!(settles(Ok(Message::Commit)).is_none());
         assert!(settles(Err(Error::Timeout { what: "it".into() })).is_none());
+    }
+
+    #[test]
+    fn a_question_is_read_as_it_was_written() {
+        for to in ["127.0.0.1:1", "[fe80::1%3]:1", "unix:/run/ferry.sock"] {
+            for token in [[0; 16], [0xfe; 16], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]] {
+                let question = Question { to: to.parse().unwrap(), token: Token(token), was_running: true };
+                let text = serde_json::to_string(&question).unwrap();
+                assert_eq!(serde_json::from_str::<Question>(&text).unwrap(), question, "{text}");
+            }
+        }
+        let odd = r#"{"to":"127.0.0.1:1","token":"zz","was_running":true}"#;
+        assert!(serde_json::from_str::<Question>(odd).is_err());
     }
 
     /// The destination has said Abort and is gone: nobody answers at its address any more.

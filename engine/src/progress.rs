@@ -1,10 +1,10 @@
 //! What an observer may see of a migration under way, and how it asks for an end.
 
 use crate::error::{Error, Result};
-use crate::inquiry::Inquiry;
+use crate::inquiry::{Inquiry, Keeper};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,7 @@ struct Shared {
     progress: Mutex<Progress>,
     cancelled: AtomicBool,
     inquiry: Mutex<Option<Inquiry>>,
+    keeper: OnceLock<Arc<dyn Keeper>>,
 }
 
 impl Monitor {
@@ -106,6 +107,17 @@ impl Monitor {
     #[must_use]
     pub fn take_inquiry(&self) -> Option<Inquiry> {
         self.shared.inquiry.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Has the question of this migration kept, for whoever comes after this process. The first keeper counts; one that
+    /// is given after the migration has begun comes too late.
+    pub fn keep_question_with(&self, keeper: Arc<dyn Keeper>) {
+        let _ = self.shared.keeper.set(keeper);
+    }
+
+    /// Who keeps the question.
+    pub(crate) fn keeper(&self) -> Option<&dyn Keeper> {
+        self.shared.keeper.get().map(AsRef::as_ref)
     }
 
     /// Asks the migration to stop. It does so at its next step unless Commit has been sent.

@@ -6,7 +6,7 @@ use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::{SourceGuest, Vouched};
 use crate::hold;
-use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
+use crate::inquiry::{Answer, Inquiry, Question, RUNNING_MAX};
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
 use crate::memory::lost::{self, LostPage, Poisoned};
@@ -233,6 +233,8 @@ fn ready(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monito
     addresses.iter().try_for_each(|address| session::check_exposure(address, options.insecure))?;
     guest.vouch(&options.vouched);
     guest.preflight()?;
+    // The guest may run here, so an earlier question is settled; found after this attempt's death it would be wrong.
+    monitor.keeper().map_or(Ok(()), |keeper| keeper.forget()).map_err(refuse_unreachable)?;
     Ok(addresses)
 }
 
@@ -422,7 +424,10 @@ impl Ferry<'_> {
                 .and_then(|()| alive())
                 .and_then(|()| not_after(blackout_end))
         };
-        let paused = Paused::enter(guest)?;
+        let (to_ask, token) = (to.clone(), session.token);
+        let paused = Paused::enter(guest, |was_running| {
+            keep_ahead(monitor, &Question { to: to_ask, token, was_running });
+        })?;
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
         let tracked = tracking.as_mut();
@@ -451,7 +456,7 @@ impl Ferry<'_> {
         // The guest is the destination's.
         self.phase = self.phase.on(SourceEvent::CommitSent);
         let (committed, sent) = prepared
-            .commit(control, clock::now() + RUNNING_MAX)
+            .commit(control, clock::now() + RUNNING_MAX, || reveal(monitor))
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
         monitor.enter(Stage::Committed);
         let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
@@ -507,6 +512,21 @@ impl Ferry<'_> {
             answer = inquiry.ask(self.network);
         }
     }
+}
+
+/// Has the question written down that Commit will be. Without it the guest can be moved all the same.
+fn keep_ahead(monitor: &Monitor, question: &Question) {
+    if let Some(Err(e)) = monitor.keeper().map(|keeper| keeper.write_ahead(question)) {
+        tracing::warn!(error = %e.chain(), "should this process die after Commit, nobody asks on for it");
+    }
+}
+
+/// Has it found from now on.
+fn reveal(monitor: &Monitor) {
+    if let Some(Err(e)) = monitor.keeper().map(|keeper| keeper.reveal()) {
+        tracing::warn!(error = %e.chain(), "should this process die now, nobody asks on for it");
+    }
+    hold::point("sealed");
 }
 
 /// The longest that the guest may stand still before the source takes it back, whatever goes on: far

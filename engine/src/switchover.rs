@@ -99,9 +99,10 @@ pub struct Committed {
 }
 
 impl<'g> Paused<'g> {
-    /// Stops the vCPUs. The blackout begins.
-    pub fn enter(guest: &'g mut dyn SourceGuest) -> Result<Self> {
+    /// Stops the vCPUs. The blackout begins. Before that, `ahead` is told whether they run.
+    pub fn enter(guest: &'g mut dyn SourceGuest, ahead: impl FnOnce(bool)) -> Result<Self> {
         let was_running = guest.is_running()?;
+        ahead(was_running);
         let started = clock::now();
         let mut since = started;
         let mut guest = ResumeOnDrop { guest: Some(guest) };
@@ -230,10 +231,17 @@ impl<'g> Drained<'g> {
 
 impl<'g> Prepared<'g> {
     /// The point of no return: seals the guest, then sends Commit. Failing to seal is the last chance
-    /// to resume; failing to send is not, for bytes may have left.
-    pub fn commit(mut self, control: &mut Control, deadline: Instant) -> Result<(Committed, Result<()>)> {
+    /// to resume; failing to send is not, for bytes may have left. In between `sealed` is called: from there on
+    /// Commit may be sent by others, too.
+    pub fn commit(
+        mut self,
+        control: &mut Control,
+        deadline: Instant,
+        sealed: impl FnOnce(),
+    ) -> Result<(Committed, Result<()>)> {
         self.guest.guest().seal()?;
         self.guest.disarm();
+        sealed();
         let sent = control.send(&Message::Commit, deadline);
         Ok((Committed { started: self.started, since: self.since, blackout: self.blackout }, sent))
     }

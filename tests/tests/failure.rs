@@ -7,6 +7,8 @@
 //! behind, and a second attempt succeeds.
 
 use pageferry::supervisor::api::State;
+use pageferry::supervisor::doubt::Doubt;
+use pageferry::supervisor::runtime::RuntimeDir;
 use pageferry_tests::look::{self, descriptors, tracked_mappings, wait_gone};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::{BARE, Ended, Running, Stage, Supervisor};
@@ -53,7 +55,7 @@ struct Pair {
     descriptors: (usize, usize),
 }
 
-const SOURCE_POINTS: [&str; 4] = ["setup", "rounds", "switchover", "committed"];
+const SOURCE_POINTS: [&str; 5] = ["setup", "rounds", "switchover", "sealed", "committed"];
 
 impl Pair {
     fn new(point: &str) -> Self {
@@ -77,6 +79,12 @@ impl Pair {
         let held = if SOURCE_POINTS.contains(&point) { &self.source } else { &self.destination };
         held.wait_held(point);
         moving
+    }
+
+    /// What the source's record has for a later supervisor to ask.
+    fn kept(&self) -> Option<Doubt> {
+        let runtime = RuntimeDir::at(self.stage.path("src.json").parent()?).ok()?;
+        runtime.record("src")?.doubt
     }
 
     /// Never two. The destination is looked at first: once the guest runs there, it must not run at the
@@ -236,7 +244,7 @@ fn case(point: &str, fault: Fault, statuses: &[i32], place: Place) {
                 (pair.look() == (false, true)).then_some(())
             });
             if fault == KillSourceSupervisor {
-                settle_end_at_a_new_supervisor(&mut pair);
+                a_new_supervisor_hears_that_it_has_moved(&mut pair);
             } else {
                 pair.source.end();
             }
@@ -268,16 +276,14 @@ fn given_up(pair: &Pair, point: &str, fault: Fault) -> bool {
     }
 }
 
-/// After Commit nobody but the operator may decide at a source whose supervisor died.
-fn settle_end_at_a_new_supervisor(pair: &mut Pair) {
+/// At a source whose supervisor died after Commit only the destination, or the operator, may decide. A new supervisor
+/// asks.
+fn a_new_supervisor_hears_that_it_has_moved(pair: &mut Pair) {
     assert!(look::alive(pair.source_qemu), "the guest outlives its supervisor");
     pair.source = pair.stage.attach_in_doubt("src");
-    pair.source.wait_state(State::Unknown);
-    let words = pair.source.words.text();
-    assert!(words.contains("does not run") && words.contains("settle"), "{words}");
-    let settled = pair.stage.done(&["settle", "src", "--end"]);
-    assert_eq!(settled.status, Some(0), "{}", settled.stderr);
+    pair.source.words.wait("settled: src has moved", SOON);
     assert_eq!(pair.source.end(), Some(0));
+    assert!(pair.kept().is_none());
 }
 
 macro_rules! table {
@@ -379,6 +385,11 @@ fn owner_destination_supervisor_killed_the_guest_runs_there_and_the_source_says_
 /// in doubt. With `cut` the old connection is lost too.
 fn network_away_after_commit(cut: bool) -> Pair {
     let mut pair = Pair::on(Stage::new().impatient(), "owner");
+    network_goes_away_after_commit(&mut pair, cut);
+    pair
+}
+
+fn network_goes_away_after_commit(pair: &mut Pair, cut: bool) {
     let moving = pair.held_at("owner");
     pair.strike(Stall);
     if cut {
@@ -389,7 +400,6 @@ fn network_away_after_commit(cut: bool) -> Pair {
     pair.source.words.wait("asking", SOON);
     let status = pair.stage.done(&["status", "src"]);
     assert!(status.stdout.contains("STOPPED"), "{}", status.stdout);
-    pair
 }
 
 #[test]
@@ -420,6 +430,122 @@ fn when_the_network_is_back_after_status_3_the_source_hears_of_a_discarded_copy_
     pair.check_source_is_as_before();
     pair.check_copy_is_gone();
     pair.second_attempt();
+}
+
+/// The source's supervisor ends, and a new one takes the guest up, which is still in doubt.
+fn another_supervisor(pair: &mut Pair, signal: Signal) {
+    let kept = pair.kept().expect("the question is kept");
+    if signal == Signal::KILL {
+        pair.source.kill();
+    } else {
+        pair.source.signal(signal);
+        assert_eq!(pair.source.end(), Some(0));
+    }
+    pair.source = pair.stage.attach_in_doubt("src");
+    pair.source.words.wait("asking", SOON);
+    let status = pair.stage.done(&["status", "src"]);
+    assert!(status.stdout.contains("STOPPED"), "{}", status.stdout);
+    assert!(!pair.source.guest_runs(), "nothing was heard yet");
+    assert_eq!(pair.kept(), Some(kept));
+}
+
+#[test]
+fn a_supervisor_that_comes_after_one_that_ended_in_doubt_hears_that_the_guest_runs_and_ends_its_own() {
+    for signal in [Signal::KILL, Signal::TERM] {
+        let mut pair = network_away_after_commit(true);
+        another_supervisor(&mut pair, signal);
+        // And once more: it is kept until it is settled.
+        another_supervisor(&mut pair, signal);
+        pair.stage.release();
+        pair.destination.words.wait("dst runs here", SOON);
+        assert_eq!(pair.look(), (false, true));
+        pair.proxy.stall(false);
+        pair.source.words.wait("settled: src has moved", SOON);
+        assert_eq!(pair.source.end(), Some(0));
+        wait_gone(pair.source_qemu);
+        assert_eq!(pair.look(), (false, true));
+    }
+}
+
+#[test]
+fn a_supervisor_that_comes_after_one_that_died_in_doubt_hears_of_a_discarded_copy_and_resumes() {
+    let settings = |pair: &Pair| {
+        ["query-migrate-capabilities", "query-migrate-parameters"]
+            .map(|what| look::ask(&pair.source.monitor, what, serde_json::json!({})).expect("an answer"))
+    };
+    let mut pair = Pair::on(Stage::new().impatient(), "owner");
+    let before = settings(&pair);
+    network_goes_away_after_commit(&mut pair, true);
+    assert_ne!(settings(&pair), before, "or the check below means nothing");
+    // Before the other one has acted on the answer, if it has one.
+    another_supervisor(&mut pair, Signal::KILL);
+    pair.strike(KillDestinationQemu);
+    pair.stage.release();
+    pair.destination.wait_state(State::Waiting);
+    assert_eq!(pair.look(), (false, false), "nothing was heard yet");
+    pair.proxy.stall(false);
+    pair.source.words.wait("settled: src was not moved", SOON);
+    pair.source.wait_guest_runs();
+    assert!(pair.kept().is_none(), "nobody may ask for a guest that runs");
+    eventually("QEMU has its settings back", SOON, || (settings(&pair) == before).then_some(()));
+    pair.check_copy_is_gone();
+    pair.second_attempt();
+}
+
+/// The guest was sealed and the question revealed, but not a byte of Commit was sent.
+#[test]
+fn a_new_supervisor_sends_the_commit_that_a_dead_one_has_not_sent() {
+    let mut pair = Pair::new("sealed");
+    let moving = pair.held_at("sealed");
+    pair.strike(KillSourceSupervisor);
+    assert_eq!(moving.end(SOON).status, Some(3));
+    pair.source.words.wait("the guest stays stopped here", SOON);
+    assert_eq!(pair.look(), (false, false));
+    let (pid, qmp) = (pair.source_qemu.to_string(), pair.stage.path("src.qmp").display().to_string());
+    let refused = pair.stage.done(&["attach", "other", "--pid", &pid, "--qmp", &qmp]);
+    assert_eq!(refused.status, Some(2), "{}", refused.stderr);
+    assert!(refused.stderr.contains("`pageferry attach src`"), "{}", refused.stderr);
+    a_new_supervisor_hears_that_it_has_moved(&mut pair);
+    wait_gone(pair.source_qemu);
+    pair.destination.wait_guest_runs();
+}
+
+#[test]
+fn nobody_asks_for_a_guest_that_was_started_by_hand() {
+    let mut pair = Pair::new("sealed");
+    let moving = pair.held_at("sealed");
+    let guardians = pair.source.guardians();
+    assert_eq!(guardians.len(), 1, "one keeps it stopped");
+    pair.strike(KillSourceSupervisor);
+    drop(moving);
+    guardians.iter().for_each(|guardian| look::signal(*guardian, Signal::KILL));
+    guardians.iter().for_each(|guardian| wait_gone(*guardian));
+    // As an operator who has made sure of the destination.
+    look::ask(&pair.source.monitor, "cont", serde_json::json!({})).expect("QEMU lets it run");
+    look::ask(&pair.source.monitor, "stop", serde_json::json!({})).expect("QEMU stops it");
+    assert!(pair.kept().is_some());
+    pair.source = pair.stage.attach("src", &[]);
+    let words = pair.source.words.text();
+    assert!(words.contains("somebody has started it since") && !words.contains("asking"), "{words}");
+    assert!(pair.kept().is_none(), "and nobody ever will");
+    assert!(!pair.destination.words.text().contains("dst runs here"));
+}
+
+#[test]
+fn settle_run_forgets_the_question_first_and_refuses_where_it_cannot() {
+    let mut pair = network_away_after_commit(true);
+    let obstacle = pair.stage.path("src.json.new/full");
+    std::fs::create_dir_all(&obstacle).expect("a directory in the way of a record");
+    let settled = pair.stage.done(&["settle", "src", "--run"]);
+    assert_eq!(settled.status, Some(2), "{}", settled.stdout);
+    assert!(settled.stderr.contains("src.json"), "{}", settled.stderr);
+    assert_eq!(pair.look(), (false, false));
+    std::fs::remove_dir_all(obstacle.parent().expect("it has one")).expect("it goes");
+    pair.strike(KillDestinationHost);
+    let settled = pair.stage.done(&["settle", "src", "--run"]);
+    assert_eq!(settled.status, Some(0), "{}", settled.stderr);
+    assert!(pair.kept().is_none());
+    pair.source.wait_guest_runs();
 }
 
 #[test]

@@ -105,9 +105,11 @@ fn a_cont_after_the_death_of_a_supervisor_whose_commit_is_out_is_undone() {
     source.words.wait("the guest stays stopped here", SOON);
     says(&source, "cont");
     wait_stopped(&source);
-    // A new supervisor does the same, until somebody decides.
+    // A new supervisor does the same, until somebody decides. Nobody is left who could tell it.
+    let mut destination = destination;
+    destination.kill();
     let mut source = stage.attach_in_doubt("src");
-    source.wait_state(State::Unknown);
+    source.words.wait("asking", SOON);
     says(&source, "cont");
     source.words.wait("ANOTHER MONITOR", SOON);
     wait_stopped(&source);

@@ -321,15 +321,27 @@ fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
     }
 }
 
+/// A guest that was left in doubt under one name is taken up under that name, where the question about it lies: it must
+/// not lie there any more when the guest is moved the next time.
+fn refuse_in_doubt_elsewhere(runtime: &RuntimeDir, name: &str, pid: u32) -> Result<()> {
+    let in_doubt = |other: &String| {
+        other.as_str() != name && runtime.record(other).and_then(|r| r.doubt_about(pid)).is_some()
+    };
+    match runtime.names()?.into_iter().find(in_doubt) {
+        Some(other) => Err(Error::refused(format!(
+            "QEMU (pid {pid}) is the guest {other}, which was left in doubt: `pageferry attach {other}`"
+        ))),
+        None => Ok(()),
+    }
+}
+
 fn attach(args: AttachArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
+    let record = runtime.record(&args.name);
     let found = match (args.pid, args.qmp) {
         (Some(pid), Some(qmp)) => Some((pid, qmp)),
-        _ => runtime
-            .record(&args.name)
-            .filter(crate::supervisor::runtime::Record::alive)
-            .map(|r| (r.pid, r.qmp)),
+        _ => record.as_ref().filter(|record| record.alive()).map(|r| (r.pid, r.qmp.clone())),
     };
     let Some((pid, qmp)) = found else {
         return Err(Error::refused(format!(
@@ -337,10 +349,27 @@ fn attach(args: AttachArgs) -> Result<u8> {
             args.name
         )));
     };
+    refuse_in_doubt_elsewhere(&runtime, &args.name, pid)?;
     let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Ownership::default(), Instant::now() + ATTACH_MAX)?;
     let state = qemu.status()?;
+    let doubt = record.and_then(|record| record.doubt_about(pid));
+    // In these two states QEMU is as the migration has left it, or as it was parked where a stray `cont` was undone.
+    let untouched = matches!(state.as_str(), "postmigrate" | "finish-migrate");
+    if doubt.is_some() && !untouched {
+        say(&format!(
+            "{} was left in doubt by a migration, and somebody has started it since (QEMU says {state}): the destination is not \
+             asked about it any more. Make sure that it does not run there",
+            args.name
+        ));
+    }
+    let doubt = doubt.filter(|_| untouched);
     match state.as_str() {
         "running" => say(&format!("attached to {} (QEMU pid {pid})", args.name)),
+        _ if doubt.is_some() => say(&format!(
+            "attached to {} (QEMU pid {pid}), which is stopped here in doubt: the destination was told to run it, and its answer \
+             is not known",
+            args.name
+        )),
         "postmigrate" => say(&format!(
             "attached to {} (QEMU pid {pid}), which was stopped for a migration. Make sure that it does not run at the destination \
              before you let it run here with `pageferry settle {} --run`; if it does, `--end` it here",
@@ -351,6 +380,10 @@ fn attach(args: AttachArgs) -> Result<u8> {
         }
     }
     let mut guest = QemuSource::new(qemu);
+    if let Some(doubt) = doubt {
+        let hosted = QemuHosted::in_doubt(guest, &doubt)?;
+        return Hosting::in_doubt(claim, shared, inbox, hosted, &doubt)?.run();
+    }
     if state == "postmigrate" {
         guest.watch_in_doubt()?;
     }

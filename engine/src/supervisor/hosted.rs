@@ -54,6 +54,11 @@ pub trait Hosted {
     /// Where it can be found after this supervisor's death; `None` if it dies with it.
     fn record(&self) -> Option<Result<Record>>;
 
+    /// The monitor's settings as they are before a migration, for a later supervisor to put back.
+    fn settings(&mut self) -> Option<serde_json::Value> {
+        None
+    }
+
     /// A channel that hears when it has ended by itself.
     fn ended(&self) -> Result<Receiver<()>>;
 

@@ -2,8 +2,9 @@
 
 use super::api::{Answer, Order, Reply, State};
 use super::asking::Asking;
+use super::doubt::{Doubt, Files, RecordKeeper};
 use super::hosted::{Ended, Hosted, Vmm};
-use super::runtime::Claim;
+use super::runtime::{Claim, Record};
 use super::{Inbox, Shared, say};
 use crate::error::Result;
 use crate::inquiry::{self, ASK_LATER_EVERY, Inquiry};
@@ -11,6 +12,7 @@ use crate::progress::Monitor;
 use crate::report::{MigrationReport, Outcome};
 use crate::source::{MigrateOptions, migrate};
 use crossbeam_channel::{Receiver, after, bounded, never, select};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a guest is looked after while nothing happens.
@@ -41,13 +43,31 @@ pub struct Hosting<H> {
 
 impl<H: Hosted> Hosting<H> {
     /// Takes over a guest.
-    pub fn new(mut claim: Claim, shared: Shared, inbox: Inbox, hosted: H) -> Result<Self> {
+    pub fn new(claim: Claim, shared: Shared, inbox: Inbox, hosted: H) -> Result<Self> {
+        Self::start(claim, shared, inbox, hosted, None)
+    }
+
+    /// Takes over a guest that an earlier supervisor has left in doubt, and asks on for it.
+    pub fn in_doubt(claim: Claim, shared: Shared, inbox: Inbox, hosted: H, doubt: &Doubt) -> Result<Self> {
+        let mut hosting = Self::start(claim, shared, inbox, hosted, Some(doubt))?;
+        hosting.ask_on(Some(Inquiry::again(&doubt.question)));
+        Ok(hosting)
+    }
+
+    fn start(
+        mut claim: Claim,
+        shared: Shared,
+        inbox: Inbox,
+        hosted: H,
+        doubt: Option<&Doubt>,
+    ) -> Result<Self> {
         let record = hosted.record();
         let outlives_us = record.is_some();
         match record {
             // A guest without a record is worse off after our death, but alive.
             Some(record) => {
-                if let Err(e) = record.and_then(|record| claim.remember(&record)) {
+                let kept = |record| Record { doubt: doubt.cloned(), ..record };
+                if let Err(e) = record.and_then(|record| claim.remember(&kept(record))) {
                     say(&format!("{}: `pageferry attach` will need --pid and --qmp", e.chain()));
                 }
             }
@@ -115,6 +135,7 @@ impl<H: Hosted> Hosting<H> {
         self.hosted.look_after();
         if self.owes_resume && self.hosted.guest().resume().is_ok() {
             (self.owes_resume, self.warned) = (false, false);
+            self.forget_question();
             self.shared.update(|s| s.state = State::Hosting);
             say(&format!("{} runs again", self.claim.name()));
         }
@@ -124,6 +145,7 @@ impl<H: Hosted> Hosting<H> {
     /// an exit status if this supervisor is to end.
     fn migrate(&mut self, options: MigrateOptions, monitor: Monitor, reply: Answer) -> Option<u8> {
         say(&format!("moving {} to {}", self.claim.name(), options.to));
+        self.have_question_kept(&monitor);
         let (inbox, guest) = (&self.inbox, self.hosted.guest());
         let mut leaving = false;
         let report = std::thread::scope(|scope| {
@@ -178,7 +200,12 @@ impl<H: Hosted> Hosting<H> {
         };
         self.shared.update(|s| (s.state, s.last) = (state, Some(report.clone())));
         let completed = report.outcome == Outcome::Completed;
-        self.ask_on(monitor.take_inquiry());
+        if report.outcome == Outcome::Aborted && !self.hosted.is_sealed() {
+            self.forget_question();
+        }
+        if report.outcome == Outcome::Unknown {
+            self.ask_on(monitor.take_inquiry().or_else(|| self.question_after_panic()));
+        }
         reply.deliver(Reply::Report(report));
         if completed {
             // Freeing gigabytes keeps a core busy. If the destination is this very host, the guest that has
@@ -199,6 +226,32 @@ impl<H: Hosted> Hosting<H> {
             report.outcome = Outcome::Unknown;
         }
         report
+    }
+
+    /// What Commit was, if the migration's thread has died after it.
+    fn question_after_panic(&self) -> Option<Inquiry> {
+        let found = self.hosted.is_sealed().then(|| Files::of(&self.claim).question());
+        found.flatten().map(|question| Inquiry::again(&question))
+    }
+
+    /// Has the question of a migration kept for the next supervisor, if the guest can come to have one.
+    fn have_question_kept(&mut self, monitor: &Monitor) {
+        match self.hosted.record() {
+            Some(Ok(record)) => {
+                let (files, settings) = (Files::of(&self.claim), self.hosted.settings());
+                monitor.keep_question_with(Arc::new(RecordKeeper::new(files, record, settings)));
+            }
+            Some(Err(e)) => tracing::debug!(error = %e.chain(), "nothing is kept about this guest"),
+            None => {}
+        }
+    }
+
+    /// The guest runs here: nobody may ask for it any more. A question that stays all the same is answered as before by
+    /// the destination that has thrown its copy away, and keeps the next migration from beginning.
+    fn forget_question(&self) {
+        if let Err(e) = Files::of(&self.claim).forget() {
+            say(&format!("what was to be asked about {} is not forgotten: {}", self.claim.name(), e.chain()));
+        }
     }
 
     /// Goes on with the question that a migration has left open.
@@ -227,6 +280,7 @@ impl<H: Hosted> Hosting<H> {
                 let why = why.chain();
                 match self.hosted.guest().resume() {
                     Ok(()) => {
+                        self.forget_question();
                         say(&format!("settled: {name} was not moved and runs on here: {why}"));
                         self.settled(State::Hosting, Outcome::Aborted, Some(why));
                     }
@@ -286,7 +340,7 @@ impl<H: Hosted> Hosting<H> {
             reply.deliver(if run == runs_there { Reply::Refused { text } } else { Reply::Done { text } });
             return status;
         }
-        let settled = if run { self.hosted.run_here() } else { self.hosted.end_here() };
+        let settled = if run { self.forget_and_run() } else { self.hosted.end_here() };
         match settled {
             Ok(()) => {
                 let text = if run { "the guest runs here" } else { "the guest has ended here" };
@@ -305,6 +359,22 @@ impl<H: Hosted> Hosting<H> {
                 None
             }
         }
+    }
+
+    /// First nobody asks for the guest any more, then it runs.
+    fn forget_and_run(&mut self) -> Result<()> {
+        let files = Files::of(&self.claim);
+        let record = files.record()?;
+        files.forget()?;
+        let runs = self.hosted.run_here();
+        // It does not run, and is in doubt as before.
+        if runs.is_err()
+            && self.hosted.is_sealed()
+            && let Some(Err(e)) = record.map(|record| self.claim.remember(&record))
+        {
+            say(&format!("{}: nobody asks on for the guest after this supervisor", e.chain()));
+        }
+        runs
     }
 
     /// The guest ended by itself.

@@ -8,6 +8,7 @@
 
 pub mod api;
 pub mod asking;
+pub mod doubt;
 pub mod hosted;
 pub mod hosting;
 pub mod kvm;

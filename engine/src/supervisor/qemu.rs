@@ -1,5 +1,6 @@
 //! Guests in QEMU, as their supervisor holds them.
 
+use super::doubt::Doubt;
 use super::hosted::{Ended, Hosted, Nursery, Vmm, Waiting};
 use super::launch::launch;
 use super::runtime::{Claim, Record};
@@ -8,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::guest::qemu::command::Role;
 use crate::guest::qemu::destination::QemuDestination;
 use crate::guest::qemu::source::QemuSource;
+use crate::guest::qemu::stream::Settings;
 use crate::guest::{DestinationGuest, SourceGuest};
 use crossbeam_channel::Receiver;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -44,6 +46,13 @@ impl QemuHosted {
         }
         Ok(())
     }
+
+    /// One that a supervisor before this one left in doubt. It stays stopped until that is settled.
+    pub fn in_doubt(mut guest: QemuSource, doubt: &Doubt) -> Result<Self> {
+        let settings = doubt.settings.clone().and_then(|settings| serde_json::from_value(settings).ok());
+        guest.watch_sealed(doubt.question.was_running, settings)?;
+        Ok(Self::new(guest, None))
+    }
 }
 
 impl Hosted for QemuHosted {
@@ -62,6 +71,16 @@ impl Hosted for QemuHosted {
     fn record(&self) -> Option<Result<Record>> {
         let qemu = self.guest.qemu();
         Some(Record::of(qemu.pid(), qemu.qmp_path()))
+    }
+
+    fn settings(&mut self) -> Option<serde_json::Value> {
+        if self.guest.is_watched() {
+            return None;
+        }
+        self.guest.settle_in();
+        let settings = Settings::read(&mut self.guest.qemu_mut().qmp)
+            .and_then(|settings| serde_json::to_value(settings).map_err(|e| Error::Guest(e.to_string())));
+        settings.inspect_err(|e| tracing::warn!(error = %e.chain(), "QEMU's migration settings")).ok()
     }
 
     fn ended(&self) -> Result<Receiver<()>> {

@@ -4,9 +4,12 @@
 //!   NAME.lock   held (flock) by the supervisor while it lives
 //!   NAME.sock   where it takes orders
 //!   NAME.qmp    the QMP socket of a QEMU that `run` or `receive` started
-//!   NAME.json   the guest's process and QMP socket, for `attach` after a supervisor's death
+//!   NAME.json   the guest's process and QMP socket, for `attach` after a supervisor's death, and what is to be
+//!               asked about a guest in doubt
+//!   NAME.ahead  the same record as it will be once a migration's Commit is sent (see `doubt.rs`)
 //! ```
 
+use super::doubt::{self, Doubt};
 use crate::error::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -37,6 +40,9 @@ pub struct Record {
     pub started: u64,
     /// Its QMP socket.
     pub qmp: PathBuf,
+    /// What is to be asked about it, if it was sealed for a Commit that nobody has answered yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<Doubt>,
 }
 
 /// A name held by this process.
@@ -168,13 +174,19 @@ impl Record {
     /// A record of a live process.
     pub fn of(pid: u32, qmp: &Path) -> Result<Self> {
         let started = start_time(pid).ok_or_else(|| Error::Guest(format!("process {pid} has ended")))?;
-        Ok(Self { pid, started, qmp: qmp.into() })
+        Ok(Self { pid, started, qmp: qmp.into(), doubt: None })
     }
 
     /// Whether that very process still lives.
     #[must_use]
     pub fn alive(&self) -> bool {
         start_time(self.pid) == Some(self.started)
+    }
+
+    /// What is to be asked about the guest of this process, which is in hand and so lives.
+    #[must_use]
+    pub fn doubt_about(self, pid: u32) -> Option<Doubt> {
+        if self.pid == pid && self.alive() { self.doubt } else { None }
     }
 }
 
@@ -203,10 +215,7 @@ impl Claim {
 
     /// Writes down where the guest is.
     pub fn remember(&self, record: &Record) -> Result<()> {
-        let path = self.path("json");
-        let text = serde_json::to_vec(record)
-            .map_err(|e| Error::os("writing the guest's record", std::io::Error::other(e)))?;
-        crate::private::write(&path, &text).map_err(|e| cannot_write(&path, &e))
+        doubt::write(&self.path("json"), record)
     }
 
     /// Leaves the record behind when the claim ends, as is the default.
@@ -222,7 +231,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let mut extensions = vec!["sock"];
+        let mut extensions = vec!["sock", "ahead"];
         // In a panic nobody knows whether the guest is gone, and a record of one that is harms nobody.
         if !self.keep_record && !std::thread::panicking() {
             extensions.extend(["json", "qmp"]);
@@ -317,7 +326,7 @@ mod tests {
     fn a_record_is_the_old_one_or_the_new_one_and_its_owners_alone() {
         let dir = tempfile::tempdir().unwrap();
         let claim = RuntimeDir(dir.path().into()).claim("vm").unwrap();
-        let record = Record { pid: 1, started: 2, qmp: "/a".into() };
+        let record = Record { pid: 1, started: 2, qmp: "/a".into(), doubt: None };
         claim.remember(&record).unwrap();
         let longer = Record { qmp: "/a/longer".into(), ..record.clone() };
         claim.remember(&longer).unwrap();

@@ -63,6 +63,8 @@ pub struct QemuSource {
     sealed: bool,
     /// When the guardian of the supervisor before has gone, where there may be one.
     guardian_gone: Option<Instant>,
+    /// Whether it was found sealed, so that [`SourceGuest::resume`] has something to put right without a guardian.
+    inherited: bool,
     /// See [`SourceGuest::retire`].
     retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
@@ -105,6 +107,7 @@ impl QemuSource {
             sentry: None,
             sealed: false,
             guardian_gone: None,
+            inherited: false,
             retired: None,
             postmigrate_is_ours: false,
             platform: Vec::new(),
@@ -190,6 +193,16 @@ impl QemuSource {
         }
     }
 
+    /// The same for a guest that an earlier supervisor has sealed: [`SourceGuest::resume`] lets it run if it ran
+    /// then, and restores QEMU's settings.
+    pub fn watch_sealed(&mut self, was_running: bool, settings: Option<Settings>) -> Result<()> {
+        self.watch_in_doubt()?;
+        (self.sealed, self.inherited) = (true, true);
+        (self.was_running, self.stopped) = (was_running, was_running);
+        self.armed = settings.map(|settings| Armed { settings, outgoing: None, sentry: None });
+        Ok(())
+    }
+
     /// Whether the guest is watched because it must not run.
     #[must_use]
     pub fn is_watched(&self) -> bool {
@@ -270,6 +283,7 @@ impl QemuSource {
     /// Nothing is to be put right any more.
     fn stand_down(&mut self) {
         self.armed = None;
+        self.inherited = false;
         if let Some(guardian) = self.guardian.take() {
             guardian.finish();
         }
@@ -574,17 +588,20 @@ impl SourceGuest for QemuSource {
 
     fn resume(&mut self) -> Result<()> {
         self.relieve();
-        let Some(guardian) = &self.guardian else {
-            self.sealed = false;
-            return Ok(());
-        };
-        if guardian.is_watching()? {
+        match &self.guardian {
             // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be busy, would have to
             // answer, and a migration that it is busy with is somebody else's.
-            self.stand_down();
-            return Ok(());
+            Some(guardian) if guardian.is_watching()? => {
+                self.stand_down();
+                return Ok(());
+            }
+            Some(guardian) => guardian.unseal()?,
+            None if self.inherited => {}
+            None => {
+                self.sealed = false;
+                return Ok(());
+            }
         }
-        guardian.unseal()?;
         self.sealed = false;
         if let Some(armed) = &mut self.armed {
             // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is refused.
