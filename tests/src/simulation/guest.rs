@@ -383,6 +383,19 @@ impl SimulatedSource {
         Self { machine, memory, process, troubles, retired: None }
     }
 
+    /// A guest that was found stopped by a supervisor that comes after a dead one, as a migration has left it; none if
+    /// it is not so.
+    #[must_use]
+    pub fn take_up(orphan: &Orphan, memory: &Arc<GuestMemory>, process: Process) -> Option<Self> {
+        let left = {
+            let state = lock(&orphan.machine.state);
+            state.sealed && !state.gone && !state.runs
+        };
+        let troubles = Troubles { outlives: orphan.outlives, ..Troubles::default() };
+        let (machine, memory) = (Arc::clone(&orphan.machine), Arc::clone(memory));
+        left.then(|| Self { machine, memory, process, troubles, retired: None })
+    }
+
     /// What becomes of it when its supervisor is killed.
     #[must_use]
     pub fn orphan(&self) -> Orphan {

@@ -5,6 +5,7 @@
 //!   world      threads that run one at a time, or wait; when all wait, time jumps to the next deadline
 //!   network    connections with delays, cuts and outages; the lanes are the loopback link
 //!   guest      a few hundred pages, a ledger of what was written, and who owns them
+//!   kept       the question that outlives the source's supervisor
 //!   scenario   what a seed draws, the processes, and what must have come of it
 //! ```
 //!
@@ -13,6 +14,7 @@
 
 pub mod chance;
 pub mod guest;
+pub mod kept;
 pub mod network;
 pub mod scenario;
 pub mod world;

@@ -2,6 +2,7 @@
 
 use super::chance::Chance;
 use super::guest::{Orphan, Place, SimulatedDestination, SimulatedSource, Troubles, Truth};
+use super::kept::{Hand, Kept};
 use super::network::{Cut, Dialling, Wire};
 use super::world::{Process, World};
 use pageferry::clock;
@@ -9,8 +10,9 @@ use pageferry::destination::{Reception, Served};
 use pageferry::doorway::Doorway;
 use pageferry::error::Error;
 use pageferry::guest::SourceGuest;
-use pageferry::inquiry::{ASK_LATER_EVERY, Answer};
+use pageferry::inquiry::{ASK_LATER_EVERY, Answer, Inquiry, Keeper};
 use pageferry::link::LinkChoice;
+use pageferry::memory::GuestMemory;
 use pageferry::net::{Listener, Network};
 use pageferry::policy::WhenStuck;
 use pageferry::progress::Monitor;
@@ -49,6 +51,8 @@ const STEPS: &[&str] = &[
     "sent Ready",
     "seal",
     "sealed",
+    "to reveal",
+    "revealed",
     "to send Commit",
     "sent Commit",
     "seal there",
@@ -61,6 +65,7 @@ const STEPS: &[&str] = &[
     "to send Ready",
     "sent Ready",
     "sealed",
+    "revealed",
     "to send Commit",
     "sent Commit",
     "sealed there",
@@ -72,6 +77,9 @@ const STEPS: &[&str] = &[
     "sent Abort",
     "discard",
     "resume",
+    "to forget",
+    "forgot",
+    "taken up",
     "heard at the source",
     "heard at the destination",
 ];
@@ -81,8 +89,13 @@ const STEPS: &[&str] = &[
 enum What {
     Cut(Cut),
     Away(Duration),
-    KillSource,
-    KillDestination { back: Back },
+    /// The supervisor. With a time, another one takes the guest up after it.
+    KillSource {
+        back: Option<Duration>,
+    },
+    KillDestination {
+        back: Back,
+    },
     KillSourceMonitor,
     KillDestinationMonitor,
     StopSource(Duration),
@@ -178,7 +191,9 @@ impl Plan {
             0..3 => What::Cut(Cut::Reset),
             3..5 => What::Cut(Cut::Closed),
             5..8 => What::Away(long),
-            8 => What::KillSource,
+            8 => What::KillSource {
+                back: if chance.one_in(3) { None } else { Some(chance.time(Duration::from_millis(1), long)) },
+            },
             9 => What::KillDestination { back: Back::Never },
             10 => What::KillDestination {
                 back: if chance.one_in(2) { Back::After(long) } else { Back::AnotherAfter(long) },
@@ -218,19 +233,24 @@ struct Stage {
     wire: Arc<Wire>,
     truth: Arc<Truth>,
     plan: Plan,
-    source: Process,
+    memory: Arc<GuestMemory>,
+    kept: Arc<Mutex<Kept>>,
     known: Mutex<Known>,
     told_to_end: AtomicBool,
     monitor: Monitor,
 }
 
 struct Known {
+    /// The source's process that has the guest now.
+    source: Process,
+    /// Supervisors that are still to come.
+    to_come: u32,
     at_source: Orphan,
     /// The destination's process that listens now.
     destination: Process,
     /// Each place that a destination has made, and whose it is.
     copies: Vec<(Process, Orphan)>,
-    /// What was killed, or has ended by itself.
+    /// What was killed, or has ended by itself. A source is not any more if another has come, who asks.
     source_killed: bool,
     source_monitor_killed: bool,
     destination_killed: bool,
@@ -292,7 +312,10 @@ impl Stage {
         let truth = Truth::new(world);
         let (source, destination) = (world.process(), world.process());
         let guest = SimulatedSource::start(world, &truth, chance(4), source, plan.source);
+        let memory = Arc::clone(guest.memory());
         let known = Known {
+            source,
+            to_come: 0,
             at_source: guest.orphan(),
             destination,
             copies: Vec::new(),
@@ -309,7 +332,8 @@ impl Stage {
             wire,
             truth,
             plan,
-            source,
+            memory,
+            kept: Arc::default(),
             known: Mutex::new(known),
             told_to_end: AtomicBool::new(false),
             monitor: Monitor::default(),
@@ -341,7 +365,7 @@ impl Stage {
     /// Whether the source has nothing more to do.
     fn is_over(&self) -> bool {
         let known = self.known();
-        known.done || known.source_killed
+        known.done || (known.source_killed && known.to_come == 0)
     }
 
     fn strike(self: &Arc<Self>, what: What) {
@@ -349,16 +373,7 @@ impl Stage {
         match what {
             What::Cut(how) => self.wire.cut(how),
             What::Away(time) => self.wire.away(time),
-            What::KillSource => {
-                let orphan = {
-                    let mut known = self.known();
-                    known.source_killed = true;
-                    known.at_source.clone()
-                };
-                self.world.kill(self.source);
-                orphan.bereave();
-                self.wire.process_died(self.source);
-            }
+            What::KillSource { back } => self.kill_source(back),
             What::KillDestination { back } => {
                 let destination = self.known().destination;
                 self.destination_ends(destination);
@@ -395,13 +410,55 @@ impl Stage {
                     }
                 }
             }
-            What::StopSource(time) => self.world.stop(self.source, time),
+            What::StopSource(time) => {
+                let source = self.known().source;
+                self.world.stop(source, time);
+            }
             What::StopDestination(time) => {
                 let destination = self.known().destination;
                 self.world.stop(destination, time);
             }
             What::Cancel => self.monitor.cancel(),
             What::TellDestinationToEnd => self.told_to_end.store(true, Ordering::Relaxed),
+        }
+    }
+
+    fn kill_source(self: &Arc<Self>, back: Option<Duration>) {
+        let (orphan, source) = {
+            let mut known = self.known();
+            known.source_killed = true;
+            known.to_come += u32::from(back.is_some());
+            (known.at_source.clone(), known.source)
+        };
+        self.world.kill(source);
+        orphan.bereave();
+        self.wire.process_died(source);
+        if let Some(time) = back {
+            let stage = Arc::clone(self);
+            self.world.start(Process(0), move || {
+                clock::sleep(time);
+                let anew = stage.world.process();
+                stage.known().source = anew;
+                let taking_up = Arc::clone(&stage);
+                stage.world.start(anew, move || taking_up.take_up(anew));
+            });
+        }
+    }
+
+    /// As `attach` does: a guest that was left in doubt is asked about, if there is something to ask.
+    fn take_up(self: Arc<Self>, process: Process) {
+        let hand = Hand::of(&self.world, process, &self.kept);
+        let guest = {
+            let mut known = self.known();
+            known.to_come -= 1;
+            SimulatedSource::take_up(&known.at_source, &self.memory, process)
+        };
+        let (Some(mut guest), Some(question)) = (guest, hand.found()) else { return };
+        self.known().source_killed = false;
+        self.world.step("taken up");
+        self.in_doubt(process, &mut guest, Some(Inquiry::again(&question)));
+        if !self.world.is_dead(process) {
+            self.known().done = true;
         }
     }
 
@@ -481,12 +538,14 @@ impl Stage {
 
     fn start_source(self: &Arc<Self>, guest: SimulatedSource) {
         let stage = Arc::clone(self);
-        self.world.start(self.source, move || stage.send(guest));
+        let source = self.known().source;
+        self.world.start(source, move || stage.send(guest, source));
     }
 
     /// As the supervisor of a source does.
-    fn send(self: Arc<Self>, mut guest: SimulatedSource) {
-        let network = Dialling { wire: Arc::clone(&self.wire), process: self.source };
+    fn send(self: Arc<Self>, mut guest: SimulatedSource, process: Process) {
+        let network = Dialling { wire: Arc::clone(&self.wire), process };
+        self.monitor.keep_question_with(Arc::new(Hand::of(&self.world, process, &self.kept)));
         let mut attempts = if self.plan.second_attempt { 2 } else { 1 };
         loop {
             let report = migrate_over(&network, &mut guest, &self.plan.options(), &self.monitor);
@@ -499,19 +558,20 @@ impl Stage {
                     clock::sleep(Duration::from_secs(2));
                     continue;
                 }
-                Outcome::Aborted => {}
-                Outcome::Unknown => self.in_doubt(&network, &mut guest),
+                Outcome::Aborted => drop(Hand::of(&self.world, process, &self.kept).forget()),
+                Outcome::Unknown => self.in_doubt(process, &mut guest, self.monitor.take_inquiry()),
             }
             self.known().done = true;
             return;
         }
     }
 
-    fn in_doubt(&self, network: &dyn Network, guest: &mut SimulatedSource) {
+    fn in_doubt(&self, process: Process, guest: &mut SimulatedSource, inquiry: Option<Inquiry>) {
         self.known().doubted = true;
-        if let Some(inquiry) = self.monitor.take_inquiry() {
+        if let Some(inquiry) = inquiry {
+            let network = Dialling { wire: Arc::clone(&self.wire), process };
             let (_keep, stop) = crossbeam_channel::bounded(0);
-            match inquiry.ask_on(network, &stop) {
+            match inquiry.ask_on(&network, &stop) {
                 Some(Answer::Running(_)) => {
                     self.known().outcome = Some(Outcome::Completed);
                     return self.end(guest);
@@ -522,6 +582,7 @@ impl Stage {
         while guest.resume().is_err() && guest.liveness()().is_ok() {
             clock::sleep(ASK_LATER_EVERY);
         }
+        let _ = Hand::of(&self.world, process, &self.kept).forget();
         self.known().outcome = Some(Outcome::Aborted);
     }
 
