@@ -48,7 +48,17 @@ fn all_are_well(first: u64, count: u64) -> BTreeMap<End, u64> {
 #[test]
 fn five_hundred_seeds_end_with_one_owner_of_a_whole_guest() {
     let ends = all_are_well(0, 500);
-    for end in [End::Moved, End::MovedAfterDoubt, End::Stayed, End::StayedAfterDoubt, End::Lost, End::Doubt] {
+    let all = [
+        End::Moved,
+        End::MovedAfterDoubt,
+        End::Stayed,
+        End::StayedAfterDoubt,
+        End::MovedAfterDeath,
+        End::StayedAfterDeath,
+        End::Lost,
+        End::Doubt,
+    ];
+    for end in all {
         assert!(ends.contains_key(&end), "no seed came to {end:?}: {ends:?}");
     }
 }

@@ -258,6 +258,8 @@ struct Known {
     /// How `migrate` ended, and what has become of a doubt.
     outcome: Option<Outcome>,
     doubted: bool,
+    /// Whether a supervisor that came after a dead one has heard an answer.
+    taken_up: bool,
     done: bool,
 }
 
@@ -283,6 +285,10 @@ pub enum End {
     Stayed,
     /// The same, but `migrate` had said "unknown" before.
     StayedAfterDoubt,
+    /// The source's supervisor was killed in doubt, and the next one has heard that the guest runs at the destination.
+    MovedAfterDeath,
+    /// The same, and has heard that it does not.
+    StayedAfterDeath,
     /// It went with its own process.
     Lost,
     /// It is stopped at the source, and nobody is left who could say more: for the operator.
@@ -325,6 +331,7 @@ impl Stage {
             destination_monitor_killed: false,
             outcome: None,
             doubted: false,
+            taken_up: false,
             done: false,
         };
         let stage = Arc::new(Self {
@@ -458,7 +465,8 @@ impl Stage {
         self.world.step("taken up");
         self.in_doubt(process, &mut guest, Some(Inquiry::again(&question)));
         if !self.world.is_dead(process) {
-            self.known().done = true;
+            let mut known = self.known();
+            (known.taken_up, known.done) = (true, true);
         }
     }
 
@@ -649,6 +657,8 @@ impl Stage {
         let source_gone = known.source_killed || known.source_monitor_killed;
         let no_answer = known.destination_killed || doubtful;
         let end = match runs_at {
+            Some(Place::Copy(_)) if known.taken_up => End::MovedAfterDeath,
+            Some(Place::Source) if known.taken_up => End::StayedAfterDeath,
             Some(Place::Copy(_)) if known.doubted => End::MovedAfterDoubt,
             Some(Place::Copy(_)) => End::Moved,
             Some(Place::Source) if known.doubted => End::StayedAfterDoubt,

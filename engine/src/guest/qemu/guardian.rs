@@ -281,7 +281,7 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
         Side::Source if sealed => {
             say(
                 "the supervisor died after the destination was told to run the guest; the guest stays stopped here. \
-                 Look at the destination, then use `pageferry settle`",
+                 `pageferry attach` asks the destination what became of it",
             );
             // It is watched from the first moment on.
             std::thread::scope(|scope| {
