@@ -57,6 +57,8 @@ struct Pipes {
     ways: [Way; 2],
     processes: [Process; 2],
     reset: bool,
+    /// Whether something in between has ended it, however.
+    cut: bool,
     /// The two ends of the lanes, once one side has made them.
     link: Option<(Option<LoopbackInitiator>, Option<LoopbackTarget>)>,
 }
@@ -164,6 +166,7 @@ impl Wire {
         let now = clock::now();
         for pipes in &state.connections {
             let mut pipes = lock(pipes);
+            pipes.cut = true;
             match how {
                 Cut::Reset => pipes.reset = true,
                 Cut::Closed => pipes.ways.iter_mut().for_each(|way| way.close(now)),
@@ -235,6 +238,7 @@ impl Network for Dialling {
             ways: [Way::default(), Way::default()],
             processes: [self.process, *listener],
             reset: false,
+            cut: false,
             link: None,
         }));
         let end = |side| End { wire: Arc::clone(&self.wire), pipes: Arc::clone(&pipes), side };
@@ -373,6 +377,10 @@ impl Connection for End {
         clock_changed(&self.wire.world);
         if name != "bytes" {
             self.wire.world.step(&format!("sent {name}"));
+        }
+        // What has left may arrive, also where the sender is told that it failed.
+        if lock(&self.pipes).cut {
+            return Err(ErrorKind::BrokenPipe.into());
         }
         Ok(bytes.len())
     }
