@@ -187,11 +187,11 @@ impl Plan {
 
     fn what(chance: &mut Chance) -> What {
         let long = chance.time(Duration::from_millis(100), Duration::from_secs(250));
-        match chance.below(16) {
+        match chance.below(19) {
             0..3 => What::Cut(Cut::Reset),
             3..5 => What::Cut(Cut::Closed),
             5..8 => What::Away(long),
-            8 => What::KillSource {
+            8 | 16..19 => What::KillSource {
                 back: if chance.one_in(3) { None } else { Some(chance.time(Duration::from_millis(1), long)) },
             },
             9 => What::KillDestination { back: Back::Never },
