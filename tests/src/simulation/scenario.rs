@@ -159,8 +159,14 @@ impl Plan {
                 "discard",
             ]));
         }
-        let wrong =
+        let mut wrong: Vec<_> =
             (0..chance.below(4)).map(|_| (Self::when(&mut chance), Self::what(&mut chance))).collect();
+        if outlives && chance.one_in(8) {
+            // Killed in doubt, as a random moment rarely is; the next one comes before the copy is discarded, or after.
+            let step = chance.of(&["revealed", "to send Commit", "sent Commit", "heard at the source"]);
+            let back = chance.of(&[1, 10, 40, 100]);
+            wrong.push((When::Step(step), What::KillSource { back: Some(Duration::from_secs(back)) }));
+        }
         let delay_max = chance.of(&[1, 1, 5, 50, 2000]);
         Self {
             seed,
@@ -187,11 +193,11 @@ impl Plan {
 
     fn what(chance: &mut Chance) -> What {
         let long = chance.time(Duration::from_millis(100), Duration::from_secs(250));
-        match chance.below(19) {
+        match chance.below(16) {
             0..3 => What::Cut(Cut::Reset),
             3..5 => What::Cut(Cut::Closed),
             5..8 => What::Away(long),
-            8 | 16..19 => What::KillSource {
+            8 => What::KillSource {
                 back: if chance.one_in(3) { None } else { Some(chance.time(Duration::from_millis(1), long)) },
             },
             9 => What::KillDestination { back: Back::Never },
