@@ -110,6 +110,7 @@ fn a_cont_after_the_death_of_a_supervisor_whose_commit_is_out_is_undone() {
     destination.kill();
     let mut source = stage.attach_in_doubt("src");
     source.words.wait("asking", SOON);
+    source.wait_state(State::Unknown);
     says(&source, "cont");
     source.words.wait("ANOTHER MONITOR", SOON);
     wait_stopped(&source);
