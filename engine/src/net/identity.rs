@@ -19,17 +19,56 @@ use std::time::Duration;
 
 /// The kernel answers within the system call; this only bounds what cannot happen.
 const ANSWER_MAX: Duration = Duration::from_secs(1);
+/// The kernel's default for `kernel.overflowuid`.
+const OVERFLOW_UID: u32 = 65534;
+
+/// Whom this process trusts.
+#[derive(Debug, Clone, Copy)]
+struct Trust {
+    own: u32,
+    /// The number under which this process is shown users that its user namespace has no number for; none where
+    /// it has one for all (user_namespaces(7)).
+    unmapped: Option<u32>,
+}
+
+impl Trust {
+    fn of_this_process() -> Self {
+        let own = rustix::process::geteuid().as_raw();
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let unmapped = (!maps_all(&read("/proc/self/uid_map")))
+            .then(|| read("/proc/sys/kernel/overflowuid").trim().parse().unwrap_or(OVERFLOW_UID));
+        Self { own, unmapped }
+    }
+
+    fn check(self, uid: u32) -> Result<()> {
+        let Self { own, unmapped } = self;
+        if unmapped == Some(uid) {
+            return Err(Error::refused(format!(
+                "the other end of this connection within the host is user {uid}'s, which stands here for every user \
+                 outside of this user namespace, so nobody knows whose it is: run both ends, and a tunnel between \
+                 them, in the same user namespace, or connect to the host's own address with --insecure"
+            )));
+        }
+        if uid == 0 || uid == own {
+            return Ok(());
+        }
+        Err(Error::refused(format!(
+            "the other end of this connection within the host is user {uid}'s, and only user {own} and root are \
+             trusted: run both ends, and a tunnel between them, as the same user or as root"
+        )))
+    }
+}
+
+/// Whether a user namespace with this map has a number for every user of the host.
+fn maps_all(map: &str) -> bool {
+    let fields: Vec<_> = map.split_ascii_whitespace().collect();
+    // Without user namespaces there is no such file.
+    fields.is_empty() || fields == ["0", "0", "4294967295"]
+}
 
 /// Fails unless a peer of this user is trusted.
 pub(super) fn check(uid: u32) -> Result<()> {
-    let own = rustix::process::geteuid().as_raw();
-    if uid == 0 || uid == own {
-        return Ok(());
-    }
-    Err(Error::refused(format!(
-        "the other end of this connection within the host is user {uid}'s, and only user {own} and root are \
-         trusted: run both ends, and a tunnel between them, as the same user or as root"
-    )))
+    Trust::of_this_process().check(uid)
 }
 
 /// Fails unless who is at the other end of this local socket is trusted: who connected it, or who listens.
@@ -49,16 +88,29 @@ pub(super) fn check_tcp(local: SocketAddr, peer: SocketAddr) -> Result<()> {
 
 /// Whose the socket is that is connected to ours.
 fn owner_of_peer(local: SocketAddr, peer: SocketAddr) -> Result<u32> {
-    let what = || format!("asking the kernel whose the other end of the connection to {peer} is");
-    let ask = |at, to| match ask(at, to) {
+    owner(local, peer, |at, to| match ask(at, to) {
         Ok(Some(found)) => Ok(Some(found)),
         // Without `tcp_diag` the kernel knows no socket at all, not even ours. The list is long where many
         // come and go, so it is asked only then.
         Ok(None) if matches!(ask(local, peer), Ok(Some(_))) => Ok(None),
-        Ok(None) | Err(_) => proc_net::ask(at, to).map_err(|e| Error::os(what(), e)),
-    };
+        Ok(None) | Err(_) => proc_net::ask(at, to),
+    })
+}
+
+/// The same by what `ask` knows of a socket that is at one address and connected to another.
+fn owner(
+    local: SocketAddr,
+    peer: SocketAddr,
+    ask: impl Fn(SocketAddr, SocketAddr) -> io::Result<Option<Found>>,
+) -> Result<u32> {
+    let what = || format!("asking the kernel whose the other end of the connection to {peer} is");
+    let ask = |at, to| ask(at, to).map_err(|e| Error::os(what(), e));
     let gone = || Error::os(what(), io::Error::from(ErrorKind::NotConnected));
-    let found = ask(peer, local)?.ok_or_else(gone)?;
+    let Some(found) = ask(peer, local)? else {
+        // One that has closed the connection has closed ours, too, if it was here.
+        let stands = matches!(ask(local, peer)?, Some(ours) if ours.established);
+        return Err(if stands { elsewhere(peer) } else { gone() });
+    };
     if found.held {
         return Ok(found.uid);
     }
@@ -70,6 +122,15 @@ fn owner_of_peer(local: SocketAddr, peer: SocketAddr) -> Result<u32> {
     }
 }
 
+/// The connection stands, and nobody whom this process may know of has its other end.
+fn elsewhere(peer: SocketAddr) -> Error {
+    Error::refused(format!(
+        "the other end of the connection to {peer} is in another network namespace, or behind a port that is forwarded \
+         (a container's, or by a rule of the host's firewall), so nobody knows whose it is: use a local socket at both \
+         ends (unix:PATH), or listen on and connect to the host's own address with --insecure"
+    ))
+}
+
 /// A socket, as the kernel describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Found {
@@ -77,6 +138,8 @@ struct Found {
     /// Whether a process has it. Of one that nobody has, the kernel may say that it is root's.
     held: bool,
     listens: bool,
+    /// Neither end has closed it.
+    established: bool,
 }
 
 /// Of `linux/netlink.h`, `linux/sock_diag.h` and `linux/inet_diag.h`.
@@ -86,6 +149,7 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IPPROTO_TCP: u8 = 6;
+const TCP_ESTABLISHED: u8 = 1;
 const TCP_LISTEN: u8 = 10;
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = HEADER_BYTES + 56;
@@ -149,6 +213,7 @@ fn read_answer(answer: &[u8]) -> io::Result<Option<Found>> {
             uid: u32::from_ne_bytes(word(UID_AT)?),
             held: u32::from_ne_bytes(word(INODE_AT)?) != 0,
             listens: answer[STATE_AT] == TCP_LISTEN,
+            established: answer[STATE_AT] == TCP_ESTABLISHED,
         })),
         _ => Err(short()),
     }
@@ -234,6 +299,50 @@ mod tests {
         let accepted = listener.accept().unwrap().0;
         let (local, peer) = ends(&accepted);
         assert!(check_tcp(local, peer).is_err());
+    }
+
+    /// As where a rule of the firewall leads a connection elsewhere: it stands here, and has no other end.
+    #[test]
+    fn a_peer_in_another_network_namespace_is_refused_with_a_way_out() {
+        let [local, peer] = ["127.0.0.1:7600", "127.0.0.1:50000"].map(|at| at.parse::<SocketAddr>().unwrap());
+        let only_ours = |established| {
+            move |at: SocketAddr, _| {
+                let ours = Found { uid: 1000, held: true, listens: false, established };
+                Ok((at == local).then_some(ours))
+            }
+        };
+        let refusal = owner(local, peer, only_ours(true)).unwrap_err();
+        assert!(
+            matches!(&refusal, Error::Refused(why) if why.contains("network namespace") && why.contains("unix:PATH")),
+            "{refusal:?}"
+        );
+        // One that was here, and has gone.
+        assert!(matches!(owner(local, peer, only_ours(false)), Err(Error::Os { .. })));
+        let here = TcpListener::bind("127.0.0.1:0").unwrap();
+        let connected = TcpStream::connect(here.local_addr().unwrap()).unwrap();
+        let own = ask(ends(&connected).0, ends(&connected).1).unwrap().expect("our own end");
+        assert!(own.established && !own.listens, "{own:?}");
+    }
+
+    #[test]
+    fn a_user_that_this_namespace_does_not_know_is_nobody() {
+        let refused = |trust: Trust, uid| match trust.check(uid) {
+            Err(Error::Refused(why)) => why.contains("user namespace"),
+            _ => false,
+        };
+        let inside = |own| Trust { own, unmapped: Some(OVERFLOW_UID) };
+        assert!(refused(inside(1000), OVERFLOW_UID));
+        // Not even to one who has no number itself.
+        assert!(refused(inside(OVERFLOW_UID), OVERFLOW_UID));
+        inside(1000).check(1000).unwrap();
+        inside(1000).check(0).unwrap();
+        Trust { own: OVERFLOW_UID, unmapped: None }.check(OVERFLOW_UID).unwrap();
+    }
+
+    #[test]
+    fn a_namespace_that_knows_all_users_is_told_from_others() {
+        assert!(maps_all("         0          0 4294967295\n") && maps_all(""));
+        assert!(!maps_all("0 1000 1\n") && !maps_all("0 1000 1\n1 100000 65536\n"));
     }
 
     #[test]

@@ -5,8 +5,9 @@ use super::Found;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-/// The state of a listener there.
+/// States there: of a listener, and of a connection that neither end has closed.
 const LISTEN: &str = "0A";
+const ESTABLISHED: &str = "01";
 
 /// The TCP socket that is at `at` and connected to `to`, or a listener at `at`.
 pub(super) fn ask(at: SocketAddr, to: SocketAddr) -> io::Result<Option<Found>> {
@@ -38,8 +39,12 @@ impl Line {
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let [_, at, to, state, _, _, _, uid, _, inode, ..] = fields[..] else { return None };
-        let found =
-            Found { uid: uid.parse().ok()?, held: inode.parse::<u64>().ok()? != 0, listens: state == LISTEN };
+        let found = Found {
+            uid: uid.parse().ok()?,
+            held: inode.parse::<u64>().ok()? != 0,
+            listens: state == LISTEN,
+            established: state == ESTABLISHED,
+        };
         Some(Self { at: address(at)?, to: address(to)?, found })
     }
 }
@@ -89,7 +94,7 @@ mod tests {
                     1: 0100007F:1F90 00000000:0000 0A 0:0 00:00000000 00000000  1000        0 42 1 0 100\n";
         let at = "127.0.0.1:8080".parse().unwrap();
         let found = find(text, at, "0.0.0.0:0".parse().unwrap()).unwrap();
-        assert_eq!(found, Found { uid: 1000, held: true, listens: true });
+        assert_eq!(found, Found { uid: 1000, held: true, listens: true, established: false });
         assert_eq!(find(text, "127.0.0.2:8080".parse().unwrap(), at), None);
     }
 }
