@@ -559,7 +559,7 @@ fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
 }
 
 /// What must hold before anything is touched.
-fn check_guest(hello: &Hello, guest: &dyn DestinationGuest) -> Result<()> {
+fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Result<()> {
     let (theirs, ours) = (&hello.guest, guest.describe());
     let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, mend: &str| {
         let theirs = words::reason(&theirs.to_string());

@@ -6,7 +6,7 @@
 
 use pageferry::guest::qemu::platform::{Gatherer, Platform, Weight, compare};
 use pageferry::guest::qemu::qmp::Qmp;
-use pageferry_tests::stage::Stage;
+use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, eventually, look};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -379,4 +379,28 @@ fn a_guest_that_would_be_another_one_is_refused_and_not_touched_and_may_be_overr
     assert_eq!(source.end(), Some(0));
     receiver.wait_guest_runs();
     assert!(receiver.words.text().contains("cpu.model-id"), "{}", receiver.words.text());
+}
+
+/// What is plugged into a waiting QEMU counts, as it does at the source.
+#[test]
+fn a_device_that_was_plugged_in_at_both_ends_since_they_started_is_no_difference() {
+    const QEMU: &str = "qemu-system-x86_64 -accel tcg -machine q35 -nodefaults -display none -m 64 \
+        -device pcie-root-port,id=rp,chassis=1,addr=4";
+    let stage = Stage::new();
+    let mut source = stage.run("src", QEMU, "");
+    let receiver = stage.receive("dst", QEMU, "");
+    source.wait_guest_runs();
+    let plug = |at: &Supervisor| {
+        let rng = json!({ "driver": "virtio-rng-pci", "bus": "rp", "id": "r" });
+        look::ask(&at.monitor, "device_add", rng).expect("QEMU plugs it in");
+    };
+    plug(&source);
+    let refused = stage.migrate("src", receiver.address(), &[]).end(SOON);
+    assert_eq!(refused.status, Some(2), "{}", refused.stderr);
+    assert!(refused.stderr.contains("virtio-rng-pci,id=r at the source"), "{}", refused.stderr);
+    plug(&receiver);
+    let ended = stage.migrate("src", receiver.address(), &["--verify"]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    assert_eq!(source.end(), Some(0));
+    receiver.wait_guest_runs();
 }

@@ -161,7 +161,7 @@ impl DestinationGuest for Destination {
         self.vm.describe(Vec::new())
     }
     // Compare what only you can: here, whether this processor has all that the guest was told of.
-    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+    fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
         let profile = postcard::from_bytes(&theirs.platform)
             .map_err(|e| Error::refused(format!("the guest's processor cannot be read: {e}")))?;
         self.vm.host.admit(&profile)

@@ -191,7 +191,7 @@ pub trait DestinationGuest: Send {
 
     /// Fails, naming the difference, if a guest of this description cannot run here although the rest of the
     /// description is equal: its processor, above all. Touches nothing.
-    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+    fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
         let _ = theirs;
         Ok(())
     }

@@ -49,7 +49,7 @@ impl DestinationGuest for KvmDestination {
         self.description.clone()
     }
 
-    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
+    fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
         match &self.machine {
             Some(machine) => machine.admit(theirs),
             None => Err(Error::refused("this machine has been used already")),

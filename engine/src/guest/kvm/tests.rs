@@ -340,7 +340,7 @@ fn a_lesser_processor_is_refused_before_anything_is_touched() {
     }
     let config = config(1, TrackingChoice::Log);
     let guest = start(&config, Pattern::Sequential);
-    let destination = KvmDestination::new(&config, Console::none()).unwrap();
+    let mut destination = KvmDestination::new(&config, Console::none()).unwrap();
     let mut description = guest.describe();
     destination.admit(&description).unwrap();
     description.platform.truncate(10);

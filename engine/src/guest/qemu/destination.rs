@@ -16,7 +16,6 @@ use rustix::fd::AsFd;
 use serde_json::json;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -33,15 +32,14 @@ pub struct QemuDestination {
     settings: Settings,
     guardian: Option<Guardian>,
     huge_pages_set_aside: bool,
-    /// What the guest would see of its machine here.
-    platform: Platform,
+    /// Asks what the guest would see of its machine here.
     gatherer: Gatherer,
     /// Names of differences from the source's that the operator allows.
     allowed: Vec<String>,
     /// Tells who else comes to its memory while it waits.
     opened: OpenWatch,
     /// Whether somebody did, and its memory has not been made zero since.
-    used: AtomicBool,
+    used: bool,
     /// The number of the last event before it waited: no RESUME and no RESET may follow before Commit.
     waiting_since: u64,
     /// Has the monitor from the load to Commit.
@@ -62,9 +60,8 @@ impl QemuDestination {
         let huge_pages_set_aside = qemu.has_huge_pages_set_aside();
         room::check_huge_pages(qemu.memory(), huge_pages_set_aside)?;
         qemu.describe_images()?;
-        let pid = qemu.pid();
         let mut gatherer = Gatherer::default();
-        let platform = gatherer.gather(&mut qemu.qmp, pid)?;
+        gatherer.ask_ahead(&mut qemu.qmp)?;
         // Late activation: no lock on a disk image before the guest is ours.
         let settings = Settings::read(&mut qemu.qmp)?;
         settings.impose(&mut qemu.qmp, &["x-ignore-shared", "events", "late-block-activate"])?;
@@ -83,11 +80,10 @@ impl QemuDestination {
             settings,
             guardian: Some(guardian),
             huge_pages_set_aside,
-            platform,
             gatherer,
             allowed: Vec::new(),
             opened,
-            used: AtomicBool::new(false),
+            used: false,
             waiting_since,
             sentry: Some(sentry),
             struck,
@@ -122,16 +118,17 @@ impl DestinationGuest for QemuDestination {
         self.qemu.description().clone()
     }
 
-    fn admit(&self, theirs: &GuestDescription) -> Result<()> {
-        admit(&Platform::unpack(&theirs.platform)?, &self.platform, &self.allowed)?;
+    fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
+        let theirs = Platform::unpack(&theirs.platform)?;
+        // Asked now: what was plugged in or out while this waited is part of the machine. What takes long is known.
+        let pid = self.qemu.pid();
+        admit(&theirs, &self.gatherer.gather(&mut self.qemu.qmp, pid)?, &self.allowed)?;
         // While this waited, somebody may have used its memory, or changed its images.
-        if self.opened.was_opened() {
-            self.used.store(true, Ordering::Relaxed);
-        }
+        self.used |= self.opened.was_opened();
         self.qemu.refuse_shared_use()?;
-        if self.used.load(Ordering::Relaxed) {
+        if self.used {
             self.qemu.memory().make_zero()?;
-            self.used.store(false, Ordering::Relaxed);
+            self.used = false;
         }
         self.qemu
             .check_images()

@@ -1,7 +1,7 @@
 //! What a guest in QEMU can see of its machine, asked at both ends and compared before it is touched.
 //!
 //! ```text
-//!   gather    QMP -> Platform        at the source in preflight, at the destination while it waits
+//!   gather    QMP -> Platform        at the source in preflight, at the destination when a guest comes
 //!   Hello     Platform, packed       at most PLATFORM_BYTES_MAX
 //!   compare   two of them -> differences, in words of the command line
 //! ```
