@@ -1,5 +1,6 @@
 //! QEMU commands as libvirt, Proxmox VE, avocado-vt and Kata Containers write them, with names changed, and
-//! what this host lacks (KVM, bridges, Proxmox' own option `-id`) replaced. Each guest moves with its command as it is, and with all of
+//! what this host lacks (KVM, bridges, Proxmox' own option `-id`) replaced; a machine type with a version is of the oldest QEMU that
+//! pageferry takes. Each guest moves with its command as it is, and with all of
 //! its memory compared.
 
 use pageferry_tests::SOON;
@@ -32,7 +33,7 @@ fn moves(command: &str) {
 fn libvirts() {
     moves(
         r#"qemu-system-x86_64 -name guest=web,debug-threads=on -S
-        -machine pc-q35-8.2,usb=off,dump-guest-core=off,memory-backend=pc.ram,hpet=off,acpi=on -accel tcg
+        -machine pc-q35-8.0,usb=off,dump-guest-core=off,memory-backend=pc.ram,hpet=off,acpi=on -accel tcg
         -cpu qemu64,x2apic=on,hypervisor=on,lahf-lm=on -m size=65536k
         -object {"qom-type":"memory-backend-ram","id":"pc.ram","size":67108864}
         -overcommit mem-lock=off -smp 2,sockets=2,cores=1,threads=1 -uuid 0e7a6b8a-51b3-4f0e-9a5c-5f5a4d3c2b1a
