@@ -95,6 +95,21 @@ pub fn memory_file(pid: u32, bytes: u64) -> File {
         .expect("a memory file of that size")
 }
 
+/// Number of connections to a local socket, also those that nobody has accepted yet.
+#[must_use]
+pub fn connections(socket: &Path) -> usize {
+    let (table, path) = (fs::read_to_string("/proc/net/unix").unwrap_or_default(), socket.to_string_lossy());
+    let mut count = 0;
+    for line in table.lines() {
+        // Number, references, protocol, flags (a listener's have one of their own), type, state, inode, path.
+        let fields: Vec<_> = line.split_whitespace().collect();
+        if let [_, _, _, flags, _, _, _, at] = fields[..] {
+            count += usize::from(at == path && flags != "00010000");
+        }
+    }
+    count
+}
+
 /// Number of open descriptors.
 #[must_use]
 pub fn descriptors(pid: u32) -> usize {

@@ -358,8 +358,12 @@ fn run(plan: Plan) -> Outcome {
     let mut moving = world.stage.migrate("src", world.destination.address(), slow);
     let struck = world.strike(&mut moving, begun);
     if plan.victim == Client {
-        // Its last word may still be on its way to the supervisor.
-        std::thread::sleep(Duration::from_secs(1));
+        // Its last word may still be on its way to the supervisor, which keeps a client's connection until it has
+        // answered, and says that it migrates before it begins.
+        eventually("the supervisor has heard its client out", SOON, || {
+            let heard = look::connections(&world.stage.path("src.sock")) == 0;
+            (heard || world.source.status().is_none_or(|status| status.state != State::Hosting)).then_some(())
+        });
     }
     let status = world.follow(&mut moving);
     let (owner, settled) = world.owner(status);
