@@ -26,5 +26,6 @@ pub mod stats;
 pub mod summary;
 pub mod sweep;
 pub mod sweeper;
+pub mod told;
 pub mod watch;
 pub mod ways;

@@ -21,6 +21,7 @@ use pageferry_bench::simulate::{self, SimulateArgs};
 use pageferry_bench::summary::summary;
 use pageferry_bench::sweep::{self, SweepArgs};
 use pageferry_bench::sweeper;
+use pageferry_bench::told::tell;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -290,8 +291,7 @@ fn run_sweep(args: SweepArgs) -> Result<()> {
 
 fn run_compare(args: &CompareArgs) -> Result<()> {
     let (before, after) = (Record::read(&args.before)?, Record::read(&args.after)?);
-    print!("{}", compare(&before, &after)?.show());
-    Ok(())
+    tell(&compare(&before, &after)?.show())
 }
 
 fn run_collect(args: CollectArgs) -> Result<()> {
@@ -302,8 +302,7 @@ fn run_collect(args: CollectArgs) -> Result<()> {
 
 fn run_summary(args: &SummaryArgs) -> Result<()> {
     let records = args.records.iter().map(|path| Record::read(path)).collect::<Result<Vec<_>>>()?;
-    print!("{}", summary(&records));
-    Ok(())
+    tell(&summary(&records))
 }
 
 /// Runs a command that leaves a record.
@@ -318,9 +317,10 @@ fn measure(what: &str, out: &Path, run: impl FnOnce(&Progress) -> Result<Record>
 
 /// Shows a record and writes it. A run of which nothing succeeded, or that was interrupted, is a failure, with its record kept all the same.
 fn finish(record: &Record, out: &Path) -> Result<()> {
-    print!("{}", record.show());
+    // Kept first, whoever reads: it may have taken an hour.
     let json = save::save(record, out)?;
-    println!("{} and, to look at, {}", json.display(), json.with_extension("html").display());
+    let page = json.with_extension("html");
+    tell(&format!("{}{} and, to look at, {}\n", record.show(), json.display(), page.display()))?;
     match record.failures.first() {
         Some(failure) if record.figures.is_empty() => bail!("nothing could be measured: {}", failure.why),
         _ if record.interrupted => bail!("it was interrupted; what was measured until then is kept"),
@@ -350,8 +350,7 @@ fn run_rdma(args: RdmaArgs) -> Result<()> {
 
 fn run_cost(args: &CostArgs) -> Result<()> {
     if let Some(row) = args.once {
-        println!("{} pages", cost::once(row, args.memory)?);
-        return Ok(());
+        return tell(&format!("{} pages\n", cost::once(row, args.memory)?));
     }
     let options =
         CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };

@@ -1,5 +1,6 @@
 //! `pageferry-bench compare` on records of real moves.
 
+use pageferry_bench::record::{Record, Spec, save};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -43,4 +44,21 @@ fn what_is_no_record_is_named_in_one_line() {
     assert_eq!(status.code(), Some(1));
     let said = String::from_utf8_lossy(&stderr);
     assert!(said.contains("/nowhere.json") && said.lines().count() == 1, "{said}");
+}
+
+/// As of `pageferry-bench summary RECORD.json | true`.
+#[test]
+fn a_reader_that_has_gone_ends_it_quietly() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut record = Record::begin("peers", "a test".into(), &1).unwrap();
+    (0..3).for_each(|turn| record.sample("a", Spec::headline("total", "ms"), turn, 12.5));
+    let saved = save::save(&record, directory.path()).unwrap();
+    for arguments in [vec!["summary"], vec!["compare", saved.to_str().unwrap()]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = bench();
+        let ended = command.args(&arguments).arg(&saved).stdout(writer).output().unwrap();
+        assert_eq!(ended.status.code(), Some(0), "{arguments:?}");
+        assert!(ended.stderr.is_empty(), "{}", String::from_utf8_lossy(&ended.stderr));
+    }
 }
