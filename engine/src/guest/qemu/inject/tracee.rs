@@ -248,7 +248,7 @@ impl Tracee {
         state.truncate(vector.iov_len);
         FloatingPoint::read(state, component_end).ok_or_else(|| {
             Error::refused(format!(
-                "the main thread of process {} has floating point registers that pageferry does not                  know (AMX tiles): it cannot be attached to",
+                "the main thread of process {} has floating point registers that pageferry does not know (AMX tiles): it cannot be attached to",
                 self.pid
             ))
         })
