@@ -1,4 +1,4 @@
-//! What the scripts promise of themselves, as far as it takes no machine to see it.
+//! What the scripts, and the operator's page, promise of themselves, as far as it takes no machine to see it.
 
 use pageferry_tests::not_run;
 use std::os::unix::fs::PermissionsExt;
@@ -53,4 +53,45 @@ fn what_the_lab_machines_qemu_refuses_is_not_tried_again() {
     };
     assert_eq!((status, starts), (Some(125), 1), "{said}");
     assert!(said.contains("QEMU's exit status is 1") && said.contains("no such option"), "{said}");
+}
+
+/// All that the engine's sources say, with texts that go on in the next line in one.
+fn sources(directory: &Path, text: &mut String) {
+    for entry in std::fs::read_dir(directory).expect("a directory") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() {
+            sources(&path, text);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let file = std::fs::read_to_string(&path).expect("readable");
+            let mut parts = file.split("\\\n");
+            text.push_str(parts.next().unwrap_or_default());
+            parts.for_each(|part| text.push_str(part.trim_start()));
+        }
+    }
+}
+
+/// Who looks up what is on the screen must find it.
+#[test]
+fn the_words_of_each_refusal_on_the_operators_page_are_those_that_are_said() {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in it");
+    let mut said = String::new();
+    sources(&repository.join("engine/src"), &mut said);
+    let page = std::fs::read_to_string(repository.join("docs/operations.md")).expect("the page");
+    let section =
+        page.split("\n## ").find(|section| section.starts_with("What is refused")).expect("its section");
+    let rows: Vec<_> = section.lines().filter(|line| line.starts_with("| `")).collect();
+    assert!(rows.len() >= 15, "{} rows", rows.len());
+    for row in rows {
+        let cells: Vec<_> = row.split(" | ").collect();
+        assert_eq!(cells.len(), 5, "{row}");
+        for words in cells[0].split('`').skip(1).step_by(2).flat_map(|message| message.split("...")) {
+            assert!(said.contains(words.trim()), "{:?} is said nowhere", words.trim());
+        }
+        for option in cells[4].split(['`', ' ']).filter(|word| word.starts_with("--")) {
+            assert!(
+                said.contains(option) || said.contains(&option[2..].replace('-', "_")),
+                "{option} is no option"
+            );
+        }
+    }
 }
