@@ -3,6 +3,7 @@
 //! one (`SlowFs`).
 
 use pageferry::guest::qemu::qmp::Qmp;
+use pageferry::supervisor::api::State;
 use pageferry_tests::console::{Console, Linux};
 use pageferry_tests::slow_fs::SlowFs;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
@@ -96,19 +97,16 @@ fn heard(source: &Supervisor) -> Words {
     words
 }
 
-/// How often an idle guest with this disk is stopped while it is moved.
-fn stops(stage: &Stage, name: &str, options: &str, prepare: impl FnOnce(&Supervisor)) -> usize {
-    let (from, to) = (format!("{name}-a"), format!("{name}-b"));
-    let qemu = format!("{BARE} {options}");
-    let mut source = stage.run(&from, &qemu, "");
+/// Moves an idle guest to a QEMU with these options. Returns how often it was stopped meanwhile, and where it is.
+fn stops(stage: &Stage, mut source: Supervisor, to: &str, options: &str) -> (usize, Supervisor) {
     source.wait_guest_runs();
-    prepare(&source);
     let words = heard(&source);
-    let destination = stage.receive(&to, &qemu, "");
-    let ended = stage.migrate(&from, destination.address(), &[]).end(SOON);
-    assert_eq!(ended.status, Some(0), "{options}: {}", ended.stderr);
+    let destination = stage.receive(to, &format!("{BARE} {options}"), "");
+    let ended = stage.migrate(&source.name, destination.address(), &[]).end(SOON);
+    assert_eq!(ended.status, Some(0), "from {}: {}", source.name, ended.stderr);
     assert_eq!(source.end(), Some(0));
-    words.all(SOON).matches("\"event\": \"STOP\"").count()
+    destination.wait_state(State::Hosting);
+    (words.all(SOON).matches("\"event\": \"STOP\"").count(), destination)
 }
 
 #[test]
@@ -121,19 +119,24 @@ fn transfers_are_drained_unless_every_open_image_is_known_to_be_copied() {
     let here = directory.path().join("here.raw");
     std::fs::write(&here, vec![0; 1 << 20]).unwrap();
     let plain = |path: &Path| format!("-blockdev driver=file,node-name=d,filename={}", path.display());
-    // Stopped once, for the switchover.
-    assert_eq!(stops(stage, "copied", &plain(&here), |_| ()), 1);
-    let drained = |name: &str, options: &str, prepare: &dyn Fn(&Supervisor)| {
-        let stops = stops(stage, name, options, prepare);
-        assert!(stops >= 3, "{name}: stopped {stops} times");
+    // One guest goes from disk to disk: that of the QEMU which it leaves decides.
+    let first = stage.run("copied", &format!("{BARE} {}", plain(&here)), "");
+    let (stopped, at) = stops(stage, first, "slow", &plain(&disk.copying.path()));
+    // Once, for the switchover.
+    assert_eq!(stopped, 1);
+    let drained = |at: Supervisor, to: &str, options: &str| {
+        let name = at.name.clone();
+        let (stopped, at) = stops(stage, at, to, options);
+        assert!(stopped >= 3, "{name}: stopped {stopped} times");
+        at
     };
-    drained("slow", &plain(&disk.copying.path()), &|_| ());
-    drained("direct", &format!("{},cache.direct=on", plain(&here)), &|_| ());
+    let at = drained(at, "direct", &format!("{},cache.direct=on", plain(&here)));
+    let at = drained(at, "passed", "");
     // A descriptor that somebody passed in, and that no name leads to.
-    drained("passed", "", &|source| {
-        let file = File::open(disk.copying.path()).unwrap();
-        let deadline = Instant::now() + SOON;
-        let mut qmp = Qmp::connect(&source.monitor, deadline).unwrap();
-        qmp.execute_with_fd("add-fd", json!({ "fdset-id": 7 }), file.as_fd(), deadline).unwrap();
-    });
+    let file = File::open(disk.copying.path()).unwrap();
+    let deadline = Instant::now() + SOON;
+    let mut qmp = Qmp::connect(&at.monitor, deadline).unwrap();
+    qmp.execute_with_fd("add-fd", json!({ "fdset-id": 7 }), file.as_fd(), deadline).unwrap();
+    drop(qmp);
+    drained(at, "end", "");
 }
