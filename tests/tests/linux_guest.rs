@@ -2,11 +2,15 @@
 //! failed attempts.
 
 use pageferry::supervisor::api::State;
-use pageferry_tests::SOON;
 use pageferry_tests::console::{Console, Linux};
-use pageferry_tests::look::tracked_mappings;
+use pageferry_tests::huge_pages::HugePages;
+use pageferry_tests::look::{self, memory_file, tracked_mappings};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::Stage;
+use pageferry_tests::{SOON, eventually, not_run};
+use serde_json::json;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 const GUEST: Linux = Linux { memory_mib: 256, written_mib: 32, touched_mib: 64, rate: 40 };
@@ -116,6 +120,48 @@ fn a_guest_that_writes_too_fast_stays_unless_the_user_lets_it_go() {
     let all_the_same = [&slow[..], &["--when-stuck", "switchover"]].concat();
     let ended = stage.migrate("src", destination.address(), &all_the_same).end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    next.progress_since(written);
+    next.verdict();
+}
+
+/// The guest gives back what it does not use, and more of it while it moves: QEMU punches holes into its memory, of which
+/// no dirty source hears. 128 huge pages at either end.
+#[test]
+fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
+    const NAME: &str = "a_guest_in_huge_pages_moves_while_it_gives_memory_back";
+    const HUGE: u64 = 2 << 20;
+    let _reserved = match HugePages::reserve(2 * 128 + 4) {
+        Ok(reserved) => reserved,
+        Err(why) => return not_run(NAME, &why),
+    };
+    let stage = Stage::new();
+    let options = "-machine memory-backend=h -object memory-backend-memfd,id=h,size=256M,hugetlb=on,hugetlbsize=2M \
+                   -device virtio-balloon-pci,free-page-reporting=on";
+    let guest = Linux { touched_mib: 32, rate: 20, ..GUEST };
+    let qemu = |name: &str| guest.qemu_with(&stage, name, "guest_balloon=1", options);
+    let mut source = stage.run("src", &qemu("src"), "");
+    let here = memory_file(source.qemu(), 256 << 20);
+    let allocated = |file: &File| file.metadata().unwrap().blocks() * 512 / HUGE;
+    let console = Console::open(&stage, "src");
+    console.wait_ready();
+    // The kernel reports two seconds after it has so much to report.
+    let before =
+        eventually("free pages are reported", SOON, || Some(allocated(&here)).filter(|count| *count < 100));
+    let destination = stage.receive("dst", &qemu("dst"), "");
+    let there = memory_file(destination.qemu(), 256 << 20);
+    let mut next = Console::open(&stage, "dst");
+    let written = console.progress_since(0);
+    // Slowly, so that the balloon grows under it: down to 160 MiB.
+    let options = ["--bandwidth-max", "60MB", "--downtime-max", "2s", "--verify"];
+    let moving = stage.migrate("src", destination.address(), &options);
+    moving.stderr.wait("round 0", SOON);
+    look::ask(&source.monitor, "balloon", json!({ "value": 160 << 20 })).expect("QEMU asks the guest");
+    let ended = moving.end(MOVE_MAX);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    // A kernel that fills what it allocates touches memory for the balloon first.
+    let most = before.max(allocated(&here)) + 16;
+    assert!(allocated(&there) <= most, "{} of {most}", allocated(&there));
+    assert_eq!(source.end(), Some(0));
     next.progress_since(written);
     next.verdict();
 }
