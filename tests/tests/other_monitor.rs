@@ -5,6 +5,7 @@ use pageferry::supervisor::api::State;
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Running, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};
+use rustix::process::Signal;
 use serde_json::json;
 
 /// A source and a destination, one of them held at this point of a migration that is under way.
@@ -120,6 +121,16 @@ fn a_cont_after_the_death_of_a_supervisor_whose_commit_is_out_is_undone() {
     // A move that was refused has not ended the watch.
     says(&source, "cont");
     wait_stopped(&source);
+    // Nor has the end of this supervisor, in order or not.
+    for signal in [Signal::TERM, Signal::KILL] {
+        source.signal(signal);
+        source.words.wait("the guest stays stopped here", SOON);
+        says(&source, "cont");
+        wait_stopped(&source);
+        source.kill();
+        source = stage.attach_in_doubt("src");
+        source.wait_state(State::Unknown);
+    }
     assert_eq!(stage.done(&["settle", "src", "--end"]).status, Some(0));
     assert_eq!(source.end(), Some(0));
     look::wait_gone(qemu);

@@ -385,7 +385,7 @@ fn attach(args: AttachArgs) -> Result<u8> {
         return Hosting::in_doubt(claim, shared, inbox, hosted, &doubt)?.run();
     }
     if state == "postmigrate" {
-        guest.watch_in_doubt()?;
+        guest.take_up_in_doubt()?;
     }
     Hosting::new(claim, shared, inbox, QemuHosted::new(guest, None))?.run()
 }

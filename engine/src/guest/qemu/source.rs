@@ -63,8 +63,6 @@ pub struct QemuSource {
     sealed: bool,
     /// When the guardian of the supervisor before has gone, where there may be one.
     guardian_gone: Option<Instant>,
-    /// Whether it was found sealed, so that [`SourceGuest::resume`] has something to put right without a guardian.
-    inherited: bool,
     /// See [`SourceGuest::retire`].
     retired: Option<Box<dyn DirtySource>>,
     /// Whether an aborted migration of ours left a paused guest in QEMU's state `postmigrate`.
@@ -107,7 +105,6 @@ impl QemuSource {
             sentry: None,
             sealed: false,
             guardian_gone: None,
-            inherited: false,
             retired: None,
             postmigrate_is_ours: false,
             platform: Vec::new(),
@@ -170,19 +167,27 @@ impl QemuSource {
         self.sealed
     }
 
+    /// Keeps a guest stopped that an earlier supervisor has left in doubt: [`SourceGuest::resume`] lets it run.
+    pub fn take_up_in_doubt(&mut self) -> Result<()> {
+        (self.was_running, self.stopped) = (true, true);
+        self.watch_in_doubt()
+    }
+
     /// Keeps a guest stopped that was found stopped in doubt, or could not be let run in doubt, until the operator has decided
-    /// about it.
+    /// about it. When this supervisor leaves or dies before that, its guardian does.
     pub fn watch_in_doubt(&mut self) -> Result<()> {
-        if let Some(guardian) = &self.guardian {
-            guardian.seal()?;
+        // One that has died keeps nothing stopped.
+        if let Some(dead) = self.guardian.take_if(|guardian| guardian.check().is_err()) {
+            dead.finish();
         }
+        let after_us = self.guardian_on_duty().and_then(|guardian| guardian.seal());
         let sentry = Sentry::ready(Post::Source)?;
         let heard = self.qemu.qmp.events_heard();
         sentry.post(&mut self.qemu.qmp, heard)?;
         self.sentry = Some(sentry);
         self.sealed = true;
         self.guardian_gone = Some(Instant::now() + TAKEN_OVER_MAX);
-        Ok(())
+        after_us
     }
 
     /// Waits until the guardian of the supervisor before has noticed that the monitor was taken: it would stop a guest that
@@ -197,8 +202,11 @@ impl QemuSource {
     /// then, and restores QEMU's settings.
     pub fn watch_sealed(&mut self, was_running: bool, settings: Option<Settings>) -> Result<()> {
         self.watch_in_doubt()?;
-        (self.sealed, self.inherited) = (true, true);
         (self.was_running, self.stopped) = (was_running, was_running);
+        if let Some(guardian) = &self.guardian {
+            guardian.was_running(was_running)?;
+            settings.as_ref().map_or(Ok(()), |settings| guardian.entrust(settings))?;
+        }
         self.armed = settings.map(|settings| Armed { settings, outgoing: None, sentry: None });
         Ok(())
     }
@@ -241,8 +249,8 @@ impl QemuSource {
         self.armed.as_mut().ok_or_else(|| Error::Guest("the switchover was not armed".into()))
     }
 
-    /// A guardian that is ready to put right what comes.
-    fn guardian(&mut self) -> Result<&mut Guardian> {
+    /// The guardian, which may have nothing to put right yet.
+    fn guardian_on_duty(&mut self) -> Result<&mut Guardian> {
         let guardian = match self.guardian.take() {
             Some(guardian) => guardian,
             None => {
@@ -250,8 +258,12 @@ impl QemuSource {
                 Guardian::start(Side::Source, pid, pidfd.as_fd(), self.qemu.qmp_path())?
             }
         };
-        let watching = guardian.is_watching();
-        self.guardian = Some(guardian);
+        Ok(self.guardian.insert(guardian))
+    }
+
+    /// A guardian that is ready to put right what comes.
+    fn guardian(&mut self) -> Result<&mut Guardian> {
+        let watching = self.guardian_on_duty()?.is_watching();
         let was_running = if watching? { Some(self.is_running()?) } else { None };
         let guardian = self.guardian.as_mut().ok_or_else(|| Error::Guest("no guardian is on duty".into()))?;
         if let Some(was_running) = was_running {
@@ -283,7 +295,6 @@ impl QemuSource {
     /// Nothing is to be put right any more.
     fn stand_down(&mut self) {
         self.armed = None;
-        self.inherited = false;
         if let Some(guardian) = self.guardian.take() {
             guardian.finish();
         }
@@ -596,19 +607,20 @@ impl SourceGuest for QemuSource {
                 return Ok(());
             }
             Some(guardian) => guardian.unseal()?,
-            None if self.inherited => {}
             None => {
                 self.sealed = false;
                 return Ok(());
             }
         }
+        // QEMU is busy with no migration of ours: what it refuses now it refuses in half a minute too.
+        let patience = if self.sealed && self.armed.is_none() { Duration::ZERO } else { RESUME_MAX };
         self.sealed = false;
         if let Some(armed) = &mut self.armed {
             // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is refused.
             armed.outgoing = None;
         }
         let alive = self.qemu.liveness();
-        let deadline = Instant::now() + RESUME_MAX;
+        let deadline = Instant::now() + patience;
         while let Err(e) = self.try_resume() {
             if let Err(gone) = alive() {
                 self.stand_down();
