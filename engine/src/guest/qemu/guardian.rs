@@ -31,7 +31,6 @@ use rustix::fs::MemfdFlags;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::ops::Range;
@@ -366,7 +365,7 @@ fn put_right(qmp: &Path, was_running: bool, settings: Option<&Settings>) -> Resu
         let attempt = Qmp::connect(qmp, deadline).and_then(|mut qmp| {
             super::stream::cancel(&mut qmp)?;
             if was_running {
-                qmp.execute("cont", json!({}), deadline)?;
+                super::stream::let_run(&mut qmp, deadline)?;
             }
             settings.map_or(Ok(()), |settings| settings.restore(&mut qmp))
         });

@@ -303,8 +303,11 @@ impl QemuSource {
     /// One attempt at [`SourceGuest::resume`].
     fn try_resume(&mut self) -> Result<()> {
         stream::cancel(&mut self.qemu.qmp)?;
-        if self.stopped {
-            self.cont()?;
+        if self.stopped && !stream::let_run(&mut self.qemu.qmp, Instant::now() + QMP_MAX)? {
+            (self.stopped, self.was_running) = (false, false);
+            tracing::warn!("the guest has stopped by itself just before it was to be moved, and stays so");
+        } else if self.stopped {
+            self.stopped = false;
             // Under QEMU's word and not by the absence of an error: a guest is never said to run that does not.
             if let state @ ("postmigrate" | "finish-migrate") = self.qemu.status()?.as_str() {
                 self.stopped = true;

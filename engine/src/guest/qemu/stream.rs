@@ -37,6 +37,9 @@ const YANK_LOOK_EVERY: Duration = Duration::from_millis(1);
 /// For QEMU to say why a migration failed.
 const WORDS_MAX: Duration = Duration::from_secs(1);
 
+/// QEMU's states of a guest that has stopped by itself. The first two last until it is reset.
+const STOPPED_BY_ITSELF: [&str; 3] = ["shutdown", "internal-error", "guest-panicked"];
+
 /// The name under which QEMU keeps our end of the stream.
 const FD_NAME: &str = "pageferry-stream";
 
@@ -190,6 +193,17 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
     }
 }
 
+/// Lets a guest run that we have stopped. Returns whether QEMU was told so: not where the guest has stopped by itself
+/// just before, for `cont` is then refused for good, or wrong.
+pub fn let_run(qmp: &mut Qmp, deadline: Instant) -> Result<bool> {
+    let status = qmp.execute("query-status", json!({}), deadline)?;
+    if status["status"].as_str().is_some_and(|state| STOPPED_BY_ITSELF.contains(&state)) {
+        return Ok(false);
+    }
+    qmp.execute("cont", json!({}), deadline)?;
+    Ok(true)
+}
+
 /// An error with QEMU's own words, where it has some.
 fn migration_error(qmp: &mut Qmp, what: &str) -> Error {
     // The guest may be stopped meanwhile.
@@ -248,5 +262,52 @@ mod tests {
         assert!(begun.elapsed() < QMP_MAX / 2, "{:?}", begun.elapsed());
         drop(qmp);
         qemu.join().unwrap();
+    }
+
+    /// A QEMU in this state, which refuses `cont` in some. Returns how often that was said.
+    fn in_state(stream: UnixStream, state: &str) -> usize {
+        let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let say = |line: &str| (&stream).write_all(format!("{line}\n").as_bytes()).unwrap();
+        let mut times = 0;
+        say(r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}}}}"#);
+        for line in lines.map_while(|line| line.ok()) {
+            let command: Value = serde_json::from_str(&line).unwrap();
+            let id = &command["id"];
+            let refused = ["shutdown", "internal-error"].contains(&state);
+            match command["execute"].as_str() {
+                Some("query-status") => {
+                    say(&format!(r#"{{"return": {{"status": "{state}", "running": false}}, "id": {id}}}"#));
+                }
+                Some("cont") if refused => {
+                    times += 1;
+                    let why = "Resetting the Virtual Machine is required";
+                    say(&format!(r#"{{"error": {{"class": "GenericError", "desc": "{why}"}}, "id": {id}}}"#));
+                }
+                said => {
+                    times += usize::from(said == Some("cont"));
+                    say(&format!(r#"{{"return": {{}}, "id": {id}}}"#));
+                }
+            }
+        }
+        times
+    }
+
+    #[test]
+    fn a_guest_that_has_stopped_by_itself_is_not_let_run() {
+        for (state, runs) in [
+            ("paused", true),
+            ("postmigrate", true),
+            ("shutdown", false),
+            ("internal-error", false),
+            ("guest-panicked", false),
+        ] {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let qemu = std::thread::spawn(move || in_state(theirs, state));
+            let deadline = Instant::now() + QMP_MAX;
+            let mut qmp = Qmp::over(ours.into(), Path::new("/fake"), deadline).unwrap();
+            assert_eq!(let_run(&mut qmp, deadline).unwrap(), runs, "{state}");
+            drop(qmp);
+            assert_eq!(qemu.join().unwrap(), usize::from(runs), "{state}");
+        }
     }
 }
