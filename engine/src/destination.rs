@@ -509,6 +509,13 @@ impl Reception {
                         event(DestinationEvent::CommitReceived);
                         return Ok(Some(control));
                     }
+                    // The operator lets the guest run at the source: Commit would come too late now.
+                    Incoming::Control { token: theirs, first: first @ Message::Abort(_), .. }
+                        if theirs == token =>
+                    {
+                        event(DestinationEvent::AbortReceived);
+                        return Err(unexpected(first, "Commit"));
+                    }
                     other => self.turn_away(other),
                 }
             }

@@ -17,7 +17,7 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::hold;
 use crate::net::{Address, Network};
-use crate::protocol::{Cause, Control, Message, Running};
+use crate::protocol::{Abort, Cause, Control, Message, Running};
 use crate::session::{self, aborted};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use pageferry_transport::preamble::Token;
@@ -77,6 +77,26 @@ impl Inquiry {
     #[must_use]
     pub fn messages(&self) -> u64 {
         self.messages
+    }
+
+    /// The same question, to be asked beside this one.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        Self::new(self.to.clone(), self.token, None)
+    }
+
+    /// Asks once, for an operator who is about to let the guest run here. It is no Commit but an Abort: a destination that
+    /// still waits for Commit must not become the guest's owner by this, and gives its copy up.
+    #[must_use]
+    pub fn ask_before_running(&self, network: &dyn Network) -> Option<Answer> {
+        let ask = || {
+            let mut control = session::reopen(network, &self.to, self.token)?;
+            let reason = "the operator lets the guest run at the source".into();
+            let abort = Message::Abort(Abort { reason, cause: Cause::Failed });
+            control.send(&abort, clock::now() + RUNNING_MAX)?;
+            control.receive("Running", clock::now() + RUNNING_MAX)
+        };
+        settles(ask())
     }
 
     /// Waits for the answer on the connection that Commit went over.
@@ -227,7 +247,6 @@ mod tests {
     use super::*;
     use crate::doorway::{Doorway, Incoming};
     use crate::net::System;
-    use crate::protocol::Abort;
 
     fn says(cause: Cause) -> Message {
         Message::Abort(Abort { reason: "because".into(), cause })
@@ -258,6 +277,22 @@ mod tests {
         }
         let odd = r#"{"to":"127.0.0.1:1","token":"zz","was_running":true}"#;
         assert!(serde_json::from_str::<Question>(odd).is_err());
+    }
+
+    #[test]
+    fn what_an_operator_has_asked_is_no_commit() {
+        let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
+        doorway.expect(Token([1; 16]));
+        let inquiry = Inquiry::new(doorway.address.clone(), Token([1; 16]), None);
+        let asking = std::thread::spawn(move || inquiry.apart().ask_before_running(&System));
+        let soon = || clock::now() + Duration::from_secs(10);
+        let Some(Incoming::Control { token, mut control, first, .. }) = doorway.next(soon()) else {
+            panic!("it comes")
+        };
+        assert_eq!(token, Token([1; 16]));
+        assert!(matches!(first, Message::Abort(_)), "{first:?}");
+        control.send(&Message::Running(Running { resume_us: 1, running_us: 2 }), soon()).unwrap();
+        assert!(matches!(asking.join().unwrap(), Some(Answer::Running(_))));
     }
 
     /// The destination has said Abort and is gone: nobody answers at its address any more.

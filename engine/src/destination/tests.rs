@@ -156,6 +156,21 @@ fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
     assert_eq!(phase, DestinationPhase::Discarded);
 }
 
+/// The operator lets the guest run at the source.
+#[test]
+fn an_abort_on_a_new_connection_ends_the_wait_for_commit() {
+    let (reception, at) = reception(SOON * 6);
+    let mut asking = dialled(at, TOKEN);
+    asking.abort("the operator lets it run", Cause::Failed, Instant::now() + SOON);
+    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    assert!(matches!(ended, Err(Error::PeerAborted { side: "source", .. })), "{ended:?}");
+    assert!(phase == DestinationPhase::Discarded && took < SOON, "{phase:?}, {took:?}");
+}
+
+fn dialled(at: SocketAddr, token: Token) -> Control {
+    Control::new(dial(&System, &at.into(), Preamble { role: Role::Control, token }).unwrap())
+}
+
 #[test]
 fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let (mut reception, at) = reception(SOON);

@@ -21,6 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 const ARRIVAL_GRACE: Duration = Duration::from_millis(500);
 /// For a monitor in a process of its own to end by the Ctrl-C that we got too.
 const CTRL_C_MAX: Duration = Duration::from_millis(300);
+/// For the destination to answer before an operator lets a guest in doubt run here, who waits for it.
+const ASK_NOW_MAX: Duration = Duration::from_secs(3);
 /// Between the guest's first moments elsewhere and the freeing of its memory here.
 const END_GRACE: Duration = Duration::from_millis(300);
 
@@ -326,8 +328,13 @@ impl<H: Hosted> Hosting<H> {
             });
             return None;
         }
-        // The destination's own word may be here already, and counts for more than what the operator could know.
-        if let Some(answer) = self.asking.as_ref().and_then(|asking| asking.answers().try_recv().ok()) {
+        // The destination's own word may be here already, or be had, and counts for more than what the operator could know.
+        let answer = self.asking.as_ref().and_then(|asking| match asking.answers().try_recv() {
+            Ok(answer) => Some(answer),
+            Err(_) if run => asking.ask_before_running(ASK_NOW_MAX),
+            Err(_) => None,
+        });
+        if let Some(answer) = answer {
             self.asking = None;
             let runs_there = matches!(answer, inquiry::Answer::Running(_));
             let status = self.answered(answer);
