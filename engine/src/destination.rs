@@ -215,7 +215,12 @@ impl Reception {
             Ok(()) => {
                 self.discarded.push_front(token);
                 self.discarded.truncate(DISCARDED_MAX);
-                control.abort(&error.chain(), error.cause(), clock::now() + SETUP_MAX);
+                // A refusal says that nothing was touched, and here something was.
+                let cause = match error.cause() {
+                    Cause::Refused | Cause::Busy => Cause::Failed,
+                    cause => cause,
+                };
+                control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
             }
             Err(e) => say(&format!("the unfinished copy of the guest could not be ended: {}", e.chain())),
         }

@@ -171,6 +171,29 @@ fn dialled(at: SocketAddr, token: Token) -> Control {
     Control::new(dial(&System, &at.into(), Preamble { role: Role::Control, token }).unwrap())
 }
 
+/// What a receiver says to this, at once.
+fn answer(control: &mut Control) -> Abort {
+    match control.receive("an Abort", Instant::now() + SOON).unwrap() {
+        Message::Abort(abort) => abort,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_copy_that_is_discarded_is_no_refusal() {
+    let (mut reception, at) = reception(SOON);
+    let mut asking = dialled(at, TOKEN);
+    asking.send(&Message::Commit, Instant::now() + SOON).unwrap();
+    let Some(Incoming::Control { mut control, .. }) = reception.doorway.next(Instant::now() + SOON) else {
+        panic!("it comes")
+    };
+    let mut guest = SyntheticDestination::new(16).unwrap();
+    let served = reception.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
+    assert!(matches!(served, Served::Discarded(_)), "{served:?}");
+    let said = answer(&mut asking);
+    assert_eq!((said.cause, said.reason.as_str()), (Cause::Failed, "too late to refuse"));
+}
+
 #[test]
 fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let (mut reception, at) = reception(SOON);
