@@ -104,6 +104,8 @@ pub struct Reception {
     patience: Patience,
     discarded: VecDeque<Token>,
     completed: Option<Completed>,
+    /// Whether a guest was taken in of which is not known whether it runs.
+    doubtful: bool,
 }
 
 /// A guest that was taken in.
@@ -131,7 +133,7 @@ impl Reception {
     #[must_use]
     pub fn new(doorway: Doorway, choice: LinkChoice) -> Self {
         let (patience, discarded) = (Patience::default(), VecDeque::new());
-        Self { doorway, choice, patience, discarded, completed: None }
+        Self { doorway, choice, patience, discarded, completed: None, doubtful: false }
     }
 
     /// The same with other deadlines.
@@ -198,7 +200,10 @@ impl Reception {
                 Served::Received(received)
             }
             // Ours by Commit, and perhaps running: nothing may be promised about it any more.
-            Err(error) if phase == DestinationPhase::Owner => Served::Doubtful(error),
+            Err(error) if phase == DestinationPhase::Owner => {
+                self.doubtful = true;
+                Served::Doubtful(error)
+            }
             Err(error) => self.discard(token, guest, &mut control, error),
         }
     }
@@ -239,6 +244,11 @@ impl Reception {
             let (why, cause) = match first {
                 Message::Hello(_) if self.completed.is_some() => (
                     "this receiver has taken in its guest already; start another `pageferry receive`",
+                    Cause::Refused,
+                ),
+                Message::Hello(_) if self.doubtful => (
+                    "this receiver has taken in a guest of which it is not known whether it runs; start another \
+                     `pageferry receive`",
                     Cause::Refused,
                 ),
                 Message::Hello(_) => (

@@ -171,12 +171,29 @@ fn dialled(at: SocketAddr, token: Token) -> Control {
     Control::new(dial(&System, &at.into(), Preamble { role: Role::Control, token }).unwrap())
 }
 
+fn hello(guest: &SyntheticDestination) -> Message {
+    let (software, guest) = ("a test".into(), guest.describe());
+    Message::Hello(Hello { software, lanes: 1, guest, state_bytes_max: 4096, rdma: false })
+}
+
 /// What a receiver says to this, at once.
 fn answer(control: &mut Control) -> Abort {
     match control.receive("an Abort", Instant::now() + SOON).unwrap() {
         Message::Abort(abort) => abort,
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn a_receiver_in_doubt_asks_nobody_to_try_again() {
+    let (mut reception, at) = reception(SOON);
+    reception.doubtful = true;
+    let mut control = dialled(at, Token::default());
+    control.send(&hello(&SyntheticDestination::new(16).unwrap()), Instant::now() + SOON).unwrap();
+    reception.turn_away(reception.doorway.next(Instant::now() + SOON).expect("it comes"));
+    let said = answer(&mut control);
+    assert_eq!(said.cause, Cause::Refused);
+    assert!(said.reason.contains("whether it runs"), "{}", said.reason);
 }
 
 #[test]
