@@ -183,6 +183,8 @@ impl Reception {
         let (offer, target) = match self.open(&mut control, &hello, token, guest, watch) {
             Ok(opened) => opened,
             Err(error) => {
+                // Its source has sent no Commit, and never asks. Those that may ask are not to be forgotten for it.
+                self.doorway.forget(token);
                 self.doorway.say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
                 let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };

@@ -144,6 +144,11 @@ impl Doorway {
         self.room.expect(token);
     }
 
+    /// Who bears this token is not known any more.
+    pub fn forget(&self, token: Token) {
+        self.room.forget(token);
+    }
+
     /// Who bears no known token is not heard any more: its connection is closed without a word.
     pub fn close_to_strangers(&self) {
         self.room.close();

@@ -185,6 +185,25 @@ fn answer(control: &mut Control) -> Abort {
 }
 
 #[test]
+fn sessions_that_come_to_nothing_push_out_no_token_that_may_be_asked_for() {
+    let (mut reception, at) = reception(SOON);
+    let mut guest = SyntheticDestination::new(16).unwrap();
+    for _ in 0..70 {
+        let mut control = dialled(at, Token::default());
+        control.send(&hello(&guest), Instant::now() + SOON).unwrap();
+        let incoming = reception.doorway.next(Instant::now() + SOON).expect("it comes");
+        let source = std::thread::spawn(move || control.receive("Welcome", Instant::now() + SOON).unwrap());
+        let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+        assert!(matches!(served, Served::Nothing), "{served:?}");
+        assert!(matches!(source.join().unwrap(), Message::Welcome(_)), "it came far enough");
+    }
+    let mut asking = dialled(at, TOKEN);
+    asking.send(&Message::Commit, Instant::now() + SOON).unwrap();
+    let heard = reception.doorway.next(Instant::now() + SOON);
+    assert!(matches!(heard, Some(Incoming::Control { token: TOKEN, .. })), "{heard:?}");
+}
+
+#[test]
 fn a_receiver_in_doubt_asks_nobody_to_try_again() {
     let (mut reception, at) = reception(SOON);
     reception.doubtful = true;

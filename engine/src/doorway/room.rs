@@ -92,6 +92,11 @@ impl Room {
         state.tokens.truncate(TOKENS_MAX);
     }
 
+    /// Who bears this token is a stranger again.
+    pub(super) fn forget(&self, token: Token) {
+        self.state().tokens.retain(|known| *known != token);
+    }
+
     pub(super) fn knows(&self, token: Token) -> bool {
         self.state().tokens.contains(&token)
     }
