@@ -372,7 +372,8 @@ fn attach(args: AttachArgs) -> Result<u8> {
         )),
         "postmigrate" => say(&format!(
             "attached to {} (QEMU pid {pid}), which was stopped for a migration. Make sure that it does not run at the destination \
-             before you let it run here with `pageferry settle {} --run`; if it does, `--end` it here",
+             before you let it run here with `pageferry settle {} --run`; if it does, `--end` it here. QEMU says the same of a \
+             guest that was paused when a migration of it was aborted: that one is nowhere else",
             args.name, args.name
         )),
         state => {
