@@ -8,7 +8,8 @@
 //! Changed by hand, the engine was seen to fail among 500 seeds when it: resumed on a lost connection after
 //! Commit; skipped the sync after the save; ran the guest at the destination when the source was lost before
 //! Commit; did not wait for the last fence; took a doubt for "does not run"; said nothing of a failed seal; took a
-//! refusal after Commit for an answer; left no question for its supervisor to ask on.
+//! refusal after Commit for an answer; left no question for its supervisor to ask on; resumed when the sending of
+//! Commit failed.
 
 use pageferry_tests::simulation::scenario::{End, run, run_all};
 use std::collections::BTreeMap;

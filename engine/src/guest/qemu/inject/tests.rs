@@ -447,7 +447,9 @@ impl Injector {
 #[test]
 #[ignore = "the process that other tests start and kill"]
 fn injector() {
-    let pid = std::env::var("PAGEFERRY_TEST_PID").unwrap().parse().unwrap();
+    // Whoever runs all that is ignored has no process for it.
+    let Ok(pid) = std::env::var("PAGEFERRY_TEST_PID") else { return };
+    let pid = pid.parse().unwrap();
     let once = std::env::var_os("PAGEFERRY_HOLD").is_some();
     loop {
         drop(take(pid).unwrap());
