@@ -21,7 +21,7 @@
 //! messages ([`protocol`]) over one connection ([`net`]), opened by [`session`] and heard by [`doorway`]. [`link`] chooses
 //! what the lanes are, RDMA or TCP; both ends tell them ahead what will be written, so that memory is pinned
 //! beside the data and not in the blackout. Who may run the guest at each moment is decided by two small state
-//! machines without I/O ([`protocol::phase`]).
+//! machines without I/O ([`protocol::phase`]); what a Commit without an answer leaves open, [`inquiry`] goes on asking.
 //!
 //! # Who runs the guest
 //!

@@ -6,7 +6,8 @@
 //! and the file is asked only about what they do not map.
 //!
 //! ```text
-//!   mapped here                       not freed since it was read here
+//!   mapped here                       taken as not freed since it was read here. Known gap: reading a neighbour may map a
+//!                                     page again (a huge folio, fault-around) that was freed and came back within one push
 //!   not mapped, the file has none     a hole: it reads as zeros
 //!   not mapped, the file has it       back: whoever touches a hole makes a page there, and a mere read of it is reported
 //!                                     by no dirty source. The kernel may also have unmapped it for reasons of its own
