@@ -24,6 +24,8 @@ const RUN_VARIABLE: &str = "PAGEFERRY_BENCH_RUN";
 const SWEEP_MAX: Duration = Duration::from_secs(60);
 /// Pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// As many looks in a row must find nothing: a process that executes a program has no environment for an instant.
+const EMPTY_LOOKS: u32 = 5;
 
 /// Has this process, and so all that it will start, known by its environment. Executes itself once, since that is
 /// the one way to change it before there are threads.
@@ -79,17 +81,17 @@ fn sweep(run: u32) -> Result<()> {
 
 /// Ends everything with the run's mark. Again and again, since one may start another meanwhile.
 fn end_processes(run: u32, deadline: Instant) -> Result<()> {
-    loop {
+    let mut empty_looks = 0;
+    while empty_looks < EMPTY_LOOKS {
         let left = processes_of(run);
-        if left.is_empty() {
-            return Ok(());
-        }
-        anyhow::ensure!(Instant::now() < deadline, "processes do not end: {left:?}");
+        empty_looks = if left.is_empty() { empty_looks + 1 } else { 0 };
+        anyhow::ensure!(left.is_empty() || Instant::now() < deadline, "processes do not end: {left:?}");
         for pid in left {
             let _ = kill_process(pid, Signal::KILL);
         }
         std::thread::sleep(LOOK_EVERY);
     }
+    Ok(())
 }
 
 fn processes_of(run: u32) -> Vec<Pid> {
