@@ -466,7 +466,9 @@ impl Ferry<'_> {
             Err(error) => {
                 // It stands still for as long as it takes, so before the tracking is undone, which grows with memory.
                 // What fails here is tried once more, and told, by who called.
-                let _ = self.guest.resume();
+                if self.guest.resume().is_ok() {
+                    hold::point("resumed");
+                }
                 return Err(error);
             }
         };

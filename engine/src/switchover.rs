@@ -21,6 +21,7 @@ use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
+use crate::hold;
 use crate::precopy::{Pump, Watch};
 use crate::protocol::{Control, Message, Prepare, Ready, Running};
 use crate::report::Blackout;
@@ -46,10 +47,10 @@ impl<'g> ResumeOnDrop<'g> {
 
 impl Drop for ResumeOnDrop<'_> {
     fn drop(&mut self) {
-        if let Some(guest) = self.guest.take()
-            && let Err(e) = guest.resume()
-        {
-            tracing::error!(error = %e.chain(), "the guest could not be resumed");
+        let Some(guest) = self.guest.take() else { return };
+        match guest.resume() {
+            Ok(()) => hold::point("resumed"),
+            Err(e) => tracing::error!(error = %e.chain(), "the guest could not be resumed"),
         }
     }
 }

@@ -63,9 +63,17 @@ impl Pair {
     }
 
     fn on(stage: Stage, point: &str) -> Self {
-        let at_source = SOURCE_POINTS.contains(&point);
-        let source = stage.run("src", BARE, if at_source { point } else { "" });
-        let destination = stage.receive("dst", BARE, if at_source { "" } else { point });
+        if SOURCE_POINTS.contains(&point) {
+            Self::with(stage, point, "")
+        } else {
+            Self::with(stage, "", point)
+        }
+    }
+
+    /// Held at these points.
+    fn with(stage: Stage, at_source: &str, at_destination: &str) -> Self {
+        let source = stage.run("src", BARE, at_source);
+        let destination = stage.receive("dst", BARE, at_destination);
         source.wait_guest_runs();
         let proxy = Proxy::to(destination.address());
         let (source_qemu, destination_qemu) = (source.qemu(), destination.qemu());
@@ -529,6 +537,32 @@ fn nobody_asks_for_a_guest_that_was_started_by_hand() {
     assert!(words.contains("somebody has started it since") && !words.contains("asking"), "{words}");
     assert!(pair.kept().is_none(), "and nobody ever will");
     assert!(!pair.destination.words.text().contains("dst runs here"));
+}
+
+/// The guest runs again at the source, and its memory is not disarmed yet.
+#[test]
+fn a_guardian_disarms_the_memory_of_a_guest_that_was_taken_back() {
+    for (point, fault) in [("loaded", KillDestinationSupervisor), ("owner", KillDestinationQemu)] {
+        let stage = Stage::new();
+        let held = stage.path("held-resumed");
+        std::fs::write(&held, "").expect("a file of this point's own");
+        let at_source = format!("resumed:60000:{}", held.display());
+        let mut pair = Pair::with(stage, &at_source, point);
+        let moving = pair.held_at(point);
+        pair.strike(fault);
+        pair.stage.release();
+        pair.source.wait_held("resumed");
+        assert_eq!(pair.look(), (true, false));
+        assert!(tracked_mappings(pair.source_qemu) > 0, "it is armed, or nothing is shown");
+        assert_eq!(pair.source.guardians().len(), 1, "one is on duty, and disarms in short calls");
+        pair.strike(KillSourceSupervisor);
+        assert_eq!(moving.end(SOON).status, Some(3));
+        pair.check_source_is_as_before();
+        assert_eq!(pair.look(), (true, false));
+        assert!(!pair.source.words.text().contains("the supervisor died"), "nothing else was to be done");
+        pair.check_copy_is_gone();
+        pair.second_attempt();
+    }
 }
 
 #[test]

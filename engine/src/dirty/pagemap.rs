@@ -42,6 +42,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Weak;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A piece of the process' memory to be followed, and the pages that it is on the engine's line.
@@ -79,7 +80,7 @@ const SCANNERS_MAX: usize = 8;
 #[derive(Debug)]
 pub struct PagemapSource {
     /// Ends the tracking when it is dropped.
-    _armed: Armed,
+    armed: Armed,
     pagemap: File,
     ranges: Vec<TrackedRange>,
     /// The ranges, cut into what one call walks.
@@ -137,9 +138,15 @@ impl PagemapSource {
         })?;
         let windows: Vec<_> = ranges.iter().flat_map(|range| range.windows(window_bytes)).collect();
         let scanners = (0..scanners_max.clamp(1, windows.len().max(1))).map(|_| Scanner::new()).collect();
-        let source = Self { _armed: armed, pagemap, ranges, windows, scanners };
+        let source = Self { armed, pagemap, ranges, windows, scanners };
         source.check_tracked()?;
         Ok(source)
+    }
+
+    /// Can be upgraded for as long as the memory is armed, which may take a moment longer than this lives.
+    #[must_use]
+    pub fn while_armed(&self) -> Weak<()> {
+        self.armed.while_armed()
     }
 
     /// Fails unless the first and the last page of every range are still mapped and registered. A

@@ -171,7 +171,8 @@ pub trait SourceGuest: Send {
 
     /// Takes back everything since `settle_io` and `arm`; the guest runs again if it ran before. Must work
     /// from any state, may be called again (after an error it tries anew), and lifts the seal: it is
-    /// called only when the guest can never run at the destination.
+    /// called only when the guest can never run at the destination. Called first while its writes are still
+    /// followed, so that it runs at once, and again when they are not any more.
     fn resume(&mut self) -> Result<()>;
 
     /// Keeps the tracking of a guest that runs at the destination until [`Self::end`]. Lifting the

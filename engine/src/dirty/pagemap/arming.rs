@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// What one call should take: far less than a guest's timer tick, and enough that the call itself does not show.
@@ -87,13 +88,16 @@ fn in_windows(
 pub(super) struct Armed {
     uffd: OwnedFd,
     ranges: Vec<TrackedRange>,
+    /// The last field: it goes when the descriptor is closed.
+    while_armed: Arc<()>,
 }
 
 impl Armed {
     /// Arms the memory of process `pid`, through a userfaultfd of its own that is enabled. What was armed when it fails is
     /// disarmed again.
     pub(super) fn new(uffd: OwnedFd, pid: u32, ranges: &[TrackedRange]) -> Result<Self> {
-        let mut armed = Self { uffd, ranges: Vec::with_capacity(ranges.len()) };
+        let while_armed = Arc::new(());
+        let mut armed = Self { uffd, ranges: Vec::with_capacity(ranges.len()), while_armed };
         for range in ranges {
             register(armed.uffd.as_fd(), pid, range)?;
             armed.ranges.push(*range);
@@ -108,6 +112,11 @@ impl Armed {
             e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
         })?;
         Ok(armed)
+    }
+
+    /// Can be upgraded for as long as the memory is armed.
+    pub(super) fn while_armed(&self) -> Weak<()> {
+        Arc::downgrade(&self.while_armed)
     }
 }
 

@@ -20,7 +20,7 @@ use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
 use rustix::fd::AsFd;
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Device state beside the RAM blocks in QEMU's stream: some 100 KiB a device at the very most.
@@ -50,6 +50,8 @@ pub struct QemuSource {
     /// On duty from the first moment in which we stop the guest.
     guardian: Option<Guardian>,
     armed: Option<Armed>,
+    /// Can be upgraded while the guest's memory is armed.
+    memory_armed: Weak<()>,
     /// Whether the vCPUs ran when that was asked last.
     was_running: bool,
     /// Whether we stopped vCPUs that ran.
@@ -99,6 +101,7 @@ impl QemuSource {
             qemu,
             guardian: None,
             armed: None,
+            memory_armed: Weak::new(),
             was_running: false,
             stopped: false,
             halted: 0,
@@ -300,6 +303,19 @@ impl QemuSource {
         }
     }
 
+    /// Nothing of the guest is to be put right any more. While its memory is armed the guardian stays, to
+    /// disarm it in short calls should this process die first. The next [`SourceGuest::resume`] ends it.
+    fn stand_by(&mut self) -> Result<()> {
+        match &self.guardian {
+            Some(guardian) if self.memory_armed.strong_count() > 0 => {
+                guardian.stand_back()?;
+                self.armed = None;
+            }
+            _ => self.stand_down(),
+        }
+        Ok(())
+    }
+
     /// One attempt at [`SourceGuest::resume`].
     fn try_resume(&mut self) -> Result<()> {
         stream::cancel(&mut self.qemu.qmp)?;
@@ -307,12 +323,11 @@ impl QemuSource {
             (self.stopped, self.was_running) = (false, false);
             tracing::warn!("the guest has stopped by itself just before it was to be moved, and stays so");
         } else if self.stopped {
-            self.stopped = false;
             // Under QEMU's word and not by the absence of an error: a guest is never said to run that does not.
             if let state @ ("postmigrate" | "finish-migrate") = self.qemu.status()?.as_str() {
-                self.stopped = true;
                 return Err(Error::Guest(format!("QEMU let the guest run and says {state:?} all the same")));
             }
+            self.stopped = false;
         } else if self.armed.is_some() && !self.was_running {
             self.postmigrate_is_ours = true;
         }
@@ -503,6 +518,7 @@ impl SourceGuest for QemuSource {
         let guardian = Guardian::start_watching(pid, pidfd.as_fd(), qmp, uffd.as_fd(), &ranges)?;
         self.guardian = Some(guardian);
         let source = PagemapSource::new(uffd, pid, ranges)?;
+        self.memory_armed = source.while_armed();
         // Its pagemap was opened by the number of the process, which it has kept if it lives.
         self.qemu.liveness()()?;
         Ok(Box::new(source))
@@ -605,10 +621,7 @@ impl SourceGuest for QemuSource {
         match &self.guardian {
             // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be busy, would have to
             // answer, and a migration that it is busy with is somebody else's.
-            Some(guardian) if guardian.is_watching()? => {
-                self.stand_down();
-                return Ok(());
-            }
+            Some(guardian) if guardian.is_watching()? => return self.stand_by(),
             Some(guardian) => guardian.unseal()?,
             None => {
                 self.sealed = false;
@@ -634,8 +647,7 @@ impl SourceGuest for QemuSource {
             }
             std::thread::sleep(RESUME_EVERY);
         }
-        self.stand_down();
-        Ok(())
+        self.stand_by()
     }
 
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
