@@ -13,12 +13,8 @@
 
 use pageferry_tests::simulation::scenario::{End, run, run_all};
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
-
-/// Seeds to a process: a simulated process that was killed keeps its memory mapped for as long as the real one lives.
-const SEEDS_A_PROCESS: u64 = 1000;
 
 /// Runs these seeds, and fails with those that have failed.
 fn all_are_well(first: u64, count: u64) -> BTreeMap<End, u64> {
@@ -81,19 +77,7 @@ fn a_seed_makes_the_same_run_again() {
 fn ten_thousand_seeds_end_with_one_owner_of_a_whole_guest() {
     let asked = std::env::var("PAGEFERRY_SEEDS").unwrap_or_else(|_| "0:10000".into());
     let (first, count) = asked.split_once(':').expect("PAGEFERRY_SEEDS is FIRST:COUNT");
-    let (first, count): (u64, u64) = (first.parse().expect("a seed"), count.parse().expect("a number"));
-    if count > SEEDS_A_PROCESS {
-        for from in (first..first + count).step_by(SEEDS_A_PROCESS as usize) {
-            let seeds = format!("{from}:{}", SEEDS_A_PROCESS.min(first + count - from));
-            let status = Command::new(std::env::current_exe().expect("this test has a path"))
-                .args(["ten_thousand_seeds", "--ignored", "--nocapture"])
-                .env("PAGEFERRY_SEEDS", &seeds)
-                .status()
-                .expect("this test starts again");
-            assert!(status.success(), "among the seeds {seeds}");
-        }
-        return;
-    }
+    let (first, count) = (first.parse().expect("a seed"), count.parse().expect("a number"));
     if count == 1 {
         println!("{:?}", run(first, true));
     }

@@ -181,6 +181,8 @@ impl Machine {
             process_address: memory.as_ptr() as u64,
         };
         let engine = Arc::new(GuestMemory::map(vec![slot], Access::Write).expect("the engine's mapping"));
+        world.must_go("the engine's mapping of a guest", &engine);
+        world.must_go("the memory of a guest", &memory);
         let state = Mutex::new(Machinery {
             ledger: vec![0; PAGES],
             half: None,

@@ -196,6 +196,16 @@ impl Wire {
         clock_changed(&self.world);
     }
 
+    /// Lets go of connections that nobody has taken, which hold this network, and of what was made of the others.
+    pub fn end(&self) {
+        let (listener, connections) = {
+            let mut state = lock(&self.state);
+            (state.listener.take(), std::mem::take(&mut state.connections))
+        };
+        // They close as they go, and ask for the state.
+        drop((listener, connections));
+    }
+
     /// Listens for a process.
     #[must_use]
     pub fn listen(self: &Arc<Self>, process: Process) -> Listening {
@@ -258,13 +268,12 @@ impl Listener for Listening {
     fn accept(&self) -> io::Result<(Box<dyn Connection>, Address)> {
         loop {
             let mut state = lock(&self.wire.state);
-            match &mut state.listener {
-                Some((process, queue)) if *process == self.process => {
-                    if let Some(end) = queue.pop_front() {
-                        return Ok((Box::new(end), self.address.clone()));
-                    }
-                }
-                _ => return Err(ErrorKind::NotConnected.into()),
+            // Where another process has taken the address over, nobody comes any more.
+            if let Some((process, queue)) = &mut state.listener
+                && *process == self.process
+                && let Some(end) = queue.pop_front()
+            {
+                return Ok((Box::new(end), self.address.clone()));
             }
             drop(state);
             wait(&self.wire.world, None);

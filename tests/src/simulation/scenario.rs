@@ -372,6 +372,7 @@ impl Stage {
         clock::sleep(Duration::from_secs(60));
         let verdict = stage.verdict();
         stage.known().copies.clear();
+        stage.wire.end();
         verdict
     }
 

@@ -10,7 +10,7 @@ use std::any::Any;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// What a thread of a killed process unwinds with.
@@ -58,6 +58,8 @@ struct State {
     tells: bool,
     /// What is to happen when a step of this name is reached.
     awaited: Vec<(String, Box<dyn FnOnce() + Send>)>,
+    /// What must be gone when the world is.
+    mortal: Vec<(&'static str, Weak<dyn Any + Send + Sync>)>,
 }
 
 /// See the [module](self).
@@ -104,17 +106,23 @@ impl World {
                 told: Vec::new(),
                 tells,
                 awaited: Vec::new(),
+                mortal: Vec::new(),
             }),
         });
         let place = Arc::new(Place { world: Arc::clone(&world), id: 0 });
         let answer = clock::within(place, || catch_unwind(AssertUnwindSafe(|| body(&world))));
         world.end_all();
-        let state = world.state();
+        let mut state = world.state();
         if tells {
             state.told.iter().for_each(|line| println!("{line}"));
         }
-        let (failures, trace) = (state.failures.clone(), state.trace.finish());
+        let (mut failures, trace) = (state.failures.clone(), state.trace.finish());
+        // What was awaited in vain holds the whole stage, and so this world.
+        let (awaited, mortal) = (std::mem::take(&mut state.awaited), std::mem::take(&mut state.mortal));
         drop(state);
+        drop((awaited, world));
+        let left = mortal.iter().filter(|(_, thing)| thing.strong_count() > 0);
+        failures.extend(left.map(|(name, _)| format!("{name} outlives the world")));
         match answer {
             Ok(answer) => (answer, failures, trace),
             Err(panic) => resume_unwind(panic),
@@ -176,6 +184,12 @@ impl World {
         let mut state = self.state();
         let until = state.now + time;
         state.fates[process.0].stopped_until = Some(until);
+    }
+
+    /// Has this fail the run if it outlives the world: with ten thousand of them a process is short of what they hold.
+    pub fn must_go<T: Any + Send + Sync>(&self, name: &'static str, thing: &Arc<T>) {
+        let thing: Weak<dyn Any + Send + Sync> = Arc::<T>::downgrade(thing);
+        self.state().mortal.push((name, thing));
     }
 
     /// Has this happen when the step of this name is reached next.
