@@ -284,6 +284,38 @@ fn memory_that_was_plugged_in_or_replaced_since_is_moved_as_it_is_now() {
     assert_eq!(source.end(), Some(0));
 }
 
+/// Seen before: 4096 of 4096 pages were those of the file before, with exit status 0, and `--verify` agreed.
+#[test]
+fn memory_that_was_replaced_under_the_same_name_since_its_supervisor_came_is_moved_as_it_is_now() {
+    let (stage, files) = (Stage::new(), Files::new());
+    let with_dimm = |file: &str| {
+        format!("{QEMU} {SLOTS} {} -device pc-dimm,id=dimm0,memdev=m0", files.backend("m0", file))
+    };
+    let mut source = stage.run("src", &with_dimm("before"), "");
+    source.wait_guest_runs();
+    // Plugged in by hand too, and each only when the one before is gone: QEMU maps it at the same address then.
+    let replace = |source: &Supervisor, before: &str, after: &str| {
+        Monitor(source).unplug();
+        let (maps, before) = (format!("/proc/{}/maps", source.qemu()), files.path(before));
+        eventually("QEMU has let go", SOON, || {
+            let text = std::fs::read_to_string(&maps).expect("QEMU lives");
+            (!text.contains(&before.display().to_string())).then_some(())
+        });
+        Monitor(source).plug(&files.path(after));
+    };
+    replace(&source, "before", "first");
+    files.write("first", LOW..HIGH, 1);
+    source.kill();
+    let source = stage.attach("src", &[]);
+    replace(&source, "first", "second");
+    files.write("second", LOW..HIGH, 2);
+    let destination = stage.receive("dst", &with_dimm("there"), "");
+    let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
+    assert_eq!(ended.status, Some(0), "{}", ended.stderr);
+    destination.wait_guest_runs();
+    assert!(files.holds("there", LOW..HIGH, 2), "it has what was plugged in last");
+}
+
 #[test]
 fn memory_that_is_replaced_while_it_moves_ends_the_move_and_the_guest_runs_on() {
     let (stage, files) = (Stage::new(), Files::new());
