@@ -387,6 +387,7 @@ impl Ferry<'_> {
             rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
             // Whatever can be done ahead of the pause; what was written until then goes now.
             guest.arm()?;
+            hold::point("armed");
             // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing is.
             discards |= guest.may_discard()?;
             if discards && by_rdma {

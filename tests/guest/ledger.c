@@ -6,6 +6,9 @@
  *   WORKLOAD READY
  *   WORKLOAD t=0 writes=N errors=M      ten times a second; writes are pages
  *   WORKLOAD VERDICT intact errors=M    after a typed line, when all pages were checked once more
+ *   WORKLOAD SVM on=0|1                 after a typed 0 or 1: virtualization was switched off or on
+ *   WORKLOAD NESTED ran=0|1             after a typed 2: it ran a guest of its own; virtualization must be on
+ *   WORKLOAD NESTED for good            after a typed 3: its own guest runs, and it does not come back
  *
  * All words of a page are one number, made of the page and its generation. The ledger has the
  * generation of each page. Between two rounds it sleeps until the timer's next interrupt, so that
@@ -68,6 +71,15 @@ static void say_number(u32 value)
 	say(at);
 }
 
+static void say_result(const char *text, u32 value)
+{
+	say(text);
+	say_number(value);
+	say("\r\n");
+}
+
+#include "nested.h"
+
 static u32 word_of(u32 page, u32 generation)
 {
 	return (page * 2654435761u) ^ (generation * 2246822519u);
@@ -119,7 +131,7 @@ static void start_timer(void)
 
 void work(void)
 {
-	u32 page, round, writes = 0, errors = 0;
+	u32 page, round, typed, writes = 0, errors = 0;
 	for (page = 0; page < PAGES; page++)
 		write_page(page);
 	start_timer();
@@ -134,16 +146,26 @@ void work(void)
 		if (round % 10 == 0) {
 			say("WORKLOAD t=0 writes=");
 			say_number(writes);
-			say(" errors=");
-			say_number(errors);
-			say("\r\n");
+			say_result(" errors=", errors);
 		}
-		if (in(SERIAL + 5) & 1 && in(SERIAL) == '\n') {
+		typed = in(SERIAL + 5) & 1 ? in(SERIAL) : 0;
+		switch (typed) {
+		case '\n':
 			for (page = 0; page < PAGES; page++)
 				errors += wrong(page);
-			say(errors ? "WORKLOAD VERDICT CORRUPT errors=" : "WORKLOAD VERDICT intact errors=");
-			say_number(errors);
-			say("\r\n");
+			say_result(errors ? "WORKLOAD VERDICT CORRUPT errors=" : "WORKLOAD VERDICT intact errors=", errors);
+			break;
+		case '0':
+		case '1':
+			switch_virtualization(typed == '1');
+			say_result("WORKLOAD SVM on=", typed == '1');
+			break;
+		case '2':
+			say_result("WORKLOAD NESTED ran=", run_nested(nested_guest));
+			break;
+		case '3':
+			say("WORKLOAD NESTED for good\r\n");
+			run_nested(nested_for_good);
 		}
 		__asm__ volatile("hlt");
 	}

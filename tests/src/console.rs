@@ -178,12 +178,26 @@ impl Console {
         (number(&line, "disk_read="), number(&line, "disk_written="))
     }
 
+    /// Where the next word will be: for [`Self::wait`].
+    #[must_use]
+    pub fn mark(&self) -> usize {
+        self.words.mark()
+    }
+
     /// Types a line.
     ///
     /// # Panics
     /// If the line cannot be typed.
     pub fn type_line(&mut self, line: &str) {
-        self.writer.write_all(format!("{line}\n").as_bytes()).expect("the console takes a line");
+        self.type_keys(&format!("{line}\n"));
+    }
+
+    /// Types these keys alone.
+    ///
+    /// # Panics
+    /// If they cannot be typed.
+    pub fn type_keys(&mut self, keys: &str) {
+        self.writer.write_all(keys.as_bytes()).expect("the console takes them");
     }
 
     /// Has the guest check all of its memory now.

@@ -10,8 +10,14 @@ use std::process::Command;
 /// The QEMU command for a guest of this name, with a console at `NAME.console` in the stage.
 #[must_use]
 pub fn qemu(stage: &Stage, name: &str) -> String {
+    qemu_under(stage, name, "tcg")
+}
+
+/// The same under this accelerator, with what stands behind it.
+#[must_use]
+pub fn qemu_under(stage: &Stage, name: &str, accel: &str) -> String {
     format!(
-        "qemu-system-x86_64 -accel tcg -machine q35 -m 32 -nodefaults -display none -chardev \
+        "qemu-system-x86_64 -accel {accel} -machine q35 -m 32 -nodefaults -display none -chardev \
          socket,id=console,path={},server=on,wait=off -serial chardev:console -kernel {}",
         console_path(stage, name).display(),
         program(stage).display()

@@ -601,6 +601,11 @@ impl SourceGuest for QemuSource {
             .take()
             .ok_or_else(|| Error::Guest("the device state was saved already".into()))?;
         outgoing.drain(&mut self.qemu.qmp, sink)?;
+        // A nested guest that began after the last look has written by now.
+        if let Some(exposed) = &self.nested {
+            let deadline = Instant::now() + QMP_MAX;
+            exposed.check_stopped(&mut self.qemu.qmp, &self.vouched, deadline).map_err(no_refusal)?;
+        }
         // Before the destination compares digests: memory that the guest has written since would be its excuse.
         self.refuse_interference()
     }
