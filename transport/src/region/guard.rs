@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Guarded mappings at once. QEMU has at most 256 memory slots for DIMMs, and a process of ours has a few guests at most.
@@ -66,9 +66,12 @@ struct Record {
     /// What is mapped, and from where on.
     file: OwnedFd,
     file_offset: u64,
-    /// Faults so far; the first [`LOST_MAX`] have a place each.
+    /// Faults so far. Threads that touch a page at once fault once each.
     faults: AtomicUsize,
+    /// The lost pages, each once.
     pages: [AtomicUsize; LOST_MAX],
+    /// Whether a page was lost for which there was no place left.
+    full: AtomicBool,
 }
 
 /// A place in the table that the handler reads. `start` and `len` are looked at first, so that a record is followed only
@@ -133,6 +136,7 @@ impl Guard {
             file_offset,
             faults: AtomicUsize::new(0),
             pages: [const { AtomicUsize::new(NONE) }; LOST_MAX],
+            full: AtomicBool::new(false),
         });
         let pointer = Arc::as_ptr(&record).cast_mut();
         let free = TABLE.iter().find(|place| {
@@ -179,7 +183,7 @@ impl Guard {
 
     /// Whether more pages are lost than could be noted.
     pub(super) fn overflowed(&self) -> bool {
-        self.faults() > LOST_MAX
+        self.record.full.load(Ordering::Acquire)
     }
 
     /// The page at this offset is mapped from its file again.
@@ -193,6 +197,7 @@ impl Guard {
     /// All of the mapping is that of its file again, and nobody touches it meanwhile.
     pub(super) fn forget_all(&self) {
         self.record.pages.iter().for_each(|page| page.store(NONE, Ordering::Release));
+        self.record.full.store(false, Ordering::Release);
         self.record.faults.store(0, Ordering::Release);
     }
 }
@@ -233,6 +238,44 @@ impl Record {
         let Ok(at) = libc::off_t::try_from(self.file_offset + offset as u64) else { return false };
         // SAFETY: a descriptor of our own. Nobody relies on where it stands.
         unsafe { libc::lseek(self.file.as_raw_fd(), at, libc::SEEK_DATA) == at }
+    }
+}
+
+impl Record {
+    /// Whether this page has a place, or could have one.
+    fn has_place(&self, offset: usize) -> bool {
+        self.pages.iter().any(|page| {
+            let page = page.load(Ordering::Acquire);
+            page == NONE || page & !POISONED == offset
+        })
+    }
+
+    /// Gives this page a place, unless it has one: another thread may have touched it at the same
+    /// time.
+    fn note(&self, offset: usize, poisoned: bool) {
+        let value = offset | if poisoned { POISONED } else { 0 };
+        // A page that was forgotten may have left a place ahead of the one that this page has.
+        let has_it = self.pages.iter().any(|page| Self::is_noted(page, offset, poisoned));
+        let takes = |page: &AtomicUsize| {
+            page.compare_exchange(NONE, value, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+                || Self::is_noted(page, offset, poisoned)
+        };
+        if !has_it && !self.pages.iter().any(takes) {
+            self.full.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether this place is that page's. If there is no page, nor is there one behind it: that is
+    /// not forgotten for a thread that found another reason.
+    fn is_noted(place: &AtomicUsize, offset: usize, poisoned: bool) -> bool {
+        let noted = place.load(Ordering::Acquire);
+        if noted == NONE || noted & !POISONED != offset {
+            return false;
+        }
+        if !poisoned {
+            let _ = place.compare_exchange(noted, offset, Ordering::AcqRel, Ordering::Relaxed);
+        }
+        true
     }
 }
 
@@ -297,9 +340,8 @@ fn replace(address: usize, said_poisoned: bool) -> bool {
     let record = unsafe { &*record };
     let offset = (address - record.start) / record.page_bytes * record.page_bytes;
     let poisoned = said_poisoned || record.has_data(offset);
-    let place = record.faults.load(Ordering::Acquire);
     // Where there is nothing, there is nothing behind it either: one mapping, not one a page.
-    let to_the_end = !poisoned || place >= LOST_MAX;
+    let to_the_end = !poisoned || !record.has_place(offset);
     let bytes = if to_the_end { record.len - offset } else { record.page_bytes.min(record.len - offset) };
     let bytes = bytes.next_multiple_of(record.page_bytes);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
@@ -310,10 +352,8 @@ fn replace(address: usize, said_poisoned: bool) -> bool {
     if mapped == libc::MAP_FAILED {
         return false;
     }
-    let place = record.faults.fetch_add(1, Ordering::AcqRel);
-    if let Some(page) = record.pages.get(place) {
-        page.store(offset | if poisoned { POISONED } else { 0 }, Ordering::Release);
-    }
+    record.faults.fetch_add(1, Ordering::AcqRel);
+    record.note(offset, poisoned);
     FAULTS.fetch_add(1, Ordering::AcqRel);
     true
 }

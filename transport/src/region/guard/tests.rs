@@ -89,6 +89,29 @@ fn one_lost_page_is_looked_at_again_and_the_others_stay_noted() {
     assert_eq!(region.faults(), 1, "who counts sees that something was lost");
 }
 
+/// As the handler is called: lanes, the zero check and a digest touch a page at once.
+#[test]
+fn a_page_on_which_many_threads_fault_is_one_lost_page() {
+    const PAGES: usize = LOST_MAX - 1;
+    let file = file(PAGES as u64 + 2);
+    let region = MemoryRegion::map_guarded(file.as_fd(), 0, (PAGES + 2) * PAGE, Access::Read).unwrap();
+    let start = region.as_ptr().addr();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| (0..PAGES).for_each(|page| assert!(replace(start + page * PAGE, true))));
+        }
+    });
+    assert_eq!(region.faults(), 4 * PAGES);
+    assert!(!region.lost_too_many());
+    let offsets: Vec<_> = region.lost().iter().map(|lost| lost.offset / PAGE).collect();
+    assert_eq!(offsets, (0..PAGES).collect::<Vec<_>>());
+    assert!(replace(start + PAGES * PAGE, true) && !region.lost_too_many(), "as many as have a place");
+    assert!(replace(start, true) && !region.lost_too_many(), "it has one");
+    assert!(replace(start + (PAGES + 1) * PAGE, true) && region.lost_too_many());
+    region.look_at_all_again().unwrap();
+    assert!(region.lost().is_empty() && !region.lost_too_many());
+}
+
 /// In a process of its own, which must die of it.
 #[test]
 fn a_fault_in_memory_that_is_not_guarded_ends_the_process_as_ever() {
