@@ -110,9 +110,23 @@ impl DirtyBitmap {
     #[must_use]
     pub fn next_run(&self, from: u64, pages_max: u64) -> Option<PageRun> {
         assert!(pages_max > 0, "a run has at least one page");
-        let first = self.next_bit(from, false)?;
-        let end = self.next_bit(first, true).unwrap_or(self.pages).min(first.saturating_add(pages_max));
-        Some(PageRun::between(first, end))
+        let first = self.next_bit(from, self.pages, false)?;
+        let end = first.saturating_add(pages_max).min(self.pages);
+        Some(PageRun::between(first, self.next_bit(first, end, true).unwrap_or(end)))
+    }
+
+    /// The first run of pages in `[from, end)` that are not in the set.
+    #[must_use]
+    pub fn next_gap(&self, from: u64, end: u64) -> Option<PageRun> {
+        let first = self.next_bit(from, end, true)?;
+        Some(PageRun::between(first, self.next_bit(first, end, false).unwrap_or(end.min(self.pages))))
+    }
+
+    /// The first run of the set in `[from, end)`.
+    #[must_use]
+    pub fn next_run_within(&self, from: u64, end: u64) -> Option<PageRun> {
+        let first = self.next_bit(from, end, false)?;
+        Some(PageRun::between(first, self.next_bit(first, end, true).unwrap_or(end.min(self.pages))))
     }
 
     /// Whether a page is in both sets, which range over the same pages.
@@ -135,20 +149,21 @@ impl DirtyBitmap {
         })
     }
 
-    /// The first page at or after `from` that is in the set (or, `inverted`, is not).
-    fn next_bit(&self, from: u64, inverted: bool) -> Option<u64> {
-        if from >= self.pages {
+    /// The first page in `[from, end)` that is in the set (or, `inverted`, is not).
+    fn next_bit(&self, from: u64, end: u64, inverted: bool) -> Option<u64> {
+        let end = end.min(self.pages);
+        if from >= end {
             return None;
         }
         let flip = if inverted { u64::MAX } else { 0 };
-        let mut index = (from / 64) as usize;
+        let (mut index, last) = ((from / 64) as usize, ((end - 1) / 64) as usize);
         let mut word = (self.words[index] ^ flip) & (u64::MAX << (from % 64));
-        while word == 0 {
+        while word == 0 && index < last {
             index += 1;
-            word = *self.words.get(index)? ^ flip;
+            word = self.words[index] ^ flip;
         }
         let bit = index as u64 * 64 + u64::from(word.trailing_zeros());
-        (bit < self.pages).then_some(bit)
+        (word != 0 && bit < end).then_some(bit)
     }
 
     /// Calls `change` for each word that the run touches with the mask of its bits there. Returns how many
@@ -212,7 +227,7 @@ mod tests {
         }
 
         #[test]
-        fn it_is_the_set_it_says((pages, script) in script(), longest in 1u64..100) {
+        fn it_is_the_set_it_says((pages, script) in script(), longest in 1u64..100, from in 0u64..450, end in 0u64..450) {
             let mut bitmap = DirtyBitmap::new(pages);
             let mut model = BTreeSet::new();
             for (insert, run) in script {
@@ -230,7 +245,16 @@ mod tests {
             prop_assert!(runs.iter().all(|r| r.count <= longest));
             prop_assert!(runs.windows(2).all(|w| w[0].end() <= w[1].first.0));
             let flat: Vec<_> = runs.iter().flat_map(|r| r.first.0..r.end()).collect();
-            prop_assert_eq!(flat, model.into_iter().collect::<Vec<_>>());
+            prop_assert_eq!(flat, model.iter().copied().collect::<Vec<_>>());
+            // The first run of a kind is as long as the kind goes on.
+            let first = |of_the_set: bool| {
+                let is = |p: &u64| model.contains(p) == of_the_set;
+                let first = (from..end.min(pages)).find(is)?;
+                let count = (first..end.min(pages)).take_while(is).count() as u64;
+                Some(PageRun::between(first, first + count))
+            };
+            prop_assert_eq!(bitmap.next_run_within(from, end), first(true));
+            prop_assert_eq!(bitmap.next_gap(from, end), first(false));
         }
     }
 }

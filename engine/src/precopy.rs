@@ -8,7 +8,7 @@ use crate::bitmap::DirtyBitmap;
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::memory::holes::Freed;
+use crate::memory::holes::{Freed, Witness};
 use crate::page::{PAGE_BYTES, PageRun};
 use crate::staging::{STAGING_BYTES, Staging};
 use pageferry_transport::{
@@ -49,6 +49,8 @@ pub struct Pump<'a> {
     /// Whether everything posted lies before the last fence.
     fenced: bool,
     staging: Option<Staging>,
+    /// If memory may be taken away from the guest.
+    witness: Option<Witness>,
     /// Once the guest stands still: the registrations until then.
     registrations_before: Option<u64>,
     pace: Option<Pace>,
@@ -110,6 +112,7 @@ impl<'a> Pump<'a> {
             unfenced: DirtyBitmap::new(memory.pages()),
             fenced: true,
             staging: None,
+            witness: None,
             registrations_before: None,
             pace: bytes_per_second_max.map(|max| Pace { bytes_per_second_max: max, since: now, bytes: 0 }),
             in_flight: 0,
@@ -145,6 +148,12 @@ impl<'a> Pump<'a> {
     #[must_use]
     pub fn with_staging(self, staging: Staging) -> Self {
         Self { staging: Some(staging), ..self }
+    }
+
+    /// Has it follow what is taken away from the guest: [`Self::push_freed`] asks this.
+    #[must_use]
+    pub fn with_witness(self, witness: Option<Witness>) -> Self {
+        Self { witness, ..self }
     }
 
     /// From now on the guest stands still: nobody wants a longer blackout for the sake of bandwidth, and nothing is
@@ -248,6 +257,7 @@ impl<'a> Pump<'a> {
                         looked_at += piece.run.end() - first;
                         at = piece.run.end();
                         bytes += piece.run.bytes();
+                        self.note(piece.run)?;
                         self.sent.insert(piece.run);
                         // What is left of it, if not all went to the staging region.
                         if let Some(rest) = self.staged_first(piece, watch)? {
@@ -286,6 +296,16 @@ impl<'a> Pump<'a> {
         // A bounded rate is kept in bursts of a tenth of a second.
         let burst = self.pace.as_ref().map_or(u64::MAX, |pace| pace.bytes_per_second_max / 10);
         BATCH_BYTES_MAX.min(burst).max(1)
+    }
+
+    /// These pages are about to be read. Once the guest stands still nothing is taken away any
+    /// more.
+    #[inline]
+    fn note(&mut self, run: PageRun) -> Result<()> {
+        match &mut self.witness {
+            Some(witness) if self.registrations_before.is_none() => witness.note(self.memory, run),
+            _ => Ok(()),
+        }
     }
 
     /// Has everything that was posted before received by the peer, if one of these pages was among it.
@@ -353,23 +373,29 @@ impl<'a> Pump<'a> {
     /// How long looking for what the guest gave back takes: what [`Self::push_freed`] costs where there is none.
     pub fn time_a_look_for_holes(&self) -> Result<Duration> {
         let begun = Instant::now();
-        self.memory.freed(&self.sent)?;
+        if let Some(witness) = &self.witness {
+            witness.look(self.memory, &self.sent)?;
+        }
         Ok(begun.elapsed())
     }
 
     /// Deals with memory that was taken away from the guest (by a balloon) after it was sent. Taking it away is no write,
     /// so no dirty source reports it. What is a hole now has zeros written over it, and need not be read any more if it is
     /// dirty. What may have been one and is there again becomes dirty. To be called ahead of [`Self::push`]; returns how
-    /// many pages of zeros were posted.
+    /// many pages of zeros were posted. Without a witness, none.
     pub fn push_freed(
         &mut self,
         dirty: &mut DirtyBitmap,
         zeros: &Arc<MemoryRegion>,
         watch: &mut Watch<'_>,
     ) -> Result<u64> {
+        let Some(mut witness) = self.witness.take() else { return Ok(0) };
         let mut asked = self.sent.clone();
         dirty.runs(u64::MAX).for_each(|run| asked.insert(run));
-        let Freed { mut holes, mut back } = self.memory.freed(&asked)?;
+        let freed = witness.look(self.memory, &asked)?;
+        witness.forget(&freed);
+        self.witness = Some(witness);
+        let Freed { mut holes, mut back, .. } = freed;
         holes.runs(u64::MAX).for_each(|run| dirty.remove(run));
         // What was posted since the last fence was posted in the blackout, when nothing is taken away any more. A lane may
         // only not have read it yet.

@@ -9,6 +9,7 @@ use crate::hold;
 use crate::inquiry::{Answer, Inquiry, Question, RUNNING_MAX};
 use crate::link::{self, LinkChoice, Transport, Wish};
 use crate::memory::GuestMemory;
+use crate::memory::holes::Witness;
 use crate::memory::lost::{self, LostPage, Poisoned};
 use crate::net::{Address, Network, System};
 use crate::page::PAGE_BYTES;
@@ -55,6 +56,10 @@ const SECOND_ATTEMPT_EVERY: Duration = Duration::from_millis(500);
 /// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
 const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
+
+/// Why a guest stays that got a balloon or virtio-mem while it moved.
+const BALLOON_PLUGGED: &str = "memory may be taken away from the guest since it began to move: a balloon or virtio-mem was plugged \
+                               in; move it again";
 
 /// What the user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -256,6 +261,7 @@ fn run(
     };
     // What is refused wherever it goes, is refused before anybody is troubled.
     addresses.iter().try_for_each(|to| wish_for(to).map(drop))?;
+    let witness = discards.then(|| Witness::new(guest.memory())).transpose()?;
     let reached = session::reach(network, addresses).map_err(refuse_unreachable)?;
     let to = &reached.address.clone();
     let wish = wish_for(to)?;
@@ -274,7 +280,7 @@ fn run(
     monitor.take(&session.opened.taken);
 
     let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
-    let result = ferry.cross(&mut session, to, discards);
+    let result = ferry.cross(&mut session, to, witness);
     let phase = ferry.phase;
     // After Commit the connection is the inquiry's, which counts for itself.
     let Some(control) = &mut session.control else { return result };
@@ -325,8 +331,10 @@ struct Ferry<'m> {
 }
 
 impl Ferry<'_> {
-    /// From the start of tracking to the destination's word that it runs the guest.
-    fn cross(&mut self, session: &mut Session, to: &Address, mut discards: bool) -> Result<()> {
+    /// From the start of tracking to the destination's word that it runs the guest. There is a
+    /// witness if memory may be taken away from it.
+    fn cross(&mut self, session: &mut Session, to: &Address, witness: Option<Witness>) -> Result<()> {
+        let discards = witness.is_some();
         let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
         let (options, monitor, guest) = (self.options, self.monitor, &mut *self.guest);
         let memory = Arc::clone(guest.memory());
@@ -360,7 +368,8 @@ impl Ferry<'_> {
         let remote_state = (Arc::clone(&state), accept.state.into());
         let rate_max = options.bytes_per_second_max;
         let mut pump = Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
-            .with_staging(Staging::new(staging, accept.staging.into()));
+            .with_staging(Staging::new(staging, accept.staging.into()))
+            .with_witness(witness);
         let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
         pump.expect_blackout(state_ahead)?;
         let alive = guest.liveness();
@@ -389,9 +398,13 @@ impl Ferry<'_> {
             guest.arm()?;
             hold::point("armed");
             // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing is.
-            discards |= guest.may_discard()?;
-            if discards && by_rdma {
-                return Err(pageferry_transport::Error::State(link::BALLOONED).into());
+            // What was sent before was not noted.
+            if !discards && guest.may_discard()? {
+                return Err(if by_rdma {
+                    pageferry_transport::Error::State(link::BALLOONED).into()
+                } else {
+                    Error::Guest(BALLOON_PLUGGED.into())
+                });
             }
             let mut relieving = || watch().and_then(|()| tracking.relieve());
             if discards {

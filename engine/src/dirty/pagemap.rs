@@ -21,16 +21,16 @@
 
 mod abi;
 mod arming;
-mod huge;
 mod poison;
 #[cfg(test)]
 pub(crate) mod tests;
 mod unmapped;
+mod view;
 
 pub use arming::disarm;
-pub(crate) use huge::HugeFile;
 pub use poison::Poison;
 pub(crate) use unmapped::unmapped_here;
+pub(crate) use view::FileView;
 
 use super::{DirtySource, Harvest};
 use crate::bitmap::DirtyBitmap;

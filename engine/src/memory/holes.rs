@@ -1,21 +1,40 @@
 //! Pages that may have been taken away from the guest: by a balloon, free page reporting, virtio-mem. No dirty source
 //! reports that.
 //!
-//! Asking the file costs some 14 ms a GiB, as it looks at every page that is there. But a page that is freed is unmapped
-//! everywhere, and whatever was sent was read through our own mapping. So our page tables are walked first, in parallel,
-//! and the file is asked only about what they do not map.
+//! Asking the file costs some 14 ms a GiB, as it looks at every page that is there; and it does not
+//! tell of a page that was freed and is back: whoever touches a hole makes a page there, and a mere
+//! read of it is reported by no dirty source. But a page that is freed is unmapped everywhere. So
+//! each page is mapped once more before it is read to be sent, by a [`Witness`]. Its page tables
+//! are walked, in parallel, and the file is asked only about what they do not map.
 //!
 //! ```text
-//!   mapped here                       taken as not freed since it was read here. Known gap: reading a neighbour may map a
-//!                                     page again (a huge folio, fault-around) that was freed and came back within one push
+//!   mapped in the witness             not freed since it was sent
 //!   not mapped, the file has none     a hole: it reads as zeros
-//!   not mapped, the file has it       back: whoever touches a hole makes a page there, and a mere read of it is reported
-//!                                     by no dirty source. The kernel may also have unmapped it for reasons of its own
+//!   not mapped, the file has it       back: freed and touched again, or unmapped by the kernel for
+//!                                     reasons of its own
 //! ```
+//!
+//! The lanes' own mapping would not do. Whoever reads a page there maps its neighbours, too
+//! (fault-around, a folio of many pages): one that was freed and came back is mapped again, and
+//! looks as if it had never been away.
+//!
+//! Why "mapped" is proof:
+//!
+//! 1. In the witness nothing is mapped but by [`Witness::note`], which maps pages of the run that
+//!    it is told of and no others. Nobody touches it, so no fault maps anything ([`FileView`]).
+//! 2. Between two looks a page is mapped at most once, before the first read of it in that time:
+//!    `note` comes ahead of every read, and does nothing for what it has mapped since the look.
+//!    What is freed meanwhile stays unmapped until the next.
+//! 3. What a look finds unmapped becomes dirty, or is zeros at both ends, before it may be mapped
+//!    again ([`Freed`]).
+//!
+//! So of what is mapped, every byte that counts was read after it was mapped (3), and it was not
+//! freed since (1, 2). The unit is the page of the backing: that a part of a huge page is sent does
+//! not map it again for the parts sent before (2).
 
 use super::{GuestMemory, MemorySlot};
 use crate::bitmap::DirtyBitmap;
-use crate::dirty::pagemap::{HugeFile, unmapped_here};
+use crate::dirty::pagemap::{FileView, unmapped_here};
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun};
 use rustix::fs::{SeekFrom, seek};
@@ -32,26 +51,73 @@ pub struct Freed {
     pub holes: DirtyBitmap,
     /// Those that may have been holes and are there now: what they hold may be another thing than what was read here.
     pub back: DirtyBitmap,
+    /// What the witness does not map, whether or not it was asked for.
+    unmapped: Vec<PageRun>,
+}
+
+/// Mappings of a guest's memory in which exactly those pages are mapped that were noted and not
+/// freed since.
+#[derive(Debug)]
+pub struct Witness {
+    views: Vec<FileView>,
+    /// What was noted since a look found it unmapped; whole pages of the backing.
+    noted: DirtyBitmap,
 }
 
 /// The files of huge pages that were asked so far, by slot.
-type HugeFiles = BTreeMap<usize, Option<HugeFile>>;
+type HugeFiles = BTreeMap<usize, Option<FileView>>;
 
-impl GuestMemory {
-    /// What became of these pages, all of which were read through this mapping.
-    pub fn freed(&self, pages: &DirtyBitmap) -> Result<Freed> {
-        let mut freed = Freed { holes: DirtyBitmap::new(self.pages), back: DirtyBitmap::new(self.pages) };
-        let unmapped = self.unmapped_here()?;
-        let told = unmapped.is_some();
+impl Witness {
+    /// One that maps nothing yet.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the kernel cannot do it or does not let us.
+    pub fn new(memory: &GuestMemory) -> Result<Self> {
+        let view = |slot: &MemorySlot| {
+            FileView::open(slot.file.as_fd(), slot.region.len() as u64, slot.backing_page_bytes).map_err(|e| {
+                Error::refused(format!(
+                    "memory may be taken away from this guest (balloon, virtio-mem), and for {} it cannot be told which: {}; \
+                     unplug that device, or let this user write the memory file and call userfaultfd",
+                    slot.name,
+                    e.chain()
+                ))
+            })
+        };
+        let views = memory.slots.iter().map(view).collect::<Result<_>>()?;
+        let witness = Self { views, noted: DirtyBitmap::new(memory.pages) };
+        witness.unmapped(memory)?;
+        Ok(witness)
+    }
+
+    /// Takes note of pages within one slot that are about to be read and sent. Pages that the file
+    /// has not got are not noted: they count as freed.
+    pub fn note(&mut self, memory: &GuestMemory, run: PageRun) -> Result<()> {
+        let (index, _) = memory.locate(run.first.0);
+        let slot = &memory.slots[index];
+        let backing_pages = slot.backing_page_bytes / PAGE_BYTES;
+        let within = |page: u64| page - slot.first_page;
+        let first = within(run.first.0) / backing_pages * backing_pages;
+        let end = within(run.end()).next_multiple_of(backing_pages).min(slot.pages());
+        let (mut at, end) = (slot.first_page + first, slot.first_page + end);
+        while let Some(missing) = self.noted.next_gap(at, end) {
+            self.views[index]
+                .map(within(missing.first.0) * PAGE_BYTES..within(missing.end()) * PAGE_BYTES)?;
+            self.noted.insert(missing);
+            at = missing.end();
+        }
+        Ok(())
+    }
+
+    /// What became of these pages. All that was sent was noted before it was read.
+    pub fn look(&self, memory: &GuestMemory, pages: &DirtyBitmap) -> Result<Freed> {
+        let empty = || DirtyBitmap::new(memory.pages);
+        let mut freed = Freed { holes: empty(), back: empty(), unmapped: self.unmapped(memory)? };
         let mut huge = HugeFiles::new();
-        for run in unmapped.unwrap_or_else(|| self.slots.iter().map(MemorySlot::run).collect()) {
+        for run in &freed.unmapped {
             let mut at = run.first.0;
-            while let Some(part) = pages.next_run(at, u64::MAX).filter(|part| part.first.0 < run.end()) {
-                let part = PageRun::between(part.first.0, part.end().min(run.end()));
-                if told {
-                    freed.back.insert(part);
-                }
-                self.holes_within(part, &mut freed.holes, &mut huge)?;
+            while let Some(part) = pages.next_run_within(at, run.end()) {
+                freed.back.insert(part);
+                memory.holes_within(part, &mut freed.holes, &mut huge)?;
                 at = part.end();
             }
         }
@@ -59,25 +125,31 @@ impl GuestMemory {
         Ok(freed)
     }
 
-    /// What our page tables do not map, in runs within one slot; `None` where the kernel cannot tell.
-    fn unmapped_here(&self) -> Result<Option<Vec<PageRun>>> {
-        let range = |slot: &MemorySlot| {
-            let start = slot.region.as_ptr() as u64;
-            start..start + slot.region.len() as u64
-        };
-        let ranges: Vec<Range<u64>> = self.slots.iter().map(range).collect();
+    /// What a look has found unmapped is noted anew from now on. To be called once its pages are
+    /// dirty, or zeros at both ends.
+    pub fn forget(&mut self, freed: &Freed) {
+        freed.unmapped.iter().for_each(|run| self.noted.remove(*run));
+    }
+
+    /// What its page tables do not map, in runs within one slot.
+    fn unmapped(&self, memory: &GuestMemory) -> Result<Vec<PageRun>> {
+        let ranges: Vec<Range<u64>> = self.views.iter().map(FileView::addresses).collect();
         let Some(unmapped) = unmapped_here(&ranges)? else {
-            return Ok(None);
+            return Err(Error::refused(
+                "memory may be taken away from this guest (balloon, virtio-mem), which takes Linux 6.7 or newer to follow",
+            ));
         };
         let run = |part: Range<u64>| {
             let index = ranges.iter().position(|range| range.contains(&part.start))?;
             let page =
-                |address: u64| self.slots[index].first_page + (address - ranges[index].start) / PAGE_BYTES;
+                |address: u64| memory.slots[index].first_page + (address - ranges[index].start) / PAGE_BYTES;
             Some(PageRun::between(page(part.start), page(part.end)))
         };
-        Ok(Some(unmapped.into_iter().filter_map(run).collect()))
+        Ok(unmapped.into_iter().filter_map(run).collect())
     }
+}
 
+impl GuestMemory {
     /// Adds the holes of a run within one slot.
     fn holes_within(&self, run: PageRun, holes: &mut DirtyBitmap, huge: &mut HugeFiles) -> Result<()> {
         let (index, offset) = self.locate(run.first.0);
@@ -110,8 +182,8 @@ impl GuestMemory {
 
 impl MemorySlot {
     /// Its file, if that has huge pages and can be asked which.
-    fn huge_file(&self) -> Option<HugeFile> {
-        HugeFile::open(self.file.as_fd(), self.region.len() as u64, self.backing_page_bytes)
+    fn huge_file(&self) -> Option<FileView> {
+        FileView::open(self.file.as_fd(), self.region.len() as u64, self.backing_page_bytes).ok()
     }
 
     /// The pages that its file of huge pages has; `None` where that cannot be told.
@@ -130,7 +202,7 @@ impl MemorySlot {
 /// The same for huge pages.
 fn huge_holes_within(
     slot: &MemorySlot,
-    file: &HugeFile,
+    file: &FileView,
     run: PageRun,
     holes: &mut DirtyBitmap,
 ) -> Result<()> {
@@ -208,12 +280,29 @@ mod tests {
         fallocate(file, flags, page * PAGE_BYTES, pages * PAGE_BYTES).unwrap();
     }
 
+    /// A witness that has noted all of it.
+    fn witness(memory: &GuestMemory) -> Witness {
+        let mut witness = Witness::new(memory).unwrap();
+        memory.slots().iter().for_each(|slot| witness.note(memory, slot.run()).unwrap());
+        witness
+    }
+
+    fn set(memory: &GuestMemory, runs: &[(u64, u64)]) -> DirtyBitmap {
+        let mut set = DirtyBitmap::new(memory.pages());
+        runs.iter().for_each(|&(first, end)| set.insert(PageRun::between(first, end)));
+        set
+    }
+
+    fn listed(pages: &DirtyBitmap) -> Vec<u64> {
+        pages.runs(u64::MAX).flat_map(|run| run.first.0..run.end()).collect()
+    }
+
     #[test]
     fn exactly_the_sent_pages_that_are_holes_now_are_found_in_every_slot() {
         let (memory, files) = memory(32);
-        let mut sent = DirtyBitmap::new(64);
-        sent.insert(PageRun::between(0, 60));
-        assert!(memory.freed(&sent).unwrap().holes.is_empty());
+        let (witness, sent) = (witness(&memory), set(&memory, &[(0, 60)]));
+        let freed = witness.look(&memory, &sent).unwrap();
+        assert!(freed.holes.is_empty() && freed.back.is_empty());
         punch(&files[0], 3, 2);
         punch(&files[0], 31, 1);
         punch(&files[1], 0, 1);
@@ -221,40 +310,55 @@ mod tests {
         let (_, offset) = memory.locate(4);
         // What was given back and is there again is no hole.
         memory.slots()[0].region().write(offset as usize, &[2]).unwrap();
-        let freed = memory.freed(&sent).unwrap();
-        assert!(freed.back.is_empty(), "what was written again was written here");
-        let found: Vec<_> = freed.holes.runs(u64::MAX).flat_map(|r| r.first.0..r.end()).collect();
-        assert_eq!(found, [3, 31, 32, 58, 59], "not page 60 and above, which were never sent");
+        let freed = witness.look(&memory, &sent).unwrap();
+        assert_eq!(listed(&freed.holes), [3, 31, 32, 58, 59], "not page 60 and above, which were never sent");
+        assert_eq!(listed(&freed.back), [4]);
     }
 
     /// The file is asked about nothing that is mapped: it takes the walk, not the look at every page.
     #[test]
-    fn a_page_that_is_there_but_not_mapped_here_is_no_hole() {
+    fn a_page_that_is_there_but_was_not_noted_is_no_hole() {
         let (memory, _files) = memory(16);
-        let fresh = memory.map_again(Access::Read).unwrap();
-        let mut sent = DirtyBitmap::new(32);
-        sent.insert(PageRun::between(0, 32));
-        let freed = fresh.freed(&sent).unwrap();
+        let freed = Witness::new(&memory).unwrap().look(&memory, &set(&memory, &[(0, 32)])).unwrap();
         assert!(freed.holes.is_empty());
         assert_eq!(freed.back.count(), 32, "it may have been one");
     }
 
     /// As where a guest reads memory that it gave back: the kernel makes a page of zeros there, and no dirty source tells.
     #[test]
-    fn a_page_that_was_freed_and_only_read_since_is_back() {
+    fn a_page_that_was_freed_and_only_read_since_is_back_until_it_is_noted_again() {
         let (memory, files) = memory(16);
-        let guest = memory.map_again(Access::Read).unwrap();
-        let mut sent = DirtyBitmap::new(32);
-        sent.insert(PageRun::between(0, 32));
+        let (mut witness, sent) = (witness(&memory), set(&memory, &[(0, 32)]));
         punch(&files[1], 4, 2);
-        assert!(guest.is_zero(16 + 5).unwrap());
-        let freed = memory.freed(&sent).unwrap();
-        let only = |page| [PageRun::between(page, page + 1)];
-        assert_eq!(freed.holes.runs(u64::MAX).collect::<Vec<_>>(), only(20));
-        assert_eq!(freed.back.runs(u64::MAX).collect::<Vec<_>>(), only(21));
-        // Once it was read here, it is like any other.
-        assert!(memory.is_zero(21).unwrap());
-        assert!(memory.freed(&sent).unwrap().back.is_empty());
+        // As the lanes do, whose faults map what lies around.
+        assert!(memory.is_zero(16 + 5).unwrap());
+        let look = |witness: &Witness| witness.look(&memory, &sent).unwrap();
+        let freed = look(&witness);
+        assert_eq!((listed(&freed.holes), listed(&freed.back)), (vec![20], vec![21]));
+        // Within one push, whatever is sent.
+        witness.note(&memory, PageRun::between(16, 32)).unwrap();
+        assert_eq!(look(&witness), freed);
+        witness.forget(&freed);
+        witness.note(&memory, PageRun::between(21, 22)).unwrap();
+        let freed = look(&witness);
+        assert_eq!((listed(&freed.holes), listed(&freed.back)), (vec![20], vec![]));
+    }
+
+    /// Fault-around and folios of many pages map more than was asked for.
+    #[test]
+    fn nothing_is_mapped_beside_what_is_noted() {
+        let (memory, _files) = memory(64);
+        let mut witness = Witness::new(&memory).unwrap();
+        for page in [0, 17, 18, 63, 64, 127] {
+            witness.note(&memory, PageRun::between(page, page + 1)).unwrap();
+        }
+        let back = witness.look(&memory, &set(&memory, &[(0, 128)])).unwrap().back;
+        let mut others = set(&memory, &[(1, 17), (19, 63), (65, 127)]);
+        assert_eq!(back, others);
+        // Not if they are noted together with what is mapped already.
+        witness.note(&memory, PageRun::between(16, 20)).unwrap();
+        [16, 19].iter().for_each(|&page| others.remove(PageRun::between(page, page + 1)));
+        assert_eq!(witness.look(&memory, &set(&memory, &[(0, 128)])).unwrap().back, others);
     }
 
     /// hugetlbfs calls all of a file data. Nothing may be allocated by looking, and the pool may be empty.
@@ -284,14 +388,25 @@ mod tests {
         }
         assert_eq!(memory.touched().unwrap(), [huge(0, 3), huge(5, 7)]);
         let guest = memory.map_again(Access::Read).unwrap();
+        let mut witness = Witness::new(&memory).unwrap();
+        [
+            huge(0, 3),
+            PageRun::between(5 * HUGE, 5 * HUGE + 1),
+            PageRun::between(6 * HUGE + 100, 6 * HUGE + 110),
+        ]
+        .into_iter()
+        .for_each(|run| witness.note(&memory, run).unwrap());
         punch(&file, HUGE, 2 * HUGE);
         punch(&file, 6 * HUGE, HUGE);
         assert!(guest.is_zero(2 * HUGE + 7).unwrap());
         let mut sent = DirtyBitmap::new(8 * HUGE);
-        [huge(0, 3), PageRun::between(6 * HUGE + 100, 6 * HUGE + 110)]
+        [huge(0, 3), huge(5, 6), PageRun::between(6 * HUGE + 100, 6 * HUGE + 110)]
             .into_iter()
             .for_each(|run| sent.insert(run));
-        let freed = memory.freed(&sent).unwrap();
+        // What is sent of a page later in the same push does not make the rest of it look as if it
+        // had stayed.
+        witness.note(&memory, PageRun::between(2 * HUGE + 9, 2 * HUGE + 10)).unwrap();
+        let freed = witness.look(&memory, &sent).unwrap();
         let holes = [huge(1, 2), PageRun::between(6 * HUGE + 100, 6 * HUGE + 110)];
         assert_eq!(freed.holes.runs(u64::MAX).collect::<Vec<_>>(), holes);
         assert_eq!(freed.back.runs(u64::MAX).collect::<Vec<_>>(), [huge(2, 3)]);

@@ -146,6 +146,16 @@ fn pump<'a>(
     Pump::new(link, here, vec![remote], state, None)
 }
 
+/// Of a guest whose memory may be taken away.
+fn followed<'a>(
+    link: &'a mut Lazy,
+    here: &'a GuestMemory,
+    remote: RemoteRegion,
+    state: (Arc<MemoryRegion>, RemoteRegion),
+) -> Pump<'a> {
+    pump(link, here, remote, state).with_witness(Some(Witness::new(here).unwrap()))
+}
+
 fn watch() -> Result<()> {
     Ok(())
 }
@@ -241,7 +251,7 @@ fn what_was_freed_arrives_as_the_guest_reads_it_and_is_not_allocated_again() {
         let guest = here.map_again(Access::Write).unwrap();
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize).unwrap();
         link.register(&zeros).unwrap();
-        let mut pump = pump(&mut link, &here, remote, state);
+        let mut pump = followed(&mut link, &here, remote, state);
         let list = [1, 2, 3, 4, 5];
         list.iter().for_each(|&page| set(page, &guest, 7));
         pump.push(&mut pages(list), &mut watch, &mut |_| {}).unwrap();
@@ -263,5 +273,41 @@ fn what_was_freed_arrives_as_the_guest_reads_it_and_is_not_allocated_again() {
         target.wait_fence(tag, soon()).unwrap();
         assert_eq!(list.map(|page| get(page, &there)), [7, 0, 0, 9, 0], "seed {seed}");
         assert_eq!(here.touched().unwrap(), [PageRun::between(1, 2), PageRun::between(3, 5)]);
+    }
+}
+
+/// 5 is freed and only read since; then its neighbour is sent again, and whoever reads that maps 5
+/// again beside it.
+#[test]
+fn a_page_that_came_back_as_zeros_is_sent_again_though_its_neighbour_was_read_since() {
+    for seed in 0..10 {
+        let World { mut link, mut target, here, there, remote, state, .. } = world(seed, UNREADY);
+        let guest = here.map_again(Access::Write).unwrap();
+        let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize).unwrap();
+        link.register(&zeros).unwrap();
+        let mut pump = followed(&mut link, &here, remote, state);
+        [5, 6].iter().for_each(|&page| set(page, &guest, 7));
+        let mut push = |pump: &mut Pump<'_>, mut dirty: DirtyBitmap| {
+            pump.push(&mut dirty, &mut watch, &mut |_| {}).unwrap();
+            let tag = pump.fence().unwrap();
+            target.wait_fence(tag, soon()).unwrap();
+            pump.wait_fence(tag, &mut watch).unwrap();
+        };
+        push(&mut pump, pages([5, 6]));
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(here.slots()[0].file().unwrap(), punch, 5 * PAGE_BYTES, 2 * PAGE_BYTES).unwrap();
+        assert_eq!(get(5, &guest), 0);
+        set(6, &guest, 9);
+        push(&mut pump, pages([6]));
+        let mut dirty = pages([]);
+        assert_eq!(pump.push_freed(&mut dirty, &zeros, &mut watch).unwrap(), 0);
+        assert!(dirty.contains(5), "seed {seed}");
+        push(&mut pump, dirty);
+        assert_eq!([5, 6].map(|page| get(page, &there)), [0, 9], "seed {seed}");
+        // It is followed as any other from now on.
+        assert_eq!(pump.push_freed(&mut pages([]), &zeros, &mut watch).unwrap(), 0);
+        let mut dirty = pages([]);
+        pump.push_freed(&mut dirty, &zeros, &mut watch).unwrap();
+        assert_eq!(dirty, pages([]), "seed {seed}");
     }
 }
