@@ -344,7 +344,13 @@ impl Ferry<'_> {
         // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
         memory.look_again()?;
         let readable = || memory.check_readable(options.poisoned);
-        let mut tracking = guest.start_tracking()?;
+        let alive = guest.liveness();
+        let mut tracking = {
+            let control = session.control()?;
+            guest.start_tracking(&mut || {
+                monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
+            })?
+        };
         guest.settle_io()?;
         let touched = memory.touched()?;
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
@@ -372,7 +378,6 @@ impl Ferry<'_> {
             .with_witness(witness);
         let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
         pump.expect_blackout(state_ahead)?;
-        let alive = guest.liveness();
         let control = session.control.as_mut().ok_or_else(session::over)?;
 
         // The guest runs, and rounds shrink.

@@ -14,6 +14,7 @@ use pageferry::link::{LinkChoice, Transport};
 use pageferry::memory::GuestMemory;
 use pageferry::page::{PAGE_BYTES, PageRun};
 use pageferry::policy::{FixedCosts, WhenStuck};
+use pageferry::precopy::Watch;
 use pageferry::progress::Monitor;
 use pageferry::report::{MigrationReport, Outcome};
 use pageferry::source::{MigrateOptions, migrate};
@@ -173,9 +174,9 @@ impl SourceGuest for Late {
         self.touched.store(true, std::sync::atomic::Ordering::SeqCst);
         self.inner.pause()
     }
-    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
         let touched = std::sync::Arc::clone(&self.touched);
-        Ok(Box::new(LateTracking { inner: self.inner.start_tracking()?, touched }))
+        Ok(Box::new(LateTracking { inner: self.inner.start_tracking(watch)?, touched }))
     }
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
         self.inner.save(sink)?;

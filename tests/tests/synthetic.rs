@@ -11,6 +11,7 @@ use pageferry::link::{LinkChoice, Transport};
 use pageferry::memory::GuestMemory;
 use pageferry::page::PageRun;
 use pageferry::policy::{FixedCosts, WhenStuck};
+use pageferry::precopy::Watch;
 use pageferry::progress::{Monitor, Stage};
 use pageferry::report::{MigrationReport, Outcome};
 use pageferry::source::{MigrateOptions, migrate};
@@ -212,8 +213,8 @@ impl DirtySource for Shrinking {
 }
 
 impl SourceGuest for ManyRounds {
-    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
-        Ok(Box::new(Shrinking { inner: self.0.start_tracking()?, pages: 4000.0 }))
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+        Ok(Box::new(Shrinking { inner: self.0.start_tracking(watch)?, pages: 4000.0 }))
     }
     fn describe(&self) -> GuestDescription {
         self.0.describe()

@@ -101,7 +101,7 @@ impl Subject for Threads {
     }
 
     fn follow(&mut self) -> Result<Box<dyn DirtySource>> {
-        Ok(self.0.start_tracking()?)
+        Ok(self.0.start_tracking(&mut || Ok(()))?)
     }
 
     fn hold(&mut self, held: bool) -> Result<()> {
@@ -120,7 +120,7 @@ impl Subject for Payload {
     }
 
     fn follow(&mut self) -> Result<Box<dyn DirtySource>> {
-        Ok(self.0.start_tracking()?)
+        Ok(self.0.start_tracking(&mut || Ok(()))?)
     }
 
     fn hold(&mut self, held: bool) -> Result<()> {

@@ -13,6 +13,7 @@ use pageferry::link::LinkChoice;
 use pageferry::memory::GuestMemory;
 use pageferry::page::PAGE_BYTES;
 use pageferry::policy::FixedCosts;
+use pageferry::precopy::Watch;
 use pageferry::progress::Monitor;
 use pageferry::source::migrate;
 use pageferry_transport::MemoryRegion;
@@ -185,8 +186,8 @@ impl SourceGuest for Leaving {
     fn is_running(&mut self) -> pageferry::Result<bool> {
         self.inner.is_running()
     }
-    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
-        self.inner.start_tracking()
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+        self.inner.start_tracking(watch)
     }
     fn settle_io(&mut self) -> pageferry::Result<()> {
         self.inner.settle_io()

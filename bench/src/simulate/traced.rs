@@ -7,6 +7,7 @@ use pageferry::guest::synthetic::SyntheticSource;
 use pageferry::guest::{GuestDescription, Liveness, SourceGuest};
 use pageferry::memory::GuestMemory;
 use pageferry::policy::FixedCosts;
+use pageferry::precopy::Watch;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,8 +72,8 @@ impl DirtySource for TracedDirty {
 }
 
 impl SourceGuest for Traced {
-    fn start_tracking(&mut self) -> pageferry::Result<Box<dyn DirtySource>> {
-        let inner = self.inner.start_tracking()?;
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+        let inner = self.inner.start_tracking(watch)?;
         Ok(Box::new(TracedDirty { inner, trace: Arc::clone(&self.trace) }))
     }
     fn pause(&mut self) -> pageferry::Result<()> {

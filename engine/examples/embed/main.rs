@@ -23,6 +23,7 @@ use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest
 use pageferry::link::LinkChoice;
 use pageferry::memory::GuestMemory;
 use pageferry::policy::FixedCosts;
+use pageferry::precopy::Watch;
 use pageferry::progress::Monitor;
 use pageferry::report::Outcome;
 use pageferry::source::{MigrateOptions, migrate};
@@ -96,12 +97,12 @@ impl SourceGuest for Source {
     fn is_running(&mut self) -> Result<bool> {
         Ok(!self.paused)
     }
-    // Logging on, for all memory slots.
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
+    // Logging on, for all memory slots. What takes long asks the watch whether to end.
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let kick = Arc::clone(&self.vm.vcpus) as Arc<dyn KickVcpus>;
         Ok(match &self.vm.rings {
             Some(rings) => Box::new(RingSource::start(Arc::clone(rings), kick)?),
-            None => Box::new(LogSource::start(Arc::clone(&self.vm.slots), kick)?),
+            None => Box::new(LogSource::watched(Arc::clone(&self.vm.slots), kick, watch)?),
         })
     }
     // Wait for transfers of disks and NICs into guest memory that are under way.

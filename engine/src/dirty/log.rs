@@ -14,6 +14,7 @@ use super::kvm::{KickVcpus, KvmSlot, KvmSlots, abi};
 use super::{DirtySource, Harvest};
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
+use crate::precopy::Watch;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     kvm_enable_cap,
@@ -54,19 +55,30 @@ impl LogSource {
     /// # Errors
     /// If the machine has rings: it cannot have a log besides. Whatever was started until then is ended again.
     pub fn start(slots: Arc<KvmSlots>, kick: Arc<dyn KickVcpus>) -> Result<Self> {
-        refuse_rings(&slots)?;
-        let clearing = manual(slots.vm())?;
-        Self::with(slots, kick, clearing)
+        Self::watched(slots, kick, &mut || Ok(()))
     }
 
-    fn with(slots: Arc<KvmSlots>, kick: Arc<dyn KickVcpus>, clearing: Clearing) -> Result<Self> {
+    /// The same, which ends when the watch fails. Asked ahead of each call that protects pages;
+    /// that KVM switches the log of a slot on is one call.
+    pub fn watched(slots: Arc<KvmSlots>, kick: Arc<dyn KickVcpus>, watch: &mut Watch<'_>) -> Result<Self> {
+        refuse_rings(&slots)?;
+        let clearing = manual(slots.vm())?;
+        Self::with(slots, kick, clearing, watch)
+    }
+
+    fn with(
+        slots: Arc<KvmSlots>,
+        kick: Arc<dyn KickVcpus>,
+        clearing: Clearing,
+        watch: &mut Watch<'_>,
+    ) -> Result<Self> {
         let longest = slots.slots().iter().map(|slot| abi::log_words(slot.pages())).max().unwrap_or(0);
         let mut source = Self { slots, kick, clearing, words: vec![u64::MAX; longest] };
         source.slots.set_logging(true)?;
         if clearing == (Clearing::Manual { initially_set: true }) {
             for slot in source.slots.slots() {
                 source.words.fill(u64::MAX);
-                clear(source.slots.vm(), slot, &source.words)?;
+                clear(source.slots.vm(), slot, &source.words, watch)?;
             }
         }
         Ok(source)
@@ -105,13 +117,14 @@ fn manual(vm: &VmFd) -> Result<Clearing> {
 }
 
 /// Clears what is set in `words`, and protects those pages, chunk by chunk.
-fn clear(vm: &VmFd, slot: &KvmSlot, words: &[u64]) -> Result<()> {
+fn clear(vm: &VmFd, slot: &KvmSlot, words: &[u64], watch: &mut Watch<'_>) -> Result<()> {
     let pages = slot.pages();
     let words = &words[..abi::log_words(pages)];
     for (index, chunk) in words.chunks(CHUNK_PAGES as usize / 64).enumerate() {
         if chunk.iter().all(|word| *word == 0) {
             continue;
         }
+        watch()?;
         let first = index as u64 * CHUNK_PAGES;
         let count = CHUNK_PAGES.min(pages - first);
         abi::clear_dirty_log(vm, slot.slot, first, count as u32, chunk)
@@ -133,7 +146,7 @@ impl DirtySource for LogSource {
                 *last &= (1 << used) - 1;
             }
             if self.clearing != Clearing::ByReading {
-                clear(self.slots.vm(), slot, words)?;
+                clear(self.slots.vm(), slot, words, &mut || Ok(()))?;
             }
             for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
                 into.insert_mask(slot.first_page + index as u64 * 64, *word);

@@ -27,6 +27,7 @@ pub(crate) mod tests;
 mod unmapped;
 mod view;
 
+pub(crate) use arming::after_disarm;
 pub use arming::disarm;
 pub use poison::Poison;
 pub(crate) use unmapped::unmapped_here;
@@ -36,6 +37,7 @@ use super::{DirtySource, Harvest};
 use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
+use crate::precopy::Watch;
 use arming::Armed;
 use pageferry_transport::MemoryRegion;
 use rustix::io::Errno;
@@ -103,8 +105,18 @@ impl PagemapSource {
     /// Names the mend where the kernel is too old or the permission is missing. Whatever was
     /// registered until then is released again.
     pub fn new(uffd: OwnedFd, pid: u32, ranges: Vec<TrackedRange>) -> Result<Self> {
+        Self::watched(uffd, pid, ranges, &mut || Ok(()))
+    }
+
+    /// The same, which ends at once when the watch fails: a terabyte takes a minute.
+    pub fn watched(
+        uffd: OwnedFd,
+        pid: u32,
+        ranges: Vec<TrackedRange>,
+        watch: &mut Watch<'_>,
+    ) -> Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::with(uffd, pid, ranges, SCAN_WINDOW_BYTES, cores.min(SCANNERS_MAX))
+        Self::with(uffd, pid, ranges, SCAN_WINDOW_BYTES, cores.min(SCANNERS_MAX), watch)
     }
 
     fn with(
@@ -113,6 +125,7 @@ impl PagemapSource {
         ranges: Vec<TrackedRange>,
         window_bytes: u64,
         scanners_max: usize,
+        watch: &mut Watch<'_>,
     ) -> Result<Self> {
         if let Some(bad) = ranges.iter().find(|r| {
             r.bytes == 0
@@ -126,7 +139,7 @@ impl PagemapSource {
             )));
         }
         enable(uffd.as_fd())?;
-        let armed = Armed::new(uffd, pid, &ranges)?;
+        let armed = Armed::new(uffd, pid, &ranges, watch)?;
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::options().read(true).open(&path).map_err(|e| {
             Error::os(
@@ -143,7 +156,8 @@ impl PagemapSource {
         Ok(source)
     }
 
-    /// Can be upgraded for as long as the memory is armed, which may take a moment longer than this lives.
+    /// Can be upgraded for as long as the memory is armed, which may take a moment longer than this lives. What is
+    /// disarmed in the background does not count.
     #[must_use]
     pub fn while_armed(&self) -> Weak<()> {
         self.armed.while_armed()

@@ -17,6 +17,7 @@ use crate::memory::GuestMemory;
 use crate::memory::lost::LostPage;
 use crate::page::PageRun;
 use crate::policy::FixedCosts;
+use crate::precopy::Watch;
 use crate::protocol::bounded;
 use clap::Args;
 use pageferry_transport::MemoryRegion;
@@ -143,8 +144,9 @@ pub trait SourceGuest: Send {
     /// Whether its vCPUs run. A guest that its operator paused is moved paused.
     fn is_running(&mut self) -> Result<bool>;
 
-    /// Starts to follow writes. Everything already in memory counts as not written.
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>>;
+    /// Starts to follow writes. Everything already in memory counts as not written. What takes long
+    /// asks the watch now and then, and ends with its error, with nothing followed any more.
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>>;
 
     /// Returns when no device transfer that was under way at the call is any more. Called between a harvest
     /// and the first byte that is read of its pages: a transfer by DMA into pinned pages (direct disk I/O)

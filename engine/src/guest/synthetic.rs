@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::PAGE_BYTES;
 use crate::policy::FixedCosts;
+use crate::precopy::Watch;
 use pageferry_transport::{Access, MemoryRegion, sealed_memfd};
 use rustix::fd::AsFd;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate};
@@ -369,14 +370,15 @@ impl SourceGuest for SyntheticSource {
         Ok(self.running.is_some())
     }
 
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let range = TrackedRange {
             process_address: self.memory.guest.as_ptr() as u64,
             bytes: self.memory.guest.len() as u64,
             first_page: 0,
             backing_page_bytes: PAGE_BYTES,
         };
-        Ok(Box::new(PagemapSource::new(own_userfaultfd()?, std::process::id(), vec![range])?))
+        let (uffd, pid) = (own_userfaultfd()?, std::process::id());
+        Ok(Box::new(PagemapSource::watched(uffd, pid, vec![range], watch)?))
     }
 
     fn settle_io(&mut self) -> Result<()> {

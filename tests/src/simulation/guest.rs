@@ -14,6 +14,7 @@ use pageferry::guest::{BlockDescription, DestinationGuest, GuestDescription, Liv
 use pageferry::memory::{GuestMemory, SlotSource};
 use pageferry::page::{PAGE_BYTES, PageRun};
 use pageferry::policy::FixedCosts;
+use pageferry::precopy::Watch;
 use pageferry::{Error, Result};
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fd::AsFd;
@@ -477,7 +478,7 @@ impl SourceGuest for SimulatedSource {
         self.step("is running")?;
         Ok(lock(&self.machine.state).runs)
     }
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, _watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let mut state = lock(&self.machine.state);
         state.tracked = true;
         (state.protected, state.dirty) = (vec![true; PAGES], vec![false; PAGES]);

@@ -8,11 +8,20 @@
 //!   disarm    UFFDIO_UNREGISTER | UFFDIO_UNREGISTER | ...  from the beginning on: the pieces merge; then the close
 //! ```
 //!
+//! Arming takes some 65 ms a GiB and ends as soon as the watch says so. Disarming takes as long and
+//! must not be cut short; what is not done after [`DISARM_WAIT_MAX`] goes on in the background.
+//! Whoever arms the same process meanwhile waits for it, watched.
+//!
 //! Closing the descriptor does all that is left in one call. So the last descriptor is never closed on armed memory of a
 //! process that lives: whoever outlives the supervisor holds one more ([`disarm`]).
 
+mod background;
+
+pub(crate) use background::after_disarm;
+
 use super::{TrackedRange, abi, ioctl};
 use crate::error::{Error, Result};
+use crate::precopy::Watch;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +38,8 @@ const WINDOW_BYTES_MIN: u64 = 8 << 20;
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
 /// The longest pause between two calls.
 const PAUSE_MAX: Duration = CALL_TARGET;
+/// How long whoever ends the tracking waits for it: as long as an operator hardly notices.
+const DISARM_WAIT_MAX: Duration = Duration::from_millis(500);
 
 /// Chooses the windows by what the ones before took. Pure.
 #[derive(Debug)]
@@ -63,17 +74,17 @@ fn processor_time() -> Duration {
 }
 
 /// Calls `call` with one window after the other, of all ranges, and leaves the process alone in between.
-fn in_windows(
+fn in_windows<E>(
     ranges: &[TrackedRange],
-    mut call: impl FnMut(abi::UffdioRange) -> Result<(), Errno>,
-) -> Result<(), (Errno, u64)> {
+    mut call: impl FnMut(abi::UffdioRange) -> Result<(), E>,
+) -> Result<(), E> {
     let mut windows = Windows::new();
     for range in ranges {
         let mut at = range.process_address;
         while at < range.end() {
             let len = windows.next(range.end() - at, range.backing_page_bytes);
             let begun = processor_time();
-            call(abi::UffdioRange { start: at, len }).map_err(|e| (e, at))?;
+            call(abi::UffdioRange { start: at, len })?;
             let time = processor_time().saturating_sub(begun);
             windows.took(len, time);
             at += len;
@@ -86,30 +97,39 @@ fn in_windows(
 /// A process' memory, armed. Dropping it disarms in windows.
 #[derive(Debug)]
 pub(super) struct Armed {
-    uffd: OwnedFd,
+    pid: u32,
+    /// None once it is being disarmed.
+    uffd: Option<OwnedFd>,
     ranges: Vec<TrackedRange>,
-    /// The last field: it goes when the descriptor is closed.
+    /// The last field: it goes when the descriptor is closed, or left to the background.
     while_armed: Arc<()>,
 }
 
 impl Armed {
     /// Arms the memory of process `pid`, through a userfaultfd of its own that is enabled. What was armed when it fails is
-    /// disarmed again.
-    pub(super) fn new(uffd: OwnedFd, pid: u32, ranges: &[TrackedRange]) -> Result<Self> {
-        let while_armed = Arc::new(());
-        let mut armed = Self { uffd, ranges: Vec::with_capacity(ranges.len()), while_armed };
+    /// disarmed again. Asks the watch ahead of each call.
+    pub(super) fn new(
+        uffd: OwnedFd,
+        pid: u32,
+        ranges: &[TrackedRange],
+        watch: &mut Watch<'_>,
+    ) -> Result<Self> {
+        background::wait(pid, watch)?;
+        let mut armed =
+            Self { pid, uffd: None, ranges: Vec::with_capacity(ranges.len()), while_armed: Arc::new(()) };
+        let uffd = &*armed.uffd.insert(uffd);
         for range in ranges {
-            register(armed.uffd.as_fd(), pid, range)?;
+            register(uffd.as_fd(), pid, range)?;
             armed.ranges.push(*range);
         }
-        let uffd = armed.uffd.as_fd();
         in_windows(ranges, |range| {
+            watch()?;
+            let at = range.start;
             let mut arm = abi::UffdioWriteprotect { range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
-            ioctl(uffd, abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop)
-        })
-        .map_err(|(errno, at)| match errno {
-            Errno::SRCH => Error::Guest(format!("process {pid} died")),
-            e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
+            ioctl(uffd.as_fd(), abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop).map_err(|errno| match errno {
+                Errno::SRCH => Error::Guest(format!("process {pid} died")),
+                e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
+            })
         })?;
         Ok(armed)
     }
@@ -122,7 +142,9 @@ impl Armed {
 
 impl Drop for Armed {
     fn drop(&mut self) {
-        disarm(self.uffd.as_fd(), &self.ranges);
+        if let Some(uffd) = self.uffd.take() {
+            background::disarm(self.pid, uffd, std::mem::take(&mut self.ranges), DISARM_WAIT_MAX);
+        }
     }
 }
 
@@ -131,7 +153,8 @@ impl Drop for Armed {
 pub fn disarm(uffd: BorrowedFd<'_>, ranges: &[TrackedRange]) {
     for range in ranges {
         let ended = in_windows(std::slice::from_ref(range), |mut window| {
-            ioctl(uffd, abi::UFFDIO_UNREGISTER, &mut window).map(drop)
+            let at = window.start;
+            ioctl(uffd, abi::UFFDIO_UNREGISTER, &mut window).map(drop).map_err(|errno| (errno, at))
         });
         if let Err((errno, at)) = ended {
             tracing::debug!(%errno, "memory at {at:#x} could not be disarmed; closing the descriptor does it");
@@ -195,7 +218,7 @@ mod tests {
         let mut calls = Vec::new();
         in_windows(&ranges, |window| {
             calls.push((window.start, window.len));
-            Ok(())
+            Ok::<_, Errno>(())
         })
         .unwrap();
         assert_eq!(calls.iter().map(|(_, len)| len).sum::<u64>(), (100 << 20) + 4096);

@@ -55,7 +55,14 @@ impl Memory {
             },
         ];
         let uffd = own_userfaultfd()?;
-        PagemapSource::with(uffd, std::process::id(), ranges, self.window_bytes, self.scanners)
+        PagemapSource::with(
+            uffd,
+            std::process::id(),
+            ranges,
+            self.window_bytes,
+            self.scanners,
+            &mut || Ok(()),
+        )
     }
 
     fn write(&self, page: u64) {

@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::guest::{BlockDescription, GuestDescription, MapAhead};
 use crate::memory::{GuestMemory, SlotSource};
 use crate::page::{PAGE_BYTES, PageRun};
+use crate::precopy::Watch;
 use crate::prefault::Prefault;
 use crossbeam_channel::bounded;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region};
@@ -301,12 +302,13 @@ impl Machine {
         }
     }
 
-    /// Starts to follow writes.
-    pub fn start_tracking(&self) -> Result<Box<dyn DirtySource>> {
+    /// Starts to follow writes. See
+    /// [`SourceGuest::start_tracking`](crate::guest::SourceGuest::start_tracking).
+    pub fn start_tracking(&self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let kick = Arc::clone(&self.vcpus) as Arc<dyn KickVcpus>;
         Ok(match &self.tracker {
             Tracker::Ring(set) => Box::new(RingSource::start(Arc::clone(set), kick)?),
-            Tracker::Log => Box::new(LogSource::start(Arc::clone(&self.slots), kick)?),
+            Tracker::Log => Box::new(LogSource::watched(Arc::clone(&self.slots), kick, watch)?),
         })
     }
 

@@ -14,6 +14,7 @@ use crate::guest::{GuestDescription, Liveness, SourceGuest};
 use crate::memory::GuestMemory;
 use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
+use crate::precopy::Watch;
 use crossbeam_channel::Receiver;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 use kvm_ioctls::VcpuFd;
@@ -264,8 +265,8 @@ impl SourceGuest for KvmSource {
         Ok(self.running)
     }
 
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
-        let tracking = self.machine.start_tracking()?;
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
+        let tracking = self.machine.start_tracking(watch)?;
         // The shortest counts: vCPUs that were called out go on at once, and may keep the processor from the thread that
         // waits to hear of it.
         self.kick_us = u64::MAX;

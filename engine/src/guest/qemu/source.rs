@@ -12,12 +12,13 @@ use super::process::{Qemu, ended};
 use super::sentry::{Post, Sentry, TAKEN_OVER_MAX};
 use super::stream::{self, Outgoing, QMP_MAX, Settings};
 use crate::dirty::DirtySource;
-use crate::dirty::pagemap::{PagemapSource, TrackedRange};
+use crate::dirty::pagemap::{PagemapSource, TrackedRange, after_disarm};
 use crate::error::{Error, Result};
 use crate::guest::{GuestDescription, Liveness, PLATFORM_BYTES_MAX, SourceGuest, Vouched};
 use crate::memory::GuestMemory;
 use crate::memory::lost::LostPage;
 use crate::policy::FixedCosts;
+use crate::precopy::Watch;
 use rustix::fd::AsFd;
 use serde_json::{Value, json};
 use std::sync::{Arc, Weak};
@@ -299,7 +300,12 @@ impl QemuSource {
     fn stand_down(&mut self) {
         self.armed = None;
         if let Some(guardian) = self.guardian.take() {
-            guardian.finish();
+            // It holds the other descriptor, in case that this process dies before all is disarmed.
+            if let Err(e) = guardian.stand_back() {
+                tracing::debug!(error = %e.chain(), "the guardian cannot be told to stand back");
+                return guardian.finish();
+            }
+            after_disarm(self.qemu.pid(), move || guardian.finish());
         }
     }
 
@@ -502,7 +508,7 @@ impl SourceGuest for QemuSource {
         Ok(self.was_running)
     }
 
-    fn start_tracking(&mut self) -> Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let uffd = userfaultfd_of(self.qemu.pid(), &self.qemu.pidfd())?;
         let ranges = self.qemu.memory().slots().iter().map(|slot| TrackedRange {
             process_address: slot.process_address,
@@ -517,7 +523,7 @@ impl SourceGuest for QemuSource {
         let (pid, pidfd, qmp) = (self.qemu.pid(), self.qemu.pidfd(), self.qemu.qmp_path());
         let guardian = Guardian::start_watching(pid, pidfd.as_fd(), qmp, uffd.as_fd(), &ranges)?;
         self.guardian = Some(guardian);
-        let source = PagemapSource::new(uffd, pid, ranges)?;
+        let source = PagemapSource::watched(uffd, pid, ranges, watch)?;
         self.memory_armed = source.while_armed();
         // Its pagemap was opened by the number of the process, which it has kept if it lives.
         self.qemu.liveness()()?;
