@@ -15,6 +15,7 @@ use crate::progress::Progress;
 use crate::record::{Record, Spec};
 use crate::ways::{STEADY, attach};
 use anyhow::{Context, Result, bail};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::Serialize;
 use std::path::Path;
 use std::process::Command;
@@ -49,6 +50,9 @@ pub struct GapsArgs {
     /// Turns.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
+    /// Processor that the guest has for itself; pageferry and the heartbeats' reader have the others.
+    #[arg(long, value_name = "CPU")]
+    guest_cpu: Option<usize>,
     /// Directory for the record and its page.
     #[arg(long, value_name = "DIR", default_value = ".")]
     #[serde(skip)]
@@ -66,9 +70,13 @@ pub fn run(args: &GapsArgs, progress: &Progress) -> Result<Record> {
     );
     let mut record = Record::begin("gaps", title, args)?;
     let yard = Yard::new(guest(args)?)?;
+    let cpus = args.guest_cpu.map(Cpus::new).transpose()?;
+    // Whoever is started inherits it: QEMU, and the thread that reads heartbeats beside it.
+    cpus.iter().try_for_each(|cpus| go_to(&cpus.guest))?;
     let mut machine = yard
         .start(Begin::Boot, None, false)
         .context("starting QEMU; scripts/setup --bench installs what is missing")?;
+    cpus.iter().try_for_each(|cpus| go_to(&cpus.others))?;
     progress.say("the guest boots and fills its memory");
     machine.wait_booted(|| Ok(())).context("the guest did not boot")?;
     progress.expect(u64::from(args.turns));
@@ -86,6 +94,30 @@ pub fn run(args: &GapsArgs, progress: &Progress) -> Result<Record> {
     machine.console.verdict(GUEST_MAX).context("the guest's own verdict")?;
     record.elapsed_s = progress.elapsed_s();
     Ok(record)
+}
+
+/// Who runs where.
+struct Cpus {
+    guest: CpuSet,
+    others: CpuSet,
+}
+
+impl Cpus {
+    fn new(guest_cpu: usize) -> Result<Self> {
+        let mut others = sched_getaffinity(None).context("asking for this process' processors")?;
+        if guest_cpu >= CpuSet::MAX_CPU || !others.is_set(guest_cpu) || others.count() < 2 {
+            bail!("--guest-cpu {guest_cpu}: this process may not use that processor and another one");
+        }
+        others.unset(guest_cpu);
+        let mut guest = CpuSet::new();
+        guest.set(guest_cpu);
+        Ok(Self { guest, others })
+    }
+}
+
+/// This thread, and what it starts from now on.
+fn go_to(cpus: &CpuSet) -> Result<()> {
+    sched_setaffinity(None, cpus).context("choosing processors")
 }
 
 fn guest(args: &GapsArgs) -> Result<GuestOptions> {
