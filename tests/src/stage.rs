@@ -67,8 +67,14 @@ impl Stage {
 
     /// Has what it starts give up asking after Commit within a second, and ask on twice a second from then on.
     #[must_use]
-    pub fn impatient(mut self) -> Self {
-        self.limits = Some("ask-again:1000,ask-later:500");
+    pub fn impatient(self) -> Self {
+        self.limited("ask-again:1000,ask-later:500")
+    }
+
+    /// Has what it starts keep these limits, as `PAGEFERRY_LIMIT` takes them.
+    #[must_use]
+    pub fn limited(mut self, limits: &'static str) -> Self {
+        self.limits = Some(limits);
         self
     }
 
