@@ -55,7 +55,7 @@ struct Pair {
     descriptors: (usize, usize),
 }
 
-const SOURCE_POINTS: [&str; 5] = ["setup", "rounds", "switchover", "sealed", "committed"];
+const SOURCE_POINTS: [&str; 6] = ["setup", "rounds", "switchover", "sealed", "committed", "moved"];
 
 impl Pair {
     fn new(point: &str) -> Self {
@@ -537,6 +537,29 @@ fn nobody_asks_for_a_guest_that_was_started_by_hand() {
     assert!(words.contains("somebody has started it since") && !words.contains("asking"), "{words}");
     assert!(pair.kept().is_none(), "and nobody ever will");
     assert!(!pair.destination.words.text().contains("dst runs here"));
+}
+
+/// The guest has moved, and its QEMU here has not been ended yet.
+#[test]
+fn a_guardian_ends_the_qemu_of_a_guest_that_has_moved() {
+    let stage = Stage::new();
+    let mut pair = Pair::with(stage, "moved", "");
+    let moving = pair.held_at("moved");
+    assert_eq!(moving.end(SOON).status, Some(0), "it was told before");
+    assert_eq!(pair.look(), (false, true));
+    assert!(look::alive(pair.source_qemu), "it is still there, or nothing is shown");
+    pair.strike(KillSourceSupervisor);
+    wait_gone(pair.source_qemu);
+    eventually("the guardian ends", SOON, || pair.source.guardians().is_empty().then_some(()));
+    pair.source.words.wait("the supervisor died after the guest had moved", SOON);
+    assert_eq!(pair.look(), (false, true));
+    let listed = pair.stage.done(&["list"]);
+    assert!(!listed.stdout.contains("src"), "{}", listed.stdout);
+    let refused = pair.stage.done(&["attach", "src"]);
+    assert_eq!(refused.status, Some(2), "{}", refused.stderr);
+    // Its name is free.
+    pair.stage.release();
+    let _again = pair.stage.run("src", BARE, "");
 }
 
 /// The guest runs again at the source, and its memory is not disarmed yet.

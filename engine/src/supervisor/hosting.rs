@@ -7,6 +7,7 @@ use super::hosted::{Ended, Hosted, Vmm};
 use super::runtime::{Claim, Record};
 use super::{Inbox, Shared, say};
 use crate::error::Result;
+use crate::hold;
 use crate::inquiry::{self, ASK_LATER_EVERY, Inquiry};
 use crate::progress::Monitor;
 use crate::report::{MigrationReport, Outcome};
@@ -213,6 +214,7 @@ impl<H: Hosted> Hosting<H> {
             // Freeing gigabytes keeps a core busy. If the destination is this very host, the guest that has
             // just begun to run there needs it more.
             std::thread::sleep(END_GRACE);
+            hold::point("moved");
             self.end_guest();
             return Some(0);
         }

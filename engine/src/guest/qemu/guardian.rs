@@ -9,6 +9,7 @@
 //! | ---           | ---                           | ---                              |
 //! | open          | cancel, let the guest run     | end the copy                     |
 //! | sealed        | keep it stopped: Commit may be out  | let the guest run: it is ours |
+//! | moved         | end QEMU: the guest runs at the destination | |
 //! | watching      | nothing                       |                                  |
 //! | finished      | nothing                       | nothing                          |
 //!
@@ -45,6 +46,8 @@ use std::time::{Duration, Instant};
 const READY_MAX: Duration = Duration::from_secs(5);
 /// For the guardian to reach QEMU and put the guest right.
 const RESCUE_MAX: Duration = Duration::from_secs(30);
+/// For QEMU to take a connection over which it is told to end, before it is ended by force.
+const QUIT_MAX: Duration = Duration::from_secs(2);
 /// Pause between two attempts at it.
 const RESCUE_EVERY: Duration = Duration::from_millis(5);
 
@@ -74,6 +77,7 @@ enum Flag {
     Sealed = 1,
     Finished = 2,
     Watching = 3,
+    Moved = 4,
 }
 
 /// The supervisor's handle. Dropping it without [`Guardian::finish`] has the guardian act.
@@ -184,9 +188,18 @@ impl Guardian {
         self.set(Flag::Sealed)
     }
 
-    /// Takes the seal back, if there is one.
+    /// The guest is another host's, by its own word or the operator's: what is left of it here is
+    /// to be ended.
+    pub fn give_away(&self) -> Result<()> {
+        self.set(Flag::Moved)
+    }
+
+    /// Takes the seal back, if there is one, and what came after it: a QEMU that could not be ended
+    /// may yet run its guest.
     pub fn unseal(&self) -> Result<()> {
-        if self.flag()? == Flag::Sealed as u8 { self.set(Flag::Open) } else { Ok(()) }
+        let flag = self.flag()?;
+        let sealed = [Flag::Sealed, Flag::Moved].iter().any(|sealed| flag == *sealed as u8);
+        if sealed { self.set(Flag::Open) } else { Ok(()) }
     }
 
     /// Whether nothing has been done yet that it would have to put right: at the source until [`Self::engage`].
@@ -268,7 +281,8 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
 
     let mut bytes = [0; 2];
     shared.read(FLAG_AT, &mut bytes)?;
-    let (open, sealed) = (bytes[0] == Flag::Open as u8, bytes[0] == Flag::Sealed as u8);
+    let says = |flag: Flag| bytes[0] == flag as u8;
+    let (open, sealed) = (says(Flag::Open), says(Flag::Sealed));
     let settings: Option<Settings> = read_json(&shared, SETTINGS_AT..RANGES_AT);
     let rescue = || put_right(&args.qmp, bytes[1] == 1, settings.as_ref());
     let disarm = || disarm(args, &shared, bytes[0]);
@@ -287,6 +301,10 @@ pub fn main(args: &GuardianArgs) -> Result<()> {
                 scope.spawn(disarm);
                 super::sentry::keep_stopped(&args.qmp, &pidfd)
             })
+        }
+        Side::Source if says(Flag::Moved) => {
+            say("the supervisor died after the guest had moved; its QEMU is ended here");
+            end_qemu(&args.qmp, &pidfd, args.pid)
         }
         Side::Destination if open => pidfd_send_signal(&pidfd, Signal::KILL)
             .map_err(|e| Error::os("ending the unfinished copy of the guest", e)),
@@ -374,6 +392,14 @@ fn put_right(qmp: &Path, was_running: bool, settings: Option<&Settings>) -> Resu
             Err(e) if Instant::now() >= deadline => return Err(e),
             Err(_) => std::thread::sleep(RESCUE_EVERY),
         }
+    }
+}
+
+/// Ends a QEMU whose guest is another host's, by force if somebody else holds its monitor.
+fn end_qemu(qmp: &Path, pidfd: &OwnedFd, pid: u32) -> Result<()> {
+    match Qmp::connect(qmp, Instant::now() + QUIT_MAX) {
+        Ok(mut qmp) => super::process::quit(&mut qmp, pidfd, pid),
+        Err(_) => super::process::kill(pidfd, pid),
     }
 }
 

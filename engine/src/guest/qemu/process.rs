@@ -198,9 +198,7 @@ impl Qemu {
 
     /// Ends the process: by QMP, and if that does not help within five seconds, by force.
     pub fn quit(&mut self) -> Result<()> {
-        // An error here is most often QEMU being quicker than its answer.
-        let _ = self.qmp.execute("quit", json!({}), Instant::now() + END_MAX);
-        if ended(&self.pidfd, END_MAX)? { Ok(()) } else { self.kill() }
+        quit(&mut self.qmp, &self.pidfd, self.pid)
     }
 
     /// Ends the process by force and waits for it.
@@ -217,6 +215,13 @@ fn described(memory: &GuestMemory) -> Vec<BlockDescription> {
     let describe =
         |slot: &MemorySlot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 };
     memory.slots().iter().map(describe).collect()
+}
+
+/// Ends a QEMU by its monitor, and if that does not help within five seconds, by force.
+pub fn quit(qmp: &mut Qmp, pidfd: &OwnedFd, pid: u32) -> Result<()> {
+    // An error here is most often QEMU being quicker than its answer.
+    let _ = qmp.execute("quit", json!({}), Instant::now() + END_MAX);
+    if ended(pidfd, END_MAX)? { Ok(()) } else { kill(pidfd, pid) }
 }
 
 /// Ends a process by force and waits for it.

@@ -296,6 +296,13 @@ impl QemuSource {
         Ok(())
     }
 
+    /// The guest runs elsewhere, or nowhere any more: should this process die, the guardian ends its QEMU.
+    fn give_away(&self) {
+        if let Some(Err(e)) = self.guardian.as_ref().map(Guardian::give_away) {
+            tracing::warn!(error = %e.chain(), "should this process die now, nobody ends the guest's QEMU");
+        }
+    }
+
     /// Nothing is to be put right any more.
     fn stand_down(&mut self) {
         self.armed = None;
@@ -663,13 +670,15 @@ impl SourceGuest for QemuSource {
 
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.retired = Some(tracking);
+        self.give_away();
     }
 
     fn end(&mut self) -> Result<()> {
+        self.give_away();
         self.relieve();
         let ended = self.qemu.quit();
         self.retired = None;
-        // One that does not end is still kept stopped, once this supervisor is gone.
+        // One that does not end is ended by its guardian, once this supervisor is gone.
         if ended.is_ok() {
             self.stand_down();
         }
