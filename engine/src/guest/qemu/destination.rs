@@ -198,6 +198,8 @@ impl DestinationGuest for QemuDestination {
     }
 
     fn run(&mut self, was_running: bool) -> Result<()> {
+        // A QEMU that has ended before has not run the guest, and has not got it either.
+        self.liveness()()?;
         if was_running {
             self.cont()?;
         }
@@ -233,8 +235,6 @@ impl QemuDestination {
     /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a disk's
     /// lock and then succeed.
     fn cont(&mut self) -> Result<()> {
-        // A QEMU that has ended before it was told to run the guest has not run it.
-        self.liveness()()?;
         let deadline = Instant::now() + CONT_MAX;
         match self.qemu.qmp.execute("cont", json!({}), deadline) {
             Ok(_) => Ok(()),
