@@ -3,8 +3,8 @@
 //!
 //! `PAGEFERRY_HOLD=rounds:2000,loaded:9000:/tmp/held` sleeps so many milliseconds when the named point is
 //! reached, or only until the file that is named behind them is gone, and says so on stderr. Points:
-//! `setup`, `rounds`, `armed`, `switchover`, `sealed`, `committed`, `resumed`, `moved` (source);
-//! `room`, `filling`, `loaded`, `owner` (destination).
+//! `setup`, `rounds`, `armed`, `pausing`, `switchover`, `sealed`, `committed`, `resumed`, `moved`
+//! (source); `room`, `filling`, `loaded`, `owner` (destination).
 
 use crate::output::say;
 use crate::progress::Stage;

@@ -104,6 +104,7 @@ impl<'g> Paused<'g> {
     pub fn enter(guest: &'g mut dyn SourceGuest, ahead: impl FnOnce(bool)) -> Result<Self> {
         let was_running = guest.is_running()?;
         ahead(was_running);
+        hold::point("pausing");
         let started = clock::now();
         let mut since = started;
         let mut guest = ResumeOnDrop { guest: Some(guest) };

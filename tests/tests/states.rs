@@ -1,9 +1,11 @@
 //! A guest that QEMU stopped, for an error of its disk or one of its own, is moved as what it is: the destination
 //! ends in the same state, and the guest runs again when somebody says so there.
 
+use pageferry::supervisor::api::State;
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 fn ask(supervisor: &Supervisor, command: &str, arguments: Value) -> Value {
@@ -83,6 +85,99 @@ fn a_guest_that_stopped_for_its_disk_stays_stopped_if_its_move_is_aborted() {
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     assert_eq!(destination.guest_state().as_deref(), Some("io-error"));
+}
+
+/// A guest that can stop in each of these ways.
+fn stoppable() -> String {
+    format!("{BARE} -device pvpanic -action panic=pause,shutdown=pause")
+}
+
+/// Brings such a guest, which runs, into this state.
+fn bring_to(source: &Supervisor, state: &str) {
+    match state {
+        "paused" => drop(ask(source, "stop", json!({}))),
+        "guest-panicked" => out(source, "b", 0x505, 1),
+        _ => eventually("the guest has shut down", SOON, || {
+            out(source, "w", 0x604, 0x2000);
+            (source.guest_state().as_deref() == Some("shutdown")).then_some(())
+        }),
+    }
+    wait_state(source, state);
+}
+
+const STOPPED: [&str; 3] = ["paused", "guest-panicked", "shutdown"];
+
+#[test]
+fn a_guest_that_stops_at_the_moment_of_the_switchover_stays_stopped_and_is_moved_so() {
+    for state in STOPPED {
+        let stage = Stage::new();
+        let mut source = stage.run("src", &stoppable(), "pausing");
+        source.wait_guest_runs();
+        let destination = stage.receive("dst", &stoppable(), "");
+        let moving = stage.migrate("src", destination.address(), &[]);
+        source.wait_held("pausing");
+        bring_to(&source, state);
+        stage.release();
+        let ended = moving.end(SOON);
+        assert_eq!(ended.status, Some(1), "{state}: {}", ended.stderr);
+        assert!(ended.stderr.contains("at the moment of the switchover"), "{}", ended.stderr);
+        assert_eq!(source.guest_state().as_deref(), Some(state));
+        destination.wait_state(State::Waiting);
+        let ended = stage.migrate("src", destination.address(), &["--verify"]).end(SOON);
+        assert_eq!(ended.status, Some(0), "{state}: {}", ended.stderr);
+        assert_eq!(source.end(), Some(0));
+        assert_eq!(destination.guest_state().as_deref(), Some(state));
+    }
+}
+
+/// Whoever takes a guest back after its state was saved, in which QEMU forgets why it did not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TakenBack {
+    BySupervisor,
+    ByGuardian,
+    OnAbortAfterCommit,
+}
+
+#[test]
+fn a_guest_that_did_not_run_is_not_let_run_when_it_is_taken_back() {
+    for state in STOPPED {
+        for how in [TakenBack::BySupervisor, TakenBack::ByGuardian, TakenBack::OnAbortAfterCommit] {
+            let stage = Stage::new();
+            let mut source = stage.run("src", &stoppable(), "");
+            source.wait_guest_runs();
+            bring_to(&source, state);
+            let point = if how == TakenBack::OnAbortAfterCommit { "owner" } else { "loaded" };
+            let mut destination = stage.receive("dst", &stoppable(), point);
+            let copy = destination.qemu();
+            let mut moving = stage.migrate("src", destination.address(), &[]);
+            destination.wait_held(point);
+            assert_eq!(
+                source.guest_state().as_deref(),
+                Some("postmigrate"),
+                "it was saved, or nothing is shown"
+            );
+            match how {
+                TakenBack::BySupervisor => destination.kill(),
+                TakenBack::ByGuardian => source.kill(),
+                TakenBack::OnAbortAfterCommit => {
+                    look::signal(copy, Signal::KILL);
+                    look::wait_gone(copy);
+                }
+            }
+            stage.release();
+            let ended = eventually("the move ends", SOON, || {
+                assert!(!source.guest_runs(), "{state}, {how:?}");
+                moving.try_end()
+            });
+            let status = if how == TakenBack::ByGuardian { 3 } else { 1 };
+            assert_eq!(ended.status, Some(status), "{state}, {how:?}: {}", ended.stderr);
+            eventually("the guardian has put right what was to be", SOON, || {
+                assert!(!source.guest_runs(), "{state}, {how:?}");
+                source.guardians().is_empty().then_some(())
+            });
+            assert_eq!(source.guest_state().as_deref(), Some("postmigrate"), "{state}, {how:?}");
+        }
+    }
 }
 
 #[test]

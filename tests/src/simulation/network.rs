@@ -196,7 +196,7 @@ impl Wire {
         clock_changed(&self.world);
     }
 
-    /// Lets go of connections that nobody has taken, which hold this network, and of what was made of the others.
+    /// Lets go of connections that nobody has taken, which hold this network, and of the others.
     pub fn end(&self) {
         let (listener, connections) = {
             let mut state = lock(&self.state);

@@ -55,6 +55,9 @@ pub struct QemuSource {
     memory_armed: Weak<()>,
     /// Whether the vCPUs ran when that was asked last.
     was_running: bool,
+    /// The number of the last event then: a STOP behind it that is not ours is the guest's own, or
+    /// its operator's.
+    asked: u64,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
     /// The number of the last event when the vCPUs had been stopped for the switchover: a RESUME behind it
@@ -104,6 +107,7 @@ impl QemuSource {
             armed: None,
             memory_armed: Weak::new(),
             was_running: false,
+            asked: 0,
             stopped: false,
             halted: 0,
             sentry: None,
@@ -276,10 +280,16 @@ impl QemuSource {
         Ok(guardian)
     }
 
-    /// Stops the vCPUs, with a guardian that knows of it.
+    /// Stops the vCPUs, with a guardian that knows of it. A guest that has stopped by itself, or was
+    /// paused, since it was asked whether it runs counts as one that did not: QEMU forgets why it
+    /// stopped once its state is saved.
     fn stop(&mut self) -> Result<()> {
         // It may have asked anew whether the guest runs.
         self.guardian()?;
+        self.qemu.qmp.look()?;
+        if self.qemu.qmp.turns().stop > self.asked {
+            self.is_running()?;
+        }
         let was_running = self.was_running;
         let guardian = self.guardian()?;
         guardian.check()?;
@@ -287,6 +297,12 @@ impl QemuSource {
         self.stopped = was_running;
         self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
         self.halted = self.qemu.qmp.events_heard();
+        // Between the look and QEMU's stop. Asked only where something was said: it takes time in
+        // the blackout.
+        if was_running && self.qemu.qmp.turns().ceased > self.asked && self.qemu.status()? != "paused" {
+            (self.was_running, self.stopped) = (false, false);
+            self.guardian()?.was_running(false)?;
+        }
         Ok(())
     }
 
@@ -296,7 +312,8 @@ impl QemuSource {
         Ok(())
     }
 
-    /// The guest runs elsewhere, or nowhere any more: should this process die, the guardian ends its QEMU.
+    /// The guest runs elsewhere, or nowhere any more: should this process die, the guardian ends its
+    /// QEMU.
     fn give_away(&self) {
         if let Some(Err(e)) = self.guardian.as_ref().map(Guardian::give_away) {
             tracing::warn!(error = %e.chain(), "should this process die now, nobody ends the guest's QEMU");
@@ -512,6 +529,7 @@ impl SourceGuest for QemuSource {
 
     fn is_running(&mut self) -> Result<bool> {
         self.was_running = self.qemu.is_running()?;
+        self.asked = self.qemu.qmp.events_heard();
         Ok(self.was_running)
     }
 
@@ -590,8 +608,16 @@ impl SourceGuest for QemuSource {
     }
 
     fn pause(&mut self) -> Result<()> {
-        let asked = self.qemu.qmp.events_heard();
+        let (asked, ran) = (self.qemu.qmp.events_heard(), self.was_running);
         self.stop()?;
+        // The destination would be told that it ran, and let it run.
+        if ran && !self.was_running {
+            return Err(Error::Guest(
+                "the guest stopped by itself, or was paused, at the moment of the switchover, and stays \
+                 so; move it again"
+                    .into(),
+            ));
+        }
         let turns = self.qemu.qmp.turns();
         // After it was asked whether the guest runs, and before it was stopped.
         if !self.was_running && turns.resume > asked {

@@ -36,6 +36,8 @@ pub struct Turns {
     pub resume: u64,
     /// The last `RESET`.
     pub reset: u64,
+    /// The last event that may come with a stop of the guest's own: QEMU sends it before its `STOP`.
+    pub ceased: u64,
 }
 
 /// The events that have arrived.
@@ -56,6 +58,7 @@ impl EventLog {
             "STOP" => self.turns.stop = number,
             "RESUME" => self.turns.resume = number,
             "RESET" => self.turns.reset = number,
+            "SHUTDOWN" | "GUEST_PANICKED" | "BLOCK_IO_ERROR" | "WATCHDOG" => self.turns.ceased = number,
             _ => {}
         }
         Event { name, data, number, at_us }
