@@ -1,6 +1,7 @@
 //! Guest memory as the engine sees it: slots, each a shared mapping, laid end to end on one line of
 //! pages.
 
+mod extents;
 pub mod file;
 pub mod holes;
 pub mod lost;
@@ -14,8 +15,7 @@ use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun, pages_in};
 use file::FileId;
 use pageferry_transport::{Access, MemoryRegion};
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -221,25 +221,9 @@ impl GuestMemory {
                 runs.extend(pages);
                 continue;
             }
-            let mut at = 0;
-            let end = slot.region.len() as u64;
-            while at < end {
-                let data = match seek(&slot.file, SeekFrom::Data(at)) {
-                    Ok(offset) if offset < end => offset,
-                    Ok(_) | Err(Errno::NXIO) => break,
-                    Err(e) => {
-                        return Err(Error::os(format!("looking for touched pages of {}", slot.name), e));
-                    }
-                };
-                let hole = seek(&slot.file, SeekFrom::Hole(data))
-                    .map_err(|e| Error::os(format!("looking for holes of {}", slot.name), e))?
-                    .min(end);
-                runs.push(PageRun::between(
-                    slot.first_page + data / PAGE_BYTES,
-                    slot.first_page + hole.div_ceil(PAGE_BYTES),
-                ));
-                at = hole;
-            }
+            let data = extents::data_within(&slot.file, 0..slot.region.len() as u64)
+                .map_err(|e| Error::os(format!("looking for touched pages of {}", slot.name), e))?;
+            runs.extend(data.iter().map(|part| slot.pages_of(part)));
         }
         Ok(runs)
     }

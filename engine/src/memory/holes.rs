@@ -32,13 +32,11 @@
 //! freed since (1, 2). The unit is the page of the backing: that a part of a huge page is sent does
 //! not map it again for the parts sent before (2).
 
-use super::{GuestMemory, MemorySlot};
+use super::{GuestMemory, MemorySlot, extents};
 use crate::bitmap::DirtyBitmap;
 use crate::dirty::pagemap::{FileView, unmapped_here};
 use crate::error::{Error, Result};
 use crate::page::{PAGE_BYTES, PageRun};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -160,22 +158,9 @@ impl GuestMemory {
                 None => zeros_within(slot, run, holes),
             };
         }
-        let asked = |e| Error::os(format!("looking for holes of {}", slot.name), e);
-        let (mut at, end) = (offset, offset + run.bytes());
-        while at < end {
-            let hole = seek(&slot.file, SeekFrom::Hole(at)).map_err(asked)?;
-            if hole >= end {
-                break;
-            }
-            let data = match seek(&slot.file, SeekFrom::Data(hole)) {
-                Ok(data) => data.min(end),
-                Err(Errno::NXIO) => end,
-                Err(e) => return Err(asked(e)),
-            };
-            let page = |at: u64| slot.first_page + at / PAGE_BYTES;
-            holes.insert(PageRun::between(page(hole), page(data)));
-            at = data;
-        }
+        let data = extents::data_within(&slot.file, offset..offset + run.bytes())
+            .map_err(|e| Error::os(format!("looking for holes of {}", slot.name), e))?;
+        holes_between(run, data.iter().map(|part| slot.pages_of(part)), holes);
         Ok(())
     }
 }
@@ -194,7 +179,7 @@ impl MemorySlot {
     }
 
     /// The pages of a part of its file.
-    fn pages_of(&self, part: &Range<u64>) -> PageRun {
+    pub(super) fn pages_of(&self, part: &Range<u64>) -> PageRun {
         PageRun::between(self.first_page + part.start / PAGE_BYTES, self.first_page + part.end / PAGE_BYTES)
     }
 }
@@ -210,9 +195,15 @@ fn huge_holes_within(
     let page_bytes = slot.backing_page_bytes;
     let begin = offset(run.first.0) / page_bytes * page_bytes;
     let end = offset(run.end()).next_multiple_of(page_bytes).min(slot.region.len() as u64);
-    let mut at = run.first.0;
     let data = file.data(begin..end)?;
-    for data in data.iter().map(|part| slot.pages_of(part)) {
+    holes_between(run, data.iter().map(|part| slot.pages_of(part)), holes);
+    Ok(())
+}
+
+/// Adds what lies in a run beside these parts, rising.
+fn holes_between(run: PageRun, data: impl Iterator<Item = PageRun>, holes: &mut DirtyBitmap) {
+    let mut at = run.first.0;
+    for data in data {
         let first = data.first.0.max(run.first.0);
         if at < first {
             holes.insert(PageRun::between(at, first));
@@ -222,7 +213,6 @@ fn huge_holes_within(
     if at < run.end() {
         holes.insert(PageRun::between(at, run.end()));
     }
-    Ok(())
 }
 
 /// The same for huge pages that the kernel does not tell of: a page that reads as zeros is as good as a hole, and reading
