@@ -5,7 +5,7 @@ use crate::downtime::engine_figures;
 use crate::record::ratio::compare_groups;
 use crate::record::{Migration, Record};
 use anyhow::{Context, Result, bail};
-use pageferry::report::{MigrationReport, Outcome};
+use pageferry_engine::report::{MigrationReport, Outcome};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 

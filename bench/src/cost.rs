@@ -13,10 +13,10 @@ pub mod ring;
 use crate::progress::Progress;
 use crate::record::{Record, Spec};
 use anyhow::{Context, Result, anyhow, ensure};
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::memory::GuestMemory;
-use pageferry::page::PAGE_BYTES;
-use pageferry::precopy::Pump;
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::source::pump::Pump;
 use pageferry_transport::rdma::{RdmaInitiator, RdmaOptions};
 use pageferry_transport::{
     Initiator, MemoryRegion, RemoteAddr, RemoteKey, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest,

@@ -5,7 +5,7 @@ use crate::console::{Beats, Console};
 use crate::downtime::network::Network;
 use crate::said::Said;
 use anyhow::{Context, Result, anyhow, bail};
-use pageferry::guest::qemu::qmp::Qmp;
+use pageferry_qemu::qmp::Qmp;
 use pageferry_workload::heartbeat::{Gap, GapMeter};
 use serde_json::json;
 use std::io::Read;

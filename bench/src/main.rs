@@ -2,10 +2,8 @@
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand};
+use pageferry::cli::choices::{Pattern, Tracking, TransportArg};
 use pageferry::cli::units::{downtime_max, duration};
-use pageferry::guest::kvm::machine::TrackingChoice;
-use pageferry::guest::kvm::payload::Pattern;
-use pageferry::link::Transport;
 use pageferry_bench::bulk::{self, args::BulkArgs};
 use pageferry_bench::collect::{CollectOptions, collect};
 use pageferry_bench::compare::compare;
@@ -124,13 +122,13 @@ struct DowntimeArgs {
     pattern: Pattern,
     /// How writes of the payload guest are followed; for more than one, each has a guest of its own, in turns.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
-    tracking: Vec<TrackingChoice>,
+    tracking: Vec<Tracking>,
     /// Threads that write; vCPUs of the payload guest.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
     threads: u32,
     /// What carries the data.
     #[arg(long, value_enum, default_value = "tcp")]
-    transport: Transport,
+    transport: TransportArg,
     /// Address of this host where the receiver listens; for RDMA that of a port.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     address: IpAddr,
@@ -259,12 +257,12 @@ fn run_downtime(args: &DowntimeArgs) -> Result<()> {
         memory_mib: args.memory,
         working_mib: args.working,
         rate_mb: args.rate,
-        pattern: args.pattern,
+        pattern: args.pattern.into(),
         threads: args.threads,
-        tracking: args.tracking.clone(),
-        transport: args.transport,
+        tracking: args.tracking.iter().copied().map(Into::into).collect(),
+        transport: args.transport.into(),
         address: args.address,
-        lanes: args.lanes.unwrap_or_else(pageferry::source::default_lanes),
+        lanes: args.lanes.unwrap_or_else(pageferry_engine::source::default_lanes),
         downtime_max: args.downtime_max,
         planted_pause: args.plant_pause,
     };

@@ -1,9 +1,9 @@
 //! Guest memory that was written, and sets of its pages.
 
 use anyhow::{Context, Result};
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::memory::{GuestMemory, SlotSource};
-use pageferry::page::{PAGE_BYTES, PageRun};
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
+use pageferry_engine::memory::{GuestMemory, SlotSource};
 use pageferry_transport::Access;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;

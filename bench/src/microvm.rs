@@ -5,7 +5,7 @@ use crate::console::Console;
 use crate::machine::{GUEST_MAX, START_MAX, Yard, next_name};
 use crate::said::Said;
 use anyhow::{Context, Result, bail};
-use pageferry::guest::kvm::machine::TrackingChoice;
+use pageferry_microvm::config::TrackingChoice;
 use rustix::process::{Pid, Signal, kill_process};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;

@@ -1,6 +1,6 @@
 //! The one error type of the engine: what failed, on what, and what to do about it.
 
-use crate::output::words;
+use crate::text;
 use std::io;
 
 /// The longest text of an error: a page of it is more than anybody reads.
@@ -126,7 +126,7 @@ impl Error {
 }
 
 /// An error with the whole chain of its causes, on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {
@@ -134,7 +134,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         text.push_str(&next.to_string());
         cause = next.source();
     }
-    words::foreign(&text, CHAIN_CHARS_MAX)
+    text::foreign(&text, CHAIN_CHARS_MAX)
 }
 
 #[cfg(test)]

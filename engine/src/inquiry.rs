@@ -10,15 +10,16 @@
 //! Only a destination that has said something settles it. A refused connection, silence, or a receiver that
 //! does not know the session say nothing. The destination answers a session's token for its whole life, so
 //! asking goes on for as long as the guest is in doubt: by [`crate::source::migrate`] at first, then by the
-//! supervisor or whoever embeds the engine ([`crate::progress::Monitor::take_inquiry`]), also after the death of
+//! supervisor or whoever embeds the engine ([`crate::report::progress::Monitor::take_inquiry`]), also after the death of
 //! the process that began ([`Keeper`]).
 
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::hold;
+use crate::net::dial::reopen;
 use crate::net::{Address, Network};
+use crate::protocol::refusal::aborted;
 use crate::protocol::{Abort, Cause, Control, Message, Running};
-use crate::session::{self, aborted};
+use crate::report::hold;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use pageferry_transport::preamble::Token;
 use serde::{Deserialize, Serialize};
@@ -90,7 +91,7 @@ impl Inquiry {
     #[must_use]
     pub fn ask_before_running(&self, network: &dyn Network) -> Option<Answer> {
         let ask = || {
-            let mut control = session::reopen(network, &self.to, self.token)?;
+            let mut control = reopen(network, &self.to, self.token)?;
             let reason = "the operator lets the guest run at the source".into();
             let abort = Message::Abort(Abort { reason, cause: Cause::Failed });
             control.send(&abort, clock::now() + RUNNING_MAX)?;
@@ -149,7 +150,7 @@ impl Inquiry {
     }
 
     fn ask_anew(&self, network: &dyn Network) -> Result<Message> {
-        let mut control = session::reopen(network, &self.to, self.token)?;
+        let mut control = reopen(network, &self.to, self.token)?;
         control.send(&Message::Commit, clock::now() + RUNNING_MAX)?;
         control.receive("Running", clock::now() + RUNNING_MAX)
     }
@@ -195,7 +196,7 @@ impl TryFrom<Written> for Question {
 }
 
 /// Keeps the question of a migration where it is found after the death of this process, for guests that outlive it
-/// ([`crate::progress::Monitor::keep_question_with`]). A question that is found may be asked, so the order is strict:
+/// ([`crate::report::progress::Monitor::keep_question_with`]). A question that is found may be asked, so the order is strict:
 ///
 /// ```text
 ///   forget -> the guest runs, rounds -> write_ahead -> pause .. Ready, seal -> reveal -> Commit
@@ -245,7 +246,7 @@ fn settles(heard: Result<Message>) -> Option<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doorway::{Doorway, Incoming};
+    use crate::destination::listener::{Doorway, Incoming};
     use crate::net::System;
 
     fn says(cause: Cause) -> Message {
@@ -301,7 +302,7 @@ mod tests {
         let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
         doorway.expect(Token([1; 16]));
         let soon = || clock::now() + Duration::from_secs(10);
-        let mut old = session::reopen(&System, &doorway.address, Token([1; 16])).unwrap();
+        let mut old = reopen(&System, &doorway.address, Token([1; 16])).unwrap();
         old.send(&Message::Commit, soon()).unwrap();
         let Some(Incoming::Control { mut control, .. }) = doorway.next(soon()) else { panic!("it comes") };
         // A port where nobody listens.

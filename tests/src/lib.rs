@@ -96,7 +96,7 @@ pub fn binary() -> PathBuf {
         Err(_) => panic!("{} is missing; {build}", binary.display()),
     };
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
-    for sources in ["engine/src", "transport/src"] {
+    for sources in ["engine", "transport"] {
         if let Some(newer) = newer_than(&root.join(sources), built) {
             panic!("{} is older than {}; {build}", binary.display(), newer.display());
         }
@@ -110,6 +110,7 @@ fn newer_than(directory: &std::path::Path, time: std::time::SystemTime) -> Optio
         if metadata.is_dir() {
             return newer_than(&entry.path(), time);
         }
-        (metadata.modified().ok()? > time).then(|| entry.path())
+        let is_source = entry.path().components().any(|part| part.as_os_str() == "src");
+        (is_source && metadata.modified().ok()? > time).then(|| entry.path())
     })
 }

@@ -1,7 +1,7 @@
 //! What can be seen of a process and of a QEMU from outside, without its supervisor.
 
 use crate::{LOOK_EVERY, SOON};
-use pageferry::guest::qemu::qmp::Qmp;
+use pageferry_qemu::qmp::Qmp;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs::{self, File};

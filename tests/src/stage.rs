@@ -5,7 +5,7 @@ use crate::look::{self, alive, guest_state};
 use crate::words::Words;
 use crate::{SOON, eventually};
 use pageferry::supervisor::api::{Client, Reply, Request, State, Status};
-use pageferry::supervisor::runtime::RuntimeDir;
+use pageferry::supervisor::claim::RuntimeDir;
 use rustix::process::{Signal, geteuid};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;

@@ -1,8 +1,8 @@
 //! What cannot work is refused: exit status 2, one clear line with the mend, and nothing is touched. What
 //! was tried and given up ends with 1, and the guest runs on.
 
-use pageferry::guest::qemu::qmp::Qmp;
 use pageferry::supervisor::api::State;
+use pageferry_qemu::qmp::Qmp;
 use pageferry_tests::look::{self, tracked_mappings};
 use pageferry_tests::stage::{BARE, Ended, Stage, monitor_options};
 use pageferry_tests::{SOON, eventually, not_run};

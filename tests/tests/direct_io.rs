@@ -3,10 +3,10 @@
 //! any more) makes a harvest safe to read; these tests show it on the real kernel, with a reader that can be
 //! settled in place of QEMU's `stop`.
 
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::dirty::DirtySource;
-use pageferry::dirty::pagemap::{PagemapSource, TrackedRange, own_userfaultfd};
-use pageferry::page::PAGE_BYTES;
+use pageferry_engine::dirty::DirtySource;
+use pageferry_engine::dirty::pagemap::{PagemapSource, TrackedRange, own_userfaultfd};
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_tests::not_run;
 use pageferry_tests::slow_fs::SlowFs;
 use pageferry_transport::MemoryRegion;

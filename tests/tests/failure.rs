@@ -7,8 +7,8 @@
 //! behind, and a second attempt succeeds.
 
 use pageferry::supervisor::api::State;
+use pageferry::supervisor::claim::RuntimeDir;
 use pageferry::supervisor::doubt::Doubt;
-use pageferry::supervisor::runtime::RuntimeDir;
 use pageferry_tests::look::{self, descriptors, tracked_mappings, wait_gone};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::{BARE, Ended, Running, Stage, Supervisor};

@@ -10,7 +10,7 @@ use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, eventually, ledger};
 use std::time::{Duration, Instant};
 
-/// Points at which the injected call can be held, in their order (engine/src/guest/qemu/inject.rs).
+/// Points at which the injected call can be held, in their order (engine/guests/qemu/src/inject).
 const POINTS: [&str; 13] = [
     "inject-seized",
     "inject-stopped",

@@ -7,8 +7,8 @@
 //! `scripts/kill-campaign FIRST LAST` runs more seeds; a seed that fails is printed and can be run
 //! alone.
 
-use pageferry::guest::kvm::machine::open_kvm;
 use pageferry::supervisor::api::State;
+use pageferry_microvm::machine::open_kvm;
 use pageferry_tests::console::Console;
 use pageferry_tests::look::{self, alive, tracked_mappings, vcpu_time};
 use pageferry_tests::random::Random;

@@ -1,16 +1,16 @@
 //! Memory that the kernel itself took out of use (`MADV_HWPOISON`), as it does when hardware reports a lost page. The lab
 //! machine's kernel can; others that lack it have stand-ins in `lost_memory`.
 
-use pageferry::destination::Reception;
-use pageferry::doorway::Doorway;
-use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry::guest::{DestinationGuest, SourceGuest};
-use pageferry::link::LinkChoice;
-use pageferry::memory::lost::Poisoned;
-use pageferry::page::PAGE_BYTES;
-use pageferry::progress::Monitor;
-use pageferry::report::{MigrationReport, Outcome};
-use pageferry::source::{MigrateOptions, migrate};
+use pageferry_engine::destination::Reception;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::guest::{DestinationGuest, SourceGuest};
+use pageferry_engine::memory::lost::Poisoned;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::net::choice::LinkChoice;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::report::{MigrationReport, Outcome};
+use pageferry_engine::source::{MigrateOptions, migrate};
+use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::{SOON, refuse_outside_the_lab};
 use std::os::fd::AsRawFd;
 use std::process::Command;

@@ -2,7 +2,7 @@
 //! over both links, and the ways in which a guest and its supervisor end.
 
 use pageferry::supervisor::api::State;
-use pageferry::supervisor::hosted::Vmm;
+use pageferry::supervisor::place::Vmm;
 use pageferry_tests::console::{BOOT_MAX, Linux};
 use pageferry_tests::stage::Stage;
 use pageferry_tests::{SOON, binary, refuse_outside_the_lab};

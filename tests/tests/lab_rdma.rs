@@ -4,21 +4,21 @@
 //!
 //! Ignored everywhere else: scripts/test builds outside and runs them inside.
 
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::destination::{Reception, Served};
-use pageferry::dirty::{DirtySource, Harvest};
-use pageferry::doorway::Doorway;
-use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
-use pageferry::link::{LinkChoice, Transport};
-use pageferry::memory::GuestMemory;
-use pageferry::page::{PAGE_BYTES, PageRun};
-use pageferry::policy::{FixedCosts, WhenStuck};
-use pageferry::precopy::Watch;
-use pageferry::progress::Monitor;
-use pageferry::report::{MigrationReport, Outcome};
-use pageferry::source::{MigrateOptions, migrate};
 use pageferry::supervisor::api::State;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
+use pageferry_engine::net::choice::{LinkChoice, Transport};
+use pageferry_engine::policy::WhenStuck;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::report::{MigrationReport, Outcome};
+use pageferry_engine::source::{MigrateOptions, migrate};
+use pageferry_engine::watch::Watch;
+use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::console::{BOOT_MAX, Console, Linux};
 use pageferry_tests::stage::{BARE, Ended, Stage, Supervisor};
 use pageferry_tests::{eventually, refuse_outside_the_lab};
@@ -157,7 +157,7 @@ struct LateTracking {
 }
 
 impl DirtySource for LateTracking {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry::Result<Harvest> {
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
         if self.touched.load(std::sync::atomic::Ordering::SeqCst) {
             LATE.iter().for_each(|&page| into.insert(PageRun::between(page, page + 1)));
         }
@@ -166,7 +166,7 @@ impl DirtySource for LateTracking {
 }
 
 impl SourceGuest for Late {
-    fn pause(&mut self) -> pageferry::Result<()> {
+    fn pause(&mut self) -> pageferry_engine::Result<()> {
         for page in LATE {
             let region = self.inner.memory().slots()[0].region();
             region.write((page * PAGE_BYTES) as usize, &page.to_le_bytes())?;
@@ -174,11 +174,14 @@ impl SourceGuest for Late {
         self.touched.store(true, std::sync::atomic::Ordering::SeqCst);
         self.inner.pause()
     }
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         let touched = std::sync::Arc::clone(&self.touched);
         Ok(Box::new(LateTracking { inner: self.inner.start_tracking(watch)?, touched }))
     }
-    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+    fn save(
+        &mut self,
+        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
+    ) -> pageferry_engine::Result<()> {
         self.inner.save(sink)?;
         vec![0; PADDING_BYTES].chunks(256 << 10).try_for_each(sink)
     }
@@ -191,7 +194,7 @@ impl SourceGuest for Late {
     fn describe(&self) -> GuestDescription {
         self.inner.describe()
     }
-    fn preflight(&mut self) -> pageferry::Result<()> {
+    fn preflight(&mut self) -> pageferry_engine::Result<()> {
         self.inner.preflight()
     }
     fn memory(&self) -> &std::sync::Arc<GuestMemory> {
@@ -203,31 +206,31 @@ impl SourceGuest for Late {
     fn liveness(&self) -> Liveness {
         self.inner.liveness()
     }
-    fn may_discard(&mut self) -> pageferry::Result<bool> {
+    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.may_discard()
     }
-    fn is_running(&mut self) -> pageferry::Result<bool> {
+    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn settle_io(&mut self) -> pageferry::Result<()> {
+    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
         self.inner.settle_io()
     }
-    fn arm(&mut self) -> pageferry::Result<()> {
+    fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()
     }
-    fn begin_save(&mut self) -> pageferry::Result<()> {
+    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
         self.inner.begin_save()
     }
-    fn seal(&mut self) -> pageferry::Result<()> {
+    fn seal(&mut self) -> pageferry_engine::Result<()> {
         self.inner.seal()
     }
-    fn resume(&mut self) -> pageferry::Result<()> {
+    fn resume(&mut self) -> pageferry_engine::Result<()> {
         self.inner.resume()
     }
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.inner.retire(tracking);
     }
-    fn end(&mut self) -> pageferry::Result<()> {
+    fn end(&mut self) -> pageferry_engine::Result<()> {
         self.inner.end()
     }
 }

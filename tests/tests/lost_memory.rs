@@ -2,16 +2,16 @@
 //! what was lost is named, and the guest runs on or moves, as the operator chose. And pages that a balloon takes away: they
 //! arrive as what the guest would read there.
 
-use pageferry::destination::Reception;
-use pageferry::doorway::Doorway;
-use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry::guest::{DestinationGuest, SourceGuest};
-use pageferry::link::LinkChoice;
-use pageferry::memory::lost::Poisoned;
-use pageferry::page::PAGE_BYTES;
-use pageferry::progress::Monitor;
-use pageferry::report::{MigrationReport, Outcome};
-use pageferry::source::{MigrateOptions, migrate};
+use pageferry_engine::destination::Reception;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::guest::{DestinationGuest, SourceGuest};
+use pageferry_engine::memory::lost::Poisoned;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::net::choice::LinkChoice;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::report::{MigrationReport, Outcome};
+use pageferry_engine::source::{MigrateOptions, migrate};
+use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::huge_pages::HugePages;
 use pageferry_tests::look::memory_file;
 use pageferry_tests::stage::Stage;

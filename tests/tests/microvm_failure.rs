@@ -4,8 +4,8 @@
 //!
 //! Whether a guest runs is seen by the processor time of its vCPUs: a payload never rests.
 
-use pageferry::guest::kvm::machine::open_kvm;
 use pageferry::supervisor::api::State;
+use pageferry_microvm::machine::open_kvm;
 use pageferry_tests::look::{self, vcpu_time};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::{Ended, Running, Stage, Supervisor};

@@ -7,8 +7,8 @@
 //!
 //! `PAGEFERRY_MOVES=30` for the long form; `scripts/test` makes some.
 
-use pageferry::progress;
 use pageferry::supervisor::api::State;
+use pageferry_engine::report::progress;
 use pageferry_tests::console::Console;
 use pageferry_tests::look::{self, descriptors, tracked_mappings};
 use pageferry_tests::stage::{Stage, Supervisor};

@@ -2,10 +2,10 @@
 //! stderr: a closed pipe, a full disk, a pipe that nobody reads. And a command's exit status tells what it did,
 //! whatever became of its words. What others say, a peer above all, is shown and not obeyed.
 
-use pageferry::guest::GuestDescription;
-use pageferry::net::socket::SocketConnection;
-use pageferry::protocol::{Cause, Control, Hello, Message};
 use pageferry::supervisor::api::State;
+use pageferry_engine::guest::GuestDescription;
+use pageferry_engine::net::socket::SocketConnection;
+use pageferry_engine::protocol::{Cause, Control, Hello, Message};
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};

@@ -4,8 +4,8 @@
 //! A pair is compared as a migration compares it, with two QEMUs that have not begun to run. What is not
 //! named in a row must be equal: a row without a name is a pair whose guest moves.
 
-use pageferry::guest::qemu::platform::{Gatherer, Platform, Weight, compare};
-use pageferry::guest::qemu::qmp::Qmp;
+use pageferry_qemu::platform::{Gatherer, Platform, Weight, compare};
+use pageferry_qemu::qmp::Qmp;
 use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, eventually, look};
 use serde_json::{Value, json};
@@ -70,7 +70,7 @@ fn check(base: &str, pairs: &[Pair]) {
     for (source, destination, names) in pairs {
         let found = compare(&platform(source), &platform(destination));
         let told: Vec<_> = found.iter().map(ToString::to_string).collect();
-        let is = |name: &str, found: &pageferry::guest::qemu::platform::Difference| {
+        let is = |name: &str, found: &pageferry_qemu::platform::Difference| {
             let (name, weight) = match name.strip_prefix('~') {
                 Some(name) => (name, Weight::Warn),
                 None => (name, Weight::Refuse),

@@ -75,7 +75,7 @@ fn sources(directory: &Path, text: &mut String) {
 fn the_words_of_each_refusal_on_the_operators_page_are_those_that_are_said() {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in it");
     let mut said = String::new();
-    sources(&repository.join("engine/src"), &mut said);
+    sources(&repository.join("engine"), &mut said);
     let page = std::fs::read_to_string(repository.join("docs/operations.md")).expect("the page");
     let section =
         page.split("\n## ").find(|section| section.starts_with("What is refused")).expect("its section");

@@ -2,8 +2,8 @@
 //! transfers are drained between a harvest and the read of its pages. A file system in user space plays such a
 //! one (`SlowFs`).
 
-use pageferry::guest::qemu::qmp::Qmp;
 use pageferry::supervisor::api::State;
+use pageferry_qemu::qmp::Qmp;
 use pageferry_tests::console::{Console, Linux};
 use pageferry_tests::slow_fs::SlowFs;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};

@@ -1,20 +1,21 @@
 //! The engine over real TCP in one process, with a guest that is threads and a ledger: a hundred moves back
 //! and forth, with attempts that fail in between, and the number of control messages.
 
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::destination::{Reception, Served};
-use pageferry::dirty::{DirtySource, Harvest};
-use pageferry::doorway::Doorway;
-use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
-use pageferry::link::{LinkChoice, Transport};
-use pageferry::memory::GuestMemory;
-use pageferry::page::PageRun;
-use pageferry::policy::{FixedCosts, WhenStuck};
-use pageferry::precopy::Watch;
-use pageferry::progress::{Monitor, Stage};
-use pageferry::report::{MigrationReport, Outcome};
-use pageferry::source::{MigrateOptions, migrate};
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::PageRun;
+use pageferry_engine::net::choice::{LinkChoice, Transport};
+use pageferry_engine::policy::WhenStuck;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::report::stage::Stage;
+use pageferry_engine::report::{MigrationReport, Outcome};
+use pageferry_engine::source::{MigrateOptions, migrate};
+use pageferry_engine::watch::Watch;
+use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::{SOON, eventually};
 use std::net::SocketAddr;
@@ -203,7 +204,7 @@ struct Shrinking {
 }
 
 impl DirtySource for Shrinking {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry::Result<Harvest> {
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
         let harvest = self.inner.harvest(into)?;
         into.insert(PageRun::between(0, self.pages as u64 + 1));
         // More than the tenth that counts as progress.
@@ -213,13 +214,13 @@ impl DirtySource for Shrinking {
 }
 
 impl SourceGuest for ManyRounds {
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         Ok(Box::new(Shrinking { inner: self.0.start_tracking(watch)?, pages: 4000.0 }))
     }
     fn describe(&self) -> GuestDescription {
         self.0.describe()
     }
-    fn preflight(&mut self) -> pageferry::Result<()> {
+    fn preflight(&mut self) -> pageferry_engine::Result<()> {
         self.0.preflight()
     }
     fn memory(&self) -> &Arc<GuestMemory> {
@@ -237,37 +238,40 @@ impl SourceGuest for ManyRounds {
     fn liveness(&self) -> Liveness {
         self.0.liveness()
     }
-    fn may_discard(&mut self) -> pageferry::Result<bool> {
+    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
         self.0.may_discard()
     }
-    fn is_running(&mut self) -> pageferry::Result<bool> {
+    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.0.is_running()
     }
-    fn settle_io(&mut self) -> pageferry::Result<()> {
+    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
         self.0.settle_io()
     }
-    fn arm(&mut self) -> pageferry::Result<()> {
+    fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.0.arm()
     }
-    fn pause(&mut self) -> pageferry::Result<()> {
+    fn pause(&mut self) -> pageferry_engine::Result<()> {
         self.0.pause()
     }
-    fn begin_save(&mut self) -> pageferry::Result<()> {
+    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
         self.0.begin_save()
     }
-    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+    fn save(
+        &mut self,
+        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
+    ) -> pageferry_engine::Result<()> {
         self.0.save(sink)
     }
-    fn seal(&mut self) -> pageferry::Result<()> {
+    fn seal(&mut self) -> pageferry_engine::Result<()> {
         self.0.seal()
     }
-    fn resume(&mut self) -> pageferry::Result<()> {
+    fn resume(&mut self) -> pageferry_engine::Result<()> {
         self.0.resume()
     }
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.0.retire(tracking);
     }
-    fn end(&mut self) -> pageferry::Result<()> {
+    fn end(&mut self) -> pageferry_engine::Result<()> {
         self.0.end()
     }
 }

@@ -6,8 +6,8 @@
 //! aligned, which puts lane boundaries on huge pages.
 
 use crate::error::{Error, Result};
-use crate::link::STRIPE_BYTES;
 use crate::region::{MemoryRegion, RemoteKey, RemoteRegion};
+use crate::stripe::STRIPE_BYTES;
 use std::sync::Arc;
 
 /// Base of the first region. Not zero, so that a peer that forgot to add a base is caught.

@@ -62,6 +62,7 @@ pub mod loopback;
 pub mod preamble;
 pub mod rdma;
 pub mod region;
+pub mod stripe;
 pub mod tcp;
 pub mod work;
 
@@ -69,8 +70,9 @@ pub mod work;
 mod contract;
 
 pub use error::{Error, Result};
-pub use link::{Initiator, STRIPE_BYTES, Target, TransportKind, lane_of};
+pub use link::{Initiator, Target, TransportKind};
 pub use region::{
     Access, LOST_MAX, LocalSlice, Loss, Lost, MemoryRegion, RemoteKey, RemoteRegion, sealed_memfd,
 };
+pub use stripe::{STRIPE_BYTES, lane_of};
 pub use work::{Completion, FenceTag, RemoteAddr, WorkId, WorkRequest};

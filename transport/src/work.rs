@@ -1,8 +1,8 @@
 //! Work requests and completions: what is posted to a link, and what comes back.
 
 use crate::error::{Error, Result};
-use crate::link::STRIPE_BYTES;
 use crate::region::{LocalSlice, RemoteKey};
+use crate::stripe::STRIPE_BYTES;
 
 /// The caller's name for a write; comes back unchanged in its completion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -2,11 +2,11 @@
 //! The ring is plain memory, filled beforehand; the kernel's part (protecting the page, freeing the entry) is not in it.
 
 use anyhow::{Result, ensure};
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::dirty::kvm::SlotTable;
-use pageferry::dirty::ring::RING_ENTRIES;
-use pageferry::dirty::ring::entries::{DirtyRing, Entry};
-use pageferry::dirty::ring::pending::PendingPages;
+use pageferry_engine::dirty::kvm::SlotTable;
+use pageferry_engine::dirty::ring::RING_ENTRIES;
+use pageferry_engine::dirty::ring::entries::{DirtyRing, Entry};
+use pageferry_engine::dirty::ring::pending::PendingPages;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
 use std::time::Instant;
 
 /// What a page may cost: a quarter of what 400 Gb/s leave for all of it.

@@ -16,8 +16,8 @@ use crate::progress::Progress;
 use crate::record::ratio::compare_groups;
 use crate::record::{Better, Plot, Record, Series, Spec};
 use anyhow::{Context, Result, bail};
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::page::PAGE_BYTES;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::PAGE_BYTES;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use subject::{Subject, Tracker};
@@ -350,11 +350,14 @@ mod tests {
 
     struct Honest(Instant);
 
-    impl pageferry::dirty::DirtySource for Honest {
-        fn harvest(&mut self, _: &mut DirtyBitmap) -> pageferry::error::Result<pageferry::dirty::Harvest> {
+    impl pageferry_engine::dirty::DirtySource for Honest {
+        fn harvest(
+            &mut self,
+            _: &mut DirtyBitmap,
+        ) -> pageferry_engine::error::Result<pageferry_engine::dirty::Harvest> {
             let pages = (self.0.elapsed().as_secs_f64() * 1e5) as u64;
             self.0 = Instant::now();
-            Ok(pageferry::dirty::Harvest { pages })
+            Ok(pageferry_engine::dirty::Harvest { pages })
         }
     }
 
@@ -367,7 +370,7 @@ mod tests {
             Ok((self.0.elapsed().as_secs_f64() * 1e5) as u64)
         }
 
-        fn follow(&mut self) -> Result<Box<dyn pageferry::dirty::DirtySource>> {
+        fn follow(&mut self) -> Result<Box<dyn pageferry_engine::dirty::DirtySource>> {
             Ok(Box::new(Honest(Instant::now())))
         }
 

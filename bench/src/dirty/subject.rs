@@ -2,14 +2,15 @@
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use pageferry::dirty::DirtySource;
-use pageferry::guest::SourceGuest;
-use pageferry::guest::kvm::machine::{MachineConfig, TrackingChoice, open_kvm};
-use pageferry::guest::kvm::payload::{Pattern, PayloadOptions};
-use pageferry::guest::kvm::serial::Console;
-use pageferry::guest::kvm::source::{Boot, KvmSource};
-use pageferry::guest::synthetic::{SyntheticOptions, SyntheticSource};
-use pageferry::page::PAGE_BYTES;
+use pageferry_engine::dirty::DirtySource;
+use pageferry_engine::guest::SourceGuest;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_microvm::config::{MachineConfig, TrackingChoice};
+use pageferry_microvm::console::serial::Console;
+use pageferry_microvm::machine::open_kvm;
+use pageferry_microvm::payload::{Pattern, PayloadOptions};
+use pageferry_microvm::source::{Boot, KvmSource};
+use pageferry_synthetic::{SyntheticOptions, SyntheticSource};
 use serde::Serialize;
 
 /// What is written where is the same in every run.

@@ -6,7 +6,7 @@ use super::{Laboratory, Move, MoveOptions};
 use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, Yard};
 use crate::ways::ferry;
 use anyhow::{Context, Result, bail};
-use pageferry::link::Transport;
+use pageferry_engine::net::choice::Transport;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -7,8 +7,8 @@ use crate::machine::{Accel, GUEST_MAX, Yard};
 use crate::microvm::Microvm;
 use crate::ways::{Terms, move_microvm};
 use anyhow::{Context, Result, bail};
-use pageferry::guest::kvm::machine::TrackingChoice;
-use pageferry::link::Transport;
+use pageferry_engine::net::choice::Transport;
+use pageferry_microvm::config::TrackingChoice;
 use std::net::SocketAddr;
 use std::time::Duration;
 

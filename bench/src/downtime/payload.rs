@@ -3,19 +3,19 @@
 
 use super::{Guest, Laboratory, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
-use pageferry::destination::{Reception, Served};
-use pageferry::doorway::Doorway;
-use pageferry::guest::SourceGuest;
-use pageferry::guest::kvm::destination::KvmDestination;
-use pageferry::guest::kvm::machine::{MachineConfig, TrackingChoice};
-use pageferry::guest::kvm::payload::PayloadOptions;
-use pageferry::guest::kvm::serial::Console;
-use pageferry::guest::kvm::source::{Boot, KvmSource};
-use pageferry::link::LinkChoice;
-use pageferry::page::PAGE_BYTES;
-use pageferry::progress::Monitor;
-use pageferry::report::Outcome;
-use pageferry::source::migrate;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::guest::SourceGuest;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::net::choice::LinkChoice;
+use pageferry_engine::report::Outcome;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::source::migrate;
+use pageferry_microvm::config::{MachineConfig, TrackingChoice};
+use pageferry_microvm::console::serial::Console;
+use pageferry_microvm::destination::KvmDestination;
+use pageferry_microvm::payload::PayloadOptions;
+use pageferry_microvm::source::{Boot, KvmSource};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 

@@ -4,18 +4,17 @@
 use super::service::{Gate, Service};
 use super::{Laboratory, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
-use pageferry::destination::{Reception, Served};
-use pageferry::dirty::DirtySource;
-use pageferry::doorway::Doorway;
-use pageferry::guest::synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry::guest::{DestinationGuest, GuestDescription, Liveness, SourceGuest};
-use pageferry::link::LinkChoice;
-use pageferry::memory::GuestMemory;
-use pageferry::page::PAGE_BYTES;
-use pageferry::policy::FixedCosts;
-use pageferry::precopy::Watch;
-use pageferry::progress::Monitor;
-use pageferry::source::migrate;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::dirty::DirtySource;
+use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::net::choice::LinkChoice;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::source::migrate;
+use pageferry_engine::watch::Watch;
+use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_transport::MemoryRegion;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -150,11 +149,11 @@ struct Leaving {
 }
 
 impl SourceGuest for Leaving {
-    fn pause(&mut self) -> pageferry::Result<()> {
+    fn pause(&mut self) -> pageferry_engine::Result<()> {
         self.gate.close();
         self.inner.pause()
     }
-    fn resume(&mut self) -> pageferry::Result<()> {
+    fn resume(&mut self) -> pageferry_engine::Result<()> {
         self.inner.resume()?;
         self.gate.open();
         Ok(())
@@ -162,7 +161,7 @@ impl SourceGuest for Leaving {
     fn describe(&self) -> GuestDescription {
         self.inner.describe()
     }
-    fn preflight(&mut self) -> pageferry::Result<()> {
+    fn preflight(&mut self) -> pageferry_engine::Result<()> {
         self.inner.preflight()
     }
     fn memory(&self) -> &Arc<GuestMemory> {
@@ -180,34 +179,37 @@ impl SourceGuest for Leaving {
     fn liveness(&self) -> Liveness {
         self.inner.liveness()
     }
-    fn may_discard(&mut self) -> pageferry::Result<bool> {
+    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.may_discard()
     }
-    fn is_running(&mut self) -> pageferry::Result<bool> {
+    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         self.inner.start_tracking(watch)
     }
-    fn settle_io(&mut self) -> pageferry::Result<()> {
+    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
         self.inner.settle_io()
     }
-    fn arm(&mut self) -> pageferry::Result<()> {
+    fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()
     }
-    fn begin_save(&mut self) -> pageferry::Result<()> {
+    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
         self.inner.begin_save()
     }
-    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+    fn save(
+        &mut self,
+        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
+    ) -> pageferry_engine::Result<()> {
         self.inner.save(sink)
     }
-    fn seal(&mut self) -> pageferry::Result<()> {
+    fn seal(&mut self) -> pageferry_engine::Result<()> {
         self.inner.seal()
     }
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.inner.retire(tracking);
     }
-    fn end(&mut self) -> pageferry::Result<()> {
+    fn end(&mut self) -> pageferry_engine::Result<()> {
         self.inner.end()
     }
 }
@@ -220,11 +222,11 @@ struct Arriving {
 }
 
 impl DestinationGuest for Arriving {
-    fn load(&mut self, state: &MemoryRegion, len: usize) -> pageferry::Result<()> {
+    fn load(&mut self, state: &MemoryRegion, len: usize) -> pageferry_engine::Result<()> {
         std::thread::sleep(self.planted_pause);
         self.inner.load(state, len)
     }
-    fn run(&mut self, was_running: bool) -> pageferry::Result<()> {
+    fn run(&mut self, was_running: bool) -> pageferry_engine::Result<()> {
         self.inner.run(was_running)?;
         self.gate.open();
         Ok(())
@@ -238,10 +240,10 @@ impl DestinationGuest for Arriving {
     fn liveness(&self) -> Liveness {
         self.inner.liveness()
     }
-    fn seal(&mut self, was_running: bool) -> pageferry::Result<()> {
+    fn seal(&mut self, was_running: bool) -> pageferry_engine::Result<()> {
         self.inner.seal(was_running)
     }
-    fn discard(&mut self) -> pageferry::Result<()> {
+    fn discard(&mut self) -> pageferry_engine::Result<()> {
         self.inner.discard()
     }
 }

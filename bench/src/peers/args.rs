@@ -6,8 +6,8 @@ use crate::machine::{Accel, BEAT, GuestOptions};
 use crate::ways::{Terms, Way};
 use anyhow::{Context, Result};
 use clap::ValueEnum;
+use pageferry::cli::choices::Tracking;
 use pageferry::cli::units::{downtime_max, duration};
-use pageferry::guest::kvm::machine::TrackingChoice;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub struct PeersArgs {
     ways: Vec<Way>,
     /// How the writes of a microvm are followed; for more than one, each has a guest of its own.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
-    tracking: Vec<TrackingChoice>,
+    tracking: Vec<Tracking>,
     /// Address of an RDMA port of this host, for the ways by RDMA.
     #[arg(long, value_name = "IP")]
     rdma_address: Option<IpAddr>,
@@ -124,7 +124,7 @@ impl PeersArgs {
                 kernel: made(&self.kernel, "scripts/guest-image makes it")?,
                 initrd: made(&self.initrd, "scripts/guest-image makes it")?,
                 pageferry: made(&pageferry, "cargo build --release -p pageferry")?,
-                lanes: self.lanes.unwrap_or_else(pageferry::source::default_lanes),
+                lanes: self.lanes.unwrap_or_else(pageferry_engine::source::default_lanes),
                 memory_mib: self.memory.unwrap_or(preset.memory_mib),
                 working_mib: self.working.unwrap_or(preset.working_mib),
                 touched_mib: self.touched.unwrap_or(preset.touched_mib),
@@ -136,7 +136,7 @@ impl PeersArgs {
                 rdma_address: self.rdma_address,
             },
             ways,
-            tracking: self.tracking,
+            tracking: self.tracking.into_iter().map(Into::into).collect(),
             repetitions: self.repetitions.unwrap_or(REPETITIONS[usize::from(self.quick)]),
         };
         options.check()?;

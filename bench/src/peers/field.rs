@@ -7,7 +7,7 @@ use crate::progress::Progress;
 use crate::record::{Migration, Record};
 use crate::ways::{Moved, Way};
 use anyhow::{Context, Result, bail};
-use pageferry::guest::kvm::machine::TrackingChoice;
+use pageferry_microvm::config::TrackingChoice;
 
 /// So many failures of a way in a row, and it is left out of the turns that follow.
 const FAILURES_IN_A_ROW_MAX: u32 = 2;

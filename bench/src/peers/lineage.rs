@@ -5,7 +5,7 @@ use crate::machine::{Begin, GUEST_MAX, Machine, Yard};
 use crate::microvm::Microvm;
 use crate::ways::{Moved, Terms, Way, migrate, move_microvm};
 use anyhow::{Context, Result};
-use pageferry::guest::kvm::machine::TrackingChoice;
+use pageferry_microvm::config::TrackingChoice;
 
 /// One guest. Another kind of monitor is another implementation.
 pub(super) trait Lineage {

@@ -22,7 +22,8 @@ use crate::stats::histogram::Histogram;
 use crate::ways::{Terms, Way};
 use anyhow::{Context, Result, bail};
 use field::{Field, Peer};
-use pageferry::guest::kvm::machine::{TrackingChoice, open_kvm};
+use pageferry_microvm::config::TrackingChoice;
+use pageferry_microvm::machine::open_kvm;
 use serde::Serialize;
 use std::net::TcpListener;
 

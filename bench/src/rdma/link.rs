@@ -5,8 +5,8 @@ use super::{RdmaBenchOptions, TRANSFER_MAX};
 use crate::memory;
 use crate::watch::{Sample, Watch};
 use anyhow::{Result, ensure};
-use pageferry::page::{PAGE_BYTES, PageRun};
-use pageferry::precopy::Pump;
+use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
+use pageferry_engine::source::pump::Pump;
 use pageferry_transport::preamble::Token;
 use pageferry_transport::rdma::{Path, RdmaInitiator, RdmaListener, RdmaOptions, RdmaTarget};
 use pageferry_transport::{Initiator, MemoryRegion, Target};
@@ -48,7 +48,7 @@ pub(super) fn run(options: &RdmaBenchOptions, size: u64) -> Result<Sample> {
     let runs = memory::every_second(memory.pages(), size / PAGE_BYTES);
     let in_time = &mut || match Instant::now() < deadline {
         true => Ok(()),
-        false => Err(pageferry::Error::Timeout { what: format!("{TRANSFER_MAX:?} for one transfer") }),
+        false => Err(pageferry_engine::Error::Timeout { what: format!("{TRANSFER_MAX:?} for one transfer") }),
     };
     let state = (Arc::clone(source), remote);
     let mut pump = Pump::new(&mut initiator, &memory, vec![remote], state, None);

@@ -15,7 +15,7 @@ use crate::record::ratio::{Ratio, compare_groups};
 use crate::record::{Plot, Record, Series};
 use crate::watch::GOODPUT;
 use anyhow::{Context, Result, ensure};
-use pageferry::page::PAGE_BYTES;
+use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
 use serde::Serialize;
 use std::net::IpAddr;

@@ -44,7 +44,7 @@ impl Host {
                 .map_or_else(|_| "unknown".into(), |release| release.trim().to_owned()),
             system: system(),
             qemu: qemu(),
-            pageferry: pageferry::VERSION.into(),
+            pageferry: pageferry_engine::VERSION.into(),
             load_before: read_to_string("/proc/loadavg")
                 .ok()
                 .and_then(|text| text.split(' ').next()?.parse().ok())

@@ -20,7 +20,7 @@ use crate::simulate::Checked;
 use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
-use pageferry::report::MigrationReport;
+use pageferry_engine::report::MigrationReport;
 use ratio::Ratio;
 use serde::{Deserialize, Serialize};
 use std::path::Path;

@@ -10,7 +10,7 @@ use crate::record::{Migration, Record};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::{least_squares, median_of};
 use anyhow::{Context, Result, bail};
-use pageferry::report::Outcome;
+use pageferry_engine::report::Outcome;
 use serde::{Deserialize, Serialize};
 
 /// A limit that no blackout keeps: the engine goes on until rounds do not shrink any more, so there are many small ones.

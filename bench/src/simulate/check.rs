@@ -9,7 +9,7 @@ use crate::record::{Migration, Record, Spec, Table};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::median_of;
 use anyhow::Result;
-use pageferry::report::Outcome;
+use pageferry_engine::report::Outcome;
 use serde::{Deserialize, Serialize};
 
 /// How far off the model may be, of total and of blackout.

@@ -1,6 +1,6 @@
 //! The modelled guest: how much memory, and which of it is written how fast.
 
-use pageferry::page::PAGE_BYTES;
+use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
 use serde::{Deserialize, Serialize};
 

@@ -12,11 +12,12 @@
 //! while its pages are protected. How far off that makes it is what `simulate --check` measures.
 
 use super::guest::ModelledGuest;
-use pageferry::page::PAGE_BYTES;
-use pageferry::policy::{
-    Decision, Estimator, Expected, Finished, FixedCosts, Limits, Policy, predict_blackout_us,
+use pageferry_engine::guest::FixedCosts;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::policy::{
+    Decision, Estimator, Expected, Finished, Limits, Policy, predict_blackout_us,
 };
-use pageferry::report::Round;
+use pageferry_engine::report::Round;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -276,7 +277,7 @@ fn duration(us: f64) -> Duration {
 mod tests {
     use super::super::guest::Area;
     use super::*;
-    use pageferry::policy::WhenStuck;
+    use pageferry_engine::policy::WhenStuck;
 
     const HARVEST: Harvest = Harvest { memory_us: Line { fixed: 50.0, each: 0.001 }, dirty_us: 0.01 };
     const COSTS: Costs = Costs {

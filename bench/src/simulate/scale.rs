@@ -11,8 +11,9 @@ use crate::progress::Progress;
 use crate::record::show::digits;
 use crate::record::{Plot, Series, Table};
 use anyhow::{Context, Result};
-use pageferry::page::PAGE_BYTES;
-use pageferry::policy::{FixedCosts, Limits, WhenStuck};
+use pageferry_engine::guest::FixedCosts;
+use pageferry_engine::memory::page::PAGE_BYTES;
+use pageferry_engine::policy::{Limits, WhenStuck};
 use serde::{Deserialize, Serialize};
 
 /// Repetitions of a row of `cost`, and memory for it.

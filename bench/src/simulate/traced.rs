@@ -1,13 +1,12 @@
 //! The synthetic guest with a clock at each of its doors: what a host needs for a harvest, and when the engine asked for
 //! what. The engine's report has no place for these.
 
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::dirty::{DirtySource, Harvest};
-use pageferry::guest::synthetic::SyntheticSource;
-use pageferry::guest::{GuestDescription, Liveness, SourceGuest};
-use pageferry::memory::GuestMemory;
-use pageferry::policy::FixedCosts;
-use pageferry::precopy::Watch;
+use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::watch::Watch;
+use pageferry_synthetic::SyntheticSource;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,34 +58,34 @@ struct TracedDirty {
 }
 
 impl DirtySource for TracedDirty {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry::Result<Harvest> {
+    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
         let begun = Instant::now();
         let harvest = self.inner.harvest(into)?;
         let harvested = Harvested { begun, took: begun.elapsed(), pages: harvest.pages };
         self.trace.lock().unwrap_or_else(PoisonError::into_inner).harvests.push(harvested);
         Ok(harvest)
     }
-    fn relieve(&mut self) -> pageferry::Result<()> {
+    fn relieve(&mut self) -> pageferry_engine::Result<()> {
         self.inner.relieve()
     }
 }
 
 impl SourceGuest for Traced {
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry::Result<Box<dyn DirtySource>> {
+    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         let inner = self.inner.start_tracking(watch)?;
         Ok(Box::new(TracedDirty { inner, trace: Arc::clone(&self.trace) }))
     }
-    fn pause(&mut self) -> pageferry::Result<()> {
+    fn pause(&mut self) -> pageferry_engine::Result<()> {
         self.trace.lock().unwrap_or_else(PoisonError::into_inner).paused = Some(Instant::now());
         self.inner.pause()
     }
-    fn resume(&mut self) -> pageferry::Result<()> {
+    fn resume(&mut self) -> pageferry_engine::Result<()> {
         self.inner.resume()
     }
     fn describe(&self) -> GuestDescription {
         self.inner.describe()
     }
-    fn preflight(&mut self) -> pageferry::Result<()> {
+    fn preflight(&mut self) -> pageferry_engine::Result<()> {
         self.inner.preflight()
     }
     fn memory(&self) -> &Arc<GuestMemory> {
@@ -104,31 +103,34 @@ impl SourceGuest for Traced {
     fn liveness(&self) -> Liveness {
         self.inner.liveness()
     }
-    fn may_discard(&mut self) -> pageferry::Result<bool> {
+    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.may_discard()
     }
-    fn is_running(&mut self) -> pageferry::Result<bool> {
+    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn settle_io(&mut self) -> pageferry::Result<()> {
+    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
         self.inner.settle_io()
     }
-    fn arm(&mut self) -> pageferry::Result<()> {
+    fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()
     }
-    fn begin_save(&mut self) -> pageferry::Result<()> {
+    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
         self.inner.begin_save()
     }
-    fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> pageferry::Result<()>) -> pageferry::Result<()> {
+    fn save(
+        &mut self,
+        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
+    ) -> pageferry_engine::Result<()> {
         self.inner.save(sink)
     }
-    fn seal(&mut self) -> pageferry::Result<()> {
+    fn seal(&mut self) -> pageferry_engine::Result<()> {
         self.inner.seal()
     }
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.inner.retire(tracking);
     }
-    fn end(&mut self) -> pageferry::Result<()> {
+    fn end(&mut self) -> pageferry_engine::Result<()> {
         self.inner.end()
     }
 }

@@ -19,7 +19,7 @@ use crate::simulate::real::{Moved, Setting, move_once};
 use crate::simulate::scale::{self, Assumed, PageCosts, Scenario, Tracking};
 use crate::stats::median_of;
 use anyhow::{Context, Result, bail};
-use pageferry::report::Outcome;
+use pageferry_engine::report::Outcome;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 
 use crate::shaped::{End, Shaped};
 use anyhow::{Context, Result, anyhow, bail};
-use pageferry::guest::qemu::qmp::{Event, Qmp};
+use pageferry_qemu::qmp::{Event, Qmp};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -161,7 +161,7 @@ impl<'s> Traveller<'s> {
         here.qmp.execute("migrate", uri, deadline)?;
         let over = here.qmp.wait_event(begun + PATIENCE, |e| is_migration(e, &["completed", "failed"]));
         let over = match over {
-            Err(pageferry::Error::Timeout { .. }) => {
+            Err(pageferry_engine::Error::Timeout { .. }) => {
                 let deadline = Instant::now() + ANSWER_MAX;
                 here.qmp.execute("migrate_cancel", Value::Null, deadline)?;
                 // It may have been over in this very moment.

@@ -2,22 +2,86 @@
 //! they do not shut out the source that asks again.
 
 use super::*;
-use crate::guest::synthetic::SyntheticDestination;
+use crate::destination::admission::listed;
+use crate::guest::{BlockDescription, GuestDescription, Liveness};
+use crate::memory::page::PAGE_BYTES;
+use crate::memory::{GuestMemory, SlotSource};
 use crate::net::System;
+use crate::net::dial::dial;
 use crate::net::socket::SocketConnection;
-use crate::protocol::codec;
-use crate::session::dial;
+use crate::protocol::control;
+use crate::protocol::control::Control;
+use crate::protocol::message::{Abort, Hello};
+use pageferry_transport::Access;
 use pageferry_transport::preamble::{Preamble, Role};
+use pageferry_transport::region::MemoryRegion;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 const TOKEN: Token = Token([7; 16]);
 /// For what takes milliseconds.
 const SOON: Duration = Duration::from_secs(10);
 /// More than any of these waits takes; a flood ends after it, and with it the wait that it stretched.
 const FLOOD_MAX: Duration = Duration::from_secs(20);
+
+/// A guest that never comes.
+struct EmptyGuest {
+    memory: Arc<GuestMemory>,
+}
+
+impl EmptyGuest {
+    fn new() -> Self {
+        let bytes = 16 * PAGE_BYTES;
+        let file = memfd_create("empty", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, bytes).unwrap();
+        let block = SlotSource {
+            name: "ram".into(),
+            file: file.into(),
+            file_offset: 0,
+            bytes,
+            backing_page_bytes: PAGE_BYTES,
+            process_address: 0,
+        };
+        Self { memory: Arc::new(GuestMemory::map(vec![block], Access::Write).unwrap()) }
+    }
+}
+
+impl DestinationGuest for EmptyGuest {
+    fn describe(&self) -> GuestDescription {
+        let blocks = vec![BlockDescription { name: "ram".into(), bytes: self.memory.bytes() }];
+        let (monitor, machine) = ("empty".into(), "none".into());
+        GuestDescription { monitor, machine, vcpus: 1, blocks, images: Vec::new(), platform: Vec::new() }
+    }
+
+    fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    fn liveness(&self) -> Liveness {
+        Arc::new(|| Ok(()))
+    }
+
+    fn load(&mut self, _: &MemoryRegion, _: usize) -> Result<()> {
+        unreachable!("nothing comes")
+    }
+
+    fn seal(&mut self, _: bool) -> Result<()> {
+        unreachable!("nothing comes")
+    }
+
+    fn run(&mut self, _: bool) -> Result<()> {
+        unreachable!("nothing comes")
+    }
+
+    fn discard(&mut self) -> Result<()> {
+        Ok(())
+    }
+}
 
 /// A receiver whose session has this token, and where it listens.
 fn reception(commit: Duration) -> (Reception, SocketAddr) {
@@ -47,7 +111,7 @@ impl Flood {
         let (ended, made) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let first = [
             &Preamble { role: Role::Control, token: Token::default() }.encode()[..],
-            &codec::encode(&Message::Commit).unwrap(),
+            &control::encode(&Message::Commit).unwrap(),
         ]
         .concat();
         let threads = (0..2).map(|_| {
@@ -94,7 +158,7 @@ fn wait(
     reception: &Reception,
     watch: &mut Watch<'_>,
 ) -> (Result<Option<Box<Control>>>, DestinationPhase, Duration) {
-    let guest = SyntheticDestination::new(16).unwrap();
+    let guest = EmptyGuest::new();
     let (mut control, mut phase, begun) = (lost(), DestinationPhase::Loaded, Instant::now());
     let ended = reception.wait_for_commit(&mut control, TOKEN, &guest, &mut phase, watch);
     (ended, phase, begun.elapsed())
@@ -171,7 +235,7 @@ fn dialled(at: SocketAddr, token: Token) -> Control {
     Control::new(dial(&System, &at.into(), Preamble { role: Role::Control, token }).unwrap())
 }
 
-fn hello(guest: &SyntheticDestination) -> Message {
+fn hello(guest: &EmptyGuest) -> Message {
     let (software, guest) = ("a test".into(), guest.describe());
     Message::Hello(Hello { software, lanes: 1, guest, state_bytes_max: 4096, rdma: false })
 }
@@ -187,7 +251,7 @@ fn answer(control: &mut Control) -> Abort {
 #[test]
 fn sessions_that_come_to_nothing_push_out_no_token_that_may_be_asked_for() {
     let (mut reception, at) = reception(SOON);
-    let mut guest = SyntheticDestination::new(16).unwrap();
+    let mut guest = EmptyGuest::new();
     for _ in 0..70 {
         let mut control = dialled(at, Token::default());
         control.send(&hello(&guest), Instant::now() + SOON).unwrap();
@@ -208,7 +272,7 @@ fn a_receiver_in_doubt_asks_nobody_to_try_again() {
     let (mut reception, at) = reception(SOON);
     reception.doubtful = true;
     let mut control = dialled(at, Token::default());
-    control.send(&hello(&SyntheticDestination::new(16).unwrap()), Instant::now() + SOON).unwrap();
+    control.send(&hello(&EmptyGuest::new()), Instant::now() + SOON).unwrap();
     reception.turn_away(reception.doorway.next(Instant::now() + SOON).expect("it comes"));
     let said = answer(&mut control);
     assert_eq!(said.cause, Cause::Refused);
@@ -223,7 +287,7 @@ fn a_copy_that_is_discarded_is_no_refusal() {
     let Some(Incoming::Control { mut control, .. }) = reception.doorway.next(Instant::now() + SOON) else {
         panic!("it comes")
     };
-    let mut guest = SyntheticDestination::new(16).unwrap();
+    let mut guest = EmptyGuest::new();
     let served = reception.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
     assert!(matches!(served, Served::Discarded(_)), "{served:?}");
     let said = answer(&mut asking);
@@ -239,7 +303,7 @@ fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let stranger = || {
         let mut stream = TcpStream::connect(at).unwrap();
         let greeting = Preamble { role: Role::Control, token: Token::default() }.encode();
-        stream.write_all(&[&greeting[..], &codec::encode(&Message::Commit).unwrap()].concat()).unwrap();
+        stream.write_all(&[&greeting[..], &control::encode(&Message::Commit).unwrap()].concat()).unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);

@@ -10,11 +10,12 @@
 //!
 //! Without manual protection (before Linux 5.0) the get clears and protects by itself.
 
-use super::kvm::{KickVcpus, KvmSlot, KvmSlots, abi};
+use super::kvm::{KickVcpus, KvmSlot, KvmSlots};
 use super::{DirtySource, Harvest};
-use crate::bitmap::DirtyBitmap;
+use crate::dirty::kvm::abi;
 use crate::error::{Error, Result};
-use crate::precopy::Watch;
+use crate::memory::bitmap::DirtyBitmap;
+use crate::watch::Watch;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     kvm_enable_cap,

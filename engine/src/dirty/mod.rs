@@ -10,8 +10,8 @@ pub mod pagemap;
 pub mod probe;
 pub mod ring;
 
-use crate::bitmap::DirtyBitmap;
 use crate::error::Result;
+use crate::memory::bitmap::DirtyBitmap;
 
 /// What one harvest did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

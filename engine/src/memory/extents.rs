@@ -6,7 +6,7 @@
 //! guest that shared the processor stood still. So `cachestat` (Linux 6.5) counts the pages of a
 //! window first, which can be preempted, and `SEEK_HOLE` is asked only where it finds one there.
 
-use crate::page::PAGE_BYTES;
+use crate::memory::page::PAGE_BYTES;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use std::fs::File;

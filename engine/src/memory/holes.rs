@@ -21,7 +21,7 @@
 //! Why "mapped" is proof:
 //!
 //! 1. In the witness nothing is mapped but by [`Witness::note`], which maps pages of the run that
-//!    it is told of and no others. Nobody touches it, so no fault maps anything ([`FileView`]).
+//!    it is told of and no others. Nobody touches it, so no fault maps anything (`FileView`).
 //! 2. Between two looks a page is mapped at most once, before the first read of it in that time:
 //!    `note` comes ahead of every read, and does nothing for what it has mapped since the look.
 //!    What is freed meanwhile stays unmapped until the next.
@@ -32,11 +32,14 @@
 //! freed since (1, 2). The unit is the page of the backing: that a part of a huge page is sent does
 //! not map it again for the parts sent before (2).
 
-use super::{GuestMemory, MemorySlot, extents};
-use crate::bitmap::DirtyBitmap;
+use super::{GuestMemory, MemorySlot};
 use crate::dirty::pagemap::{FileView, unmapped_here};
 use crate::error::{Error, Result};
-use crate::page::{PAGE_BYTES, PageRun};
+use crate::memory::bitmap::DirtyBitmap;
+use crate::memory::extents;
+use crate::memory::page::{PAGE_BYTES, PageRun};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;

@@ -10,16 +10,16 @@
 //! | file cut, no room for a hole that is looked at | refused | refused |
 
 use super::{GuestMemory, MemorySlot};
-use crate::bitmap::DirtyBitmap;
 use crate::error::{Error, Result};
-use crate::page::{PAGE_BYTES, PageRun};
+use crate::memory::bitmap::DirtyBitmap;
+use crate::memory::page::{PAGE_BYTES, PageRun};
 use pageferry_transport::{LOST_MAX, Loss, Lost};
 use rustix::fs::fstat;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What becomes of a guest some of whose pages the hardware lost.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Poisoned {
     /// It stays here.

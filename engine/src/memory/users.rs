@@ -1,7 +1,7 @@
 //! Which processes map a file: found in `/proc/PID/maps` of every process that this one may look at.
 
 use super::file::FileId;
-use crate::proc_maps::Mapping;
+use crate::host::maps::Mapping;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 

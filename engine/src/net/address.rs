@@ -134,6 +134,19 @@ impl fmt::Display for Address {
     }
 }
 
+/// What travels in plain text, said to who tries it off loopback without `--insecure`.
+const INSECURE: &str = "the connection is neither encrypted nor authenticated yet: whoever can reach or watch this network could read \
+     all of the guest's memory, or write into it. Use a private network or a tunnel to a loopback address, and say --insecure";
+
+/// Refuses an address off loopback unless the user has accepted what that means.
+pub fn check_exposure(address: &Address, insecure: bool) -> Result<()> {
+    if address.is_local() || insecure {
+        Ok(())
+    } else {
+        Err(Error::refused(format!("{address} is not a loopback address, and {INSECURE}")))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +183,21 @@ mod tests {
         ] {
             let refused = Address::resolve(text).unwrap_err();
             assert!(matches!(&refused, Error::Refused(said) if said.contains(why)), "{refused}");
+        }
+    }
+
+    #[test]
+    fn off_loopback_needs_insecure() {
+        for (address, allowed) in [
+            ("127.0.0.1:1", true),
+            ("[::1]:1", true),
+            ("10.1.2.3:1", false),
+            ("0.0.0.0:1", false),
+            ("[::]:1", false),
+        ] {
+            let address: Address = address.parse().unwrap();
+            assert_eq!(check_exposure(&address, false).is_ok(), allowed, "{address}");
+            assert!(check_exposure(&address, true).is_ok());
         }
     }
 }

@@ -10,7 +10,9 @@
 //! ```
 
 pub mod address;
+pub mod choice;
 pub mod connection;
+pub mod dial;
 mod eyeballs;
 mod identity;
 pub mod local;

@@ -3,9 +3,9 @@
 use super::bounded;
 use crate::error::{Error, Result};
 use crate::guest::{BLOCKS_MAX, GuestDescription};
-use crate::output::words;
-use crate::page::PageRun;
-use crate::staging::STAGED_PAGES_MAX;
+use crate::memory::page::PageRun;
+use crate::memory::staging::STAGED_PAGES_MAX;
+use crate::text;
 use pageferry_transport::preamble::{LANES_MAX, Token};
 use pageferry_transport::{RemoteKey, RemoteRegion};
 use serde::{Deserialize, Serialize};
@@ -193,14 +193,14 @@ impl Message {
     /// Cuts and escapes what the peer wrote for people. What is compared (the guest's description) stays as it is.
     pub(super) fn escape_words(&mut self) {
         match self {
-            Self::Hello(hello) => hello.software = words::name(&hello.software),
+            Self::Hello(hello) => hello.software = text::name(&hello.software),
             Self::Welcome(welcome) => {
-                welcome.software = words::name(&welcome.software);
+                welcome.software = text::name(&welcome.software);
                 if let RdmaAnswer::No(why) = &mut welcome.rdma {
-                    *why = words::reason(why);
+                    *why = text::reason(why);
                 }
             }
-            Self::Abort(abort) => abort.reason = words::reason(&abort.reason),
+            Self::Abort(abort) => abort.reason = text::reason(&abort.reason),
             _ => {}
         }
     }
@@ -318,7 +318,7 @@ impl Accept {
             && self.slots.iter().zip(slot_bytes).all(|(r, b)| sized(r, *b));
         if slots
             && sized(&self.state, state_bytes_max)
-            && sized(&self.staging, crate::staging::STAGING_BYTES as u64)
+            && sized(&self.staging, crate::memory::staging::STAGING_BYTES as u64)
         {
             Ok(())
         } else {

@@ -23,11 +23,12 @@
 //! each moment is [`phase`]'s affair.
 
 pub(crate) mod bounded;
-pub mod codec;
+pub mod control;
 pub mod message;
 pub mod phase;
+pub mod refusal;
 
-pub use codec::Control;
+pub use control::Control;
 pub use message::{
     Abort, Accept, Cause, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running, Welcome,
 };

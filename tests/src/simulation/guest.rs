@@ -7,15 +7,15 @@
 
 use super::chance::Chance;
 use super::world::{Process, World};
-use pageferry::bitmap::DirtyBitmap;
-use pageferry::clock;
-use pageferry::dirty::{DirtySource, Harvest};
-use pageferry::guest::{BlockDescription, DestinationGuest, GuestDescription, Liveness, SourceGuest};
-use pageferry::memory::{GuestMemory, SlotSource};
-use pageferry::page::{PAGE_BYTES, PageRun};
-use pageferry::policy::FixedCosts;
-use pageferry::precopy::Watch;
-use pageferry::{Error, Result};
+use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::guest::{
+    BlockDescription, DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+};
+use pageferry_engine::memory::bitmap::DirtyBitmap;
+use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
+use pageferry_engine::memory::{GuestMemory, SlotSource};
+use pageferry_engine::watch::Watch;
+use pageferry_engine::{Error, Result, clock};
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fd::AsFd;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};

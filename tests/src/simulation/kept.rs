@@ -1,8 +1,8 @@
 //! The question of a migration, kept beyond its process as the files of a runtime directory would be.
 
 use super::world::{Process, World};
-use pageferry::inquiry::{Keeper, Question};
-use pageferry::{Error, Result};
+use pageferry_engine::inquiry::{Keeper, Question};
+use pageferry_engine::{Error, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What lies there for whoever comes next.

@@ -3,10 +3,10 @@
 
 use super::chance::Chance;
 use super::world::{Process, World};
-use pageferry::clock;
-use pageferry::net::{Address, Connection, Listener, Network};
-use pageferry::protocol::Message;
-use pageferry::{Error, Result};
+use pageferry_engine::clock;
+use pageferry_engine::net::{Address, Connection, Listener, Network};
+use pageferry_engine::protocol::Message;
+use pageferry_engine::{Error, Result};
 use pageferry_transport::loopback::{self, Faults, LoopbackInitiator, LoopbackTarget};
 use pageferry_transport::{
     Completion, FenceTag, Initiator, MemoryRegion, RemoteRegion, Target, TransportKind, WorkRequest,
@@ -102,7 +102,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The name of a control message, by the bytes that carry it.
 fn name_of(frame: &[u8]) -> &'static str {
-    match frame.get(4..).map(pageferry::protocol::codec::decode) {
+    match frame.get(4..).map(pageferry_engine::protocol::control::decode) {
         Some(Ok(message)) => Message::name(&message),
         _ => "bytes",
     }

@@ -5,20 +5,20 @@ use super::guest::{Orphan, Place, SimulatedDestination, SimulatedSource, Trouble
 use super::kept::{Hand, Kept};
 use super::network::{Cut, Dialling, Wire};
 use super::world::{Process, World};
-use pageferry::clock;
-use pageferry::destination::{Reception, Served};
-use pageferry::doorway::Doorway;
-use pageferry::error::Error;
-use pageferry::guest::SourceGuest;
-use pageferry::inquiry::{ASK_LATER_EVERY, Answer, Inquiry, Keeper};
-use pageferry::link::LinkChoice;
-use pageferry::memory::GuestMemory;
-use pageferry::net::{Listener, Network};
-use pageferry::policy::WhenStuck;
-use pageferry::progress::Monitor;
-use pageferry::protocol::{Cause, Control};
-use pageferry::report::Outcome;
-use pageferry::source::{MigrateOptions, migrate_over};
+use pageferry_engine::clock;
+use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::error::Error;
+use pageferry_engine::guest::SourceGuest;
+use pageferry_engine::inquiry::{ASK_LATER_EVERY, Answer, Inquiry, Keeper};
+use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::net::choice::LinkChoice;
+use pageferry_engine::net::{Listener, Network};
+use pageferry_engine::policy::WhenStuck;
+use pageferry_engine::protocol::{Cause, Control};
+use pageferry_engine::report::Outcome;
+use pageferry_engine::report::progress::Monitor;
+use pageferry_engine::source::{MigrateOptions, migrate_over};
 use pageferry_transport::loopback::{Delay, Faults, LaneFault, LateFence};
 use pageferry_transport::preamble::{Preamble, Role, Token};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -632,7 +632,9 @@ impl Stage {
                     _ => Preamble { role, token }.encode().to_vec(),
                 };
                 if chance.one_in(2) {
-                    let commit = pageferry::protocol::codec::encode(&pageferry::protocol::Message::Commit);
+                    let commit = pageferry_engine::protocol::control::encode(
+                        &pageferry_engine::protocol::Message::Commit,
+                    );
                     bytes.extend(commit.expect("it is small"));
                 }
                 let _ = connection.write(&bytes, clock::now() + Duration::from_secs(1));

@@ -5,7 +5,7 @@
 //! to unwind: whatever it does on the way has no effect, as [`World::is_dead`] tells everybody who acts for it.
 
 use super::chance::Chance;
-use pageferry::clock;
+use pageferry_engine::clock;
 use std::any::Any;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};

@@ -1,24 +1,28 @@
 //! The end that pushes: finds the keys of each write, hands it to its lane, and collects what the
 //! lanes have done. Everything happens on the caller's thread but registration and bad news.
 
-use super::connect::{Connections, connect};
 use super::health::{Health, REASON_PATIENCE, wait_readable};
-use super::keys::{Pins, Remote, RemoteKeys};
 use super::lane::{Lane, News, Piece};
-use super::message::{Message, Stripes};
-use super::monitor::Monitor;
-use super::path::{Path, RdmaOptions};
-use super::pinner::{DevicePinner, Side};
-use super::queue::{Local, Null};
-use super::registrar::{Job, NoPins, Pinner, Registrar};
-use super::verbs::{Completions, Domain};
 use crate::credit::Window;
 use crate::error::{Error, Result};
 use crate::failure::LaneFailure;
 use crate::fences::Acks;
-use crate::link::{Initiator, STRIPE_BYTES, TransportKind, lane_of};
+use crate::link::{Initiator, TransportKind};
 use crate::preamble::Token;
+use crate::rdma::admission::{Admission, Keys, Refused};
+use crate::rdma::depths::chunk_stripes;
+use crate::rdma::health::monitor::Monitor;
+use crate::rdma::lane::chain::Local;
+use crate::rdma::lane::message::{Message, Stripes};
+use crate::rdma::memory::keys::{Pins, Remote, RemoteKeys};
+use crate::rdma::memory::pinner::{DevicePinner, Side};
+use crate::rdma::memory::registrar::{Job, Pinner, Registrar, expect, give_up_memory};
+use crate::rdma::null::{NoPins, Null};
+use crate::rdma::setup::connect::{Connections, connect};
+use crate::rdma::setup::path::{Path, RdmaOptions};
+use crate::rdma::verbs::objects::{Completions, Domain};
 use crate::region::{MemoryRegion, RemoteRegion};
+use crate::stripe::{STRIPE_BYTES, lane_of};
 use crate::work::{Completion, FenceTag, WorkRequest};
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
@@ -61,35 +65,10 @@ pub struct RdmaInitiator {
 }
 
 /// What only a real device has.
-struct Device {
+pub(crate) struct Device {
     monitor: Monitor,
     completions: Arc<Completions>,
     domain: Arc<Domain>,
-}
-
-/// The memory of a write that was not ready.
-#[derive(Debug)]
-struct Refused {
-    region: usize,
-    stripes: Range<usize>,
-    remote: (u32, u64),
-}
-
-/// The keys of a write whose memory is ready at both ends.
-struct Keys {
-    /// Of the local memory: they differ where it lies across two registrations.
-    first: u32,
-    last: u32,
-    remote: u32,
-    /// Stripes of the local memory.
-    stripes: Range<usize>,
-}
-
-/// What became of a request.
-enum Admission {
-    Posted,
-    NoCredit,
-    NotReady,
 }
 
 impl RdmaInitiator {
@@ -148,7 +127,7 @@ impl RdmaInitiator {
             let count = u32::try_from(count).map_err(|_| Error::State("a region of that size"))?;
             let stripes = Stripes { region: region.key.0, first, count };
             this.remote
-                .grant(super::message::Grant { stripes, key: 0 })
+                .grant(crate::rdma::lane::message::Grant { stripes, key: 0 })
                 .map_err(|what| Error::Bounds { what })?;
         }
         Ok(this)
@@ -180,7 +159,7 @@ impl RdmaInitiator {
             fenced: Vec::new(),
             told: (Instant::now(), 0),
             explained_by: None,
-            chunk: super::chunk_stripes(options.chunk_bytes),
+            chunk: chunk_stripes(options.chunk_bytes),
             write_bytes_max: STRIPE,
         })
     }
@@ -449,7 +428,7 @@ impl Initiator for RdmaInitiator {
         self.health.check()?;
         let pins = (self.regions.iter().find(|pins| Arc::ptr_eq(pins.region(), region)))
             .ok_or(Error::State("expecting writes from a region that was not registered"))?;
-        super::expect(self.registrar.as_ref(), pins, parts, self.chunk)
+        expect(self.registrar.as_ref(), pins, parts, self.chunk)
     }
 
     fn make_ready(&mut self, writes: &[WorkRequest]) -> Result<bool> {
@@ -553,7 +532,7 @@ impl Drop for RdmaInitiator {
         let lanes = std::mem::take(&mut self.lanes);
         let registrar = self.registrar.take();
         let device = self.device.take();
-        super::give_up_memory(move || {
+        give_up_memory(move || {
             drop(device.map(|device| (device.monitor, device.completions)));
             drop((lanes, registrar));
         });

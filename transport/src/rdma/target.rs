@@ -1,22 +1,23 @@
 //! The end that is written to. A service thread hears fences and messages and tells the peer which
 //! memory is ready; the writes themselves are seen by nobody.
 
-use super::connect::Connections;
 use super::health::{Health, wait_readable};
-use super::keys::Pins;
 use super::lane::{Lane, News};
-use super::message::{Grant, Message, READY_MAX, Stripes};
-use super::monitor::Monitor;
-use super::path::Path;
-use super::pinner::{DevicePinner, Side};
-use super::registrar::{Job, Registrar};
-use super::verbs::{Completions, Domain};
 use crate::credit::Window;
 use crate::error::{Error, Result};
 use crate::exposed::Exposed;
 use crate::failure::LaneFailure;
 use crate::fences::Arrivals;
 use crate::link::Target;
+use crate::rdma::depths::chunk_stripes;
+use crate::rdma::health::monitor::Monitor;
+use crate::rdma::lane::message::{Grant, Message, READY_MAX, Stripes};
+use crate::rdma::memory::keys::Pins;
+use crate::rdma::memory::pinner::{DevicePinner, Side};
+use crate::rdma::memory::registrar::{Job, Registrar, expect, give_up_memory};
+use crate::rdma::setup::connect::Connections;
+use crate::rdma::setup::path::Path;
+use crate::rdma::verbs::objects::{Completions, Domain};
 use crate::region::{MemoryRegion, RemoteRegion};
 use crate::work::FenceTag;
 use std::collections::VecDeque;
@@ -40,10 +41,10 @@ pub struct RdmaTarget {
 }
 
 /// What the service thread and the target have in common.
-struct Shared {
+pub(crate) struct Shared {
     health: Arc<Health>,
     arrivals: Mutex<Arrivals>,
-    changed: Condvar,
+    pub(crate) changed: Condvar,
     placed_bytes: AtomicU64,
     pins: Mutex<Vec<Arc<Pins>>>,
     registrar: Registrar,
@@ -101,7 +102,7 @@ impl RdmaTarget {
             pins: Mutex::default(),
             shifts: Mutex::default(),
             grants,
-            chunk: super::chunk_stripes(chunk_bytes),
+            chunk: chunk_stripes(chunk_bytes),
         });
         let (_domain, serving) = (domain, Arc::clone(&shared));
         let (fence_bytes, ended) = (vec![0; lanes.len()], vec![false; lanes.len()]);
@@ -155,7 +156,7 @@ impl RdmaTarget {
             shared.registrar.forget();
             drop((monitor, service, shared));
         };
-        if later { super::give_up_memory(unpin) } else { unpin() }
+        if later { give_up_memory(unpin) } else { unpin() }
     }
 }
 
@@ -185,7 +186,7 @@ impl Target for RdmaTarget {
         // A region may be exposed more than once, and each has addresses of its own.
         exposed
             .iter()
-            .try_for_each(|pins| super::expect(Some(&self.shared.registrar), pins, parts, self.shared.chunk))
+            .try_for_each(|pins| expect(Some(&self.shared.registrar), pins, parts, self.shared.chunk))
     }
 
     fn wait_fence(&mut self, tag: FenceTag, deadline: Instant) -> Result<()> {

@@ -16,6 +16,7 @@ use std::io::{BufRead, BufReader, Lines};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const TOKEN: Token = Token([7; 16]);

@@ -14,7 +14,7 @@
 //!
 //! A last fence is not acknowledged: the target reads nothing behind it.
 
-use crate::link::STRIPE_BYTES;
+use crate::stripe::STRIPE_BYTES;
 use crate::work::FenceTag;
 
 /// Length of an encoded header in bytes.

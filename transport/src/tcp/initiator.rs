@@ -12,8 +12,9 @@ use crate::credit::{Credits, Window};
 use crate::error::{Error, Result};
 use crate::failure::LaneFailure;
 use crate::fences::Acks;
-use crate::link::{Initiator, TransportKind, lane_of};
+use crate::link::{Initiator, TransportKind};
 use crate::region::MemoryRegion;
+use crate::stripe::lane_of;
 use crate::work::{Completion, FenceTag, WorkId, WorkRequest};
 use crossbeam_channel::Receiver;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ pub struct TcpInitiator {
 }
 
 #[derive(Debug)]
-struct Lane {
+pub(crate) struct Lane {
     inbox: Arc<Inbox>,
     stream: Arc<Socket>,
     thread: Option<JoinHandle<()>>,

@@ -15,8 +15,9 @@ mod frame;
 mod inbox;
 mod initiator;
 mod outgoing;
+mod placement;
 mod receiver;
-mod ring;
+pub(crate) mod ring;
 mod sender;
 mod socket;
 mod target;
@@ -90,7 +91,7 @@ impl Regions {
     }
 }
 
-fn check_lanes<S>(streams: &[S]) -> Result<()> {
+pub(crate) fn check_lanes<S>(streams: &[S]) -> Result<()> {
     if streams.is_empty() || streams.len() > LANES_MAX {
         return Err(Error::Bounds {
             what: format!("a link of {} lanes (1 to {LANES_MAX} are possible)", streams.len()),

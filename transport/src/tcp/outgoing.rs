@@ -42,7 +42,7 @@ impl Piece {
 
 /// One message: a write frame, a fence, or one behind the other.
 #[derive(Debug)]
-pub(super) struct Message {
+pub(crate) struct Message {
     /// Header, descriptors and fence: only the vector looks at them.
     _head: Vec<u8>,
     pub(super) vector: Vector,

@@ -5,7 +5,7 @@ use super::DRAIN_PATIENCE;
 use super::frame::{DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, HEADER_BYTES, Header};
 use super::ring::{Done, Ring};
 use super::socket::Socket;
-use super::target::Shared;
+pub(crate) use super::target::Shared;
 use super::vector::Vector;
 use crate::failure::LaneFailure;
 use crate::work::FenceTag;

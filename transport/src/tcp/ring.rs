@@ -27,7 +27,7 @@ pub(super) struct Ring {
 
 /// One completion.
 #[derive(Debug)]
-pub(super) enum Done {
+pub(crate) enum Done {
     /// The operation of this number ended; `more` if a notification follows.
     Operation { user_data: u64, result: io::Result<usize>, more: bool },
     /// The kernel let go of a zero-copy send's memory.

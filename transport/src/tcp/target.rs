@@ -10,6 +10,7 @@ use crate::failure::LaneFailure;
 use crate::fences::Arrivals;
 use crate::link::Target;
 use crate::region::{MemoryRegion, RemoteRegion};
+pub(crate) use crate::tcp::placement::{Progress, Shared};
 use crate::work::FenceTag;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,29 +29,13 @@ pub struct TcpTarget {
 
 /// One lane's connection and thread.
 #[derive(Debug)]
-struct Lane {
+pub(crate) struct Lane {
     stream: Arc<Socket>,
     /// Hears whether the kernel has let go of all memory, once the lane has ended.
     end: Option<Receiver<bool>>,
     /// Dropped to let the thread go, which waits for it after the lane's end.
     release: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// What the threads of the lanes and the target have in common.
-#[derive(Debug)]
-pub(super) struct Shared {
-    exposed: Mutex<Exposed>,
-    progress: Mutex<Progress>,
-    changed: Condvar,
-    pub(super) placed_bytes: AtomicU64,
-    pub(super) stopping: AtomicBool,
-}
-
-#[derive(Debug)]
-struct Progress {
-    arrivals: Arrivals,
-    failure: Option<LaneFailure>,
 }
 
 impl Shared {

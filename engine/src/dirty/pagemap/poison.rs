@@ -3,7 +3,7 @@
 
 use super::{abi, ioctl, own_userfaultfd};
 use crate::error::{Error, Result};
-use crate::page::PAGE_BYTES;
+use crate::memory::page::PAGE_BYTES;
 use pageferry_transport::MemoryRegion;
 use std::os::fd::{AsFd, OwnedFd};
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 struct Memory {
-    file: File,
+    pub file: File,
     region: Arc<MemoryRegion>,
     pages: u64,
     backing_page_bytes: u64,

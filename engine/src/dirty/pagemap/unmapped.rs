@@ -82,7 +82,7 @@ fn walk(pagemap: BorrowedFd<'_>, window: &Range<u64>, found: &mut Vec<Range<u64>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::PAGE_BYTES;
+    use crate::memory::page::PAGE_BYTES;
     use pageferry_transport::{Access, MemoryRegion};
     use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 

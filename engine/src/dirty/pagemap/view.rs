@@ -14,7 +14,7 @@
 
 use super::{abi, ioctl, own_userfaultfd};
 use crate::error::{Error, Result};
-use crate::page::PAGE_BYTES;
+use crate::memory::page::PAGE_BYTES;
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::io::Errno;
 use rustix::mm::Advice;

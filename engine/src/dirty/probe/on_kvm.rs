@@ -2,13 +2,13 @@
 
 use super::payload::{Payload, Stopped, Writes};
 use super::tests::kvm_is_missing;
-use crate::bitmap::DirtyBitmap;
 use crate::dirty::kvm::KickVcpus;
 use crate::dirty::log::LogSource;
 use crate::dirty::ring::{RingSet, RingSource};
 use crate::dirty::{DirtySource, Harvest};
 use crate::error::{Error, Result};
-use crate::page::PAGE_BYTES;
+use crate::memory::bitmap::DirtyBitmap;
+use crate::memory::page::PAGE_BYTES;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};

@@ -1,9 +1,10 @@
 //! A machine with one vCPU and a guest of 14 bytes that writes known pages and halts.
 
-use crate::dirty::kvm::{self, KvmSlot, KvmSlots};
+use crate::dirty::kvm;
+use crate::dirty::kvm::{KvmSlot, KvmSlots};
 use crate::dirty::ring::{EnabledRings, KVM_EXIT_DIRTY_RING_FULL, RingSet};
 use crate::error::{Error, Result};
-use crate::page::PAGE_BYTES;
+use crate::memory::page::PAGE_BYTES;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use pageferry_transport::MemoryRegion;

@@ -11,9 +11,9 @@
 
 use super::entries::{DirtyRing, Entry, Reader};
 use super::pending::PendingPages;
-use crate::bitmap::DirtyBitmap;
 use crate::dirty::kvm::SlotTable;
 use crate::error::{Error, Result};
+use crate::memory::bitmap::DirtyBitmap;
 use std::io;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};

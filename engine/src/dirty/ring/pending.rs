@@ -3,7 +3,7 @@
 //! Several vCPUs mark at once. One bit a page, and above it one bit a word that says that the word may hold
 //! something: draining looks at a bit for 64 pages, and at a word for 16 MiB of guest.
 
-use crate::bitmap::DirtyBitmap;
+use crate::memory::bitmap::DirtyBitmap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A set of pages that many threads add to and one empties.

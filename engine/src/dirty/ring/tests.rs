@@ -2,9 +2,9 @@
 
 use super::entries::{DirtyRing, Entry};
 use super::harvest::{ResetRings, Rings};
-use crate::bitmap::DirtyBitmap;
 use crate::dirty::kvm::SlotTable;
 use crate::error::Error;
+use crate::memory::bitmap::DirtyBitmap;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::io;

@@ -1,7 +1,7 @@
 //! A file that is cut, and pages with the kernel's own poison (`UFFDIO_POISON`), which raise what broken memory raises.
 
-use super::super::{Access, MemoryRegion, sealed_memfd, touch};
 use super::*;
+use crate::region::{Access, MemoryRegion, sealed_memfd, touch};
 use rustix::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::unix::process::ExitStatusExt;

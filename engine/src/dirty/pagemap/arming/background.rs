@@ -3,7 +3,7 @@
 
 use super::TrackedRange;
 use crate::error::Result;
-use crate::precopy::Watch;
+use crate::watch::Watch;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -85,7 +85,7 @@ pub(super) fn wait(pid: u32, watch: &mut Watch<'_>) -> Result<()> {
 }
 
 /// Calls `after` once no memory of this process is being disarmed; at once if none is.
-pub(crate) fn after_disarm(pid: u32, after: impl FnOnce() + Send + 'static) {
+pub fn after_disarm(pid: u32, after: impl FnOnce() + Send + 'static) {
     let mut state = under_way();
     match state.0.iter_mut().rfind(|disarming| disarming.pid == pid) {
         Some(disarming) => disarming.after.push(Box::new(after)),
@@ -102,7 +102,7 @@ mod tests {
     use super::super::Armed;
     use super::*;
     use crate::error::Error;
-    use crate::page::PAGE_BYTES;
+    use crate::memory::page::PAGE_BYTES;
     use pageferry_transport::MemoryRegion;
     use std::sync::mpsc;
 

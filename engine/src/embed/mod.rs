@@ -1,0 +1,4 @@
+//! Adapters for what embedders already have.
+
+#[cfg(feature = "vm-memory")]
+pub mod vm_memory;

@@ -1,0 +1,189 @@
+//! One attempt at a migration: checks, the session, the crossing, and what its failure means.
+
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::guest::SourceGuest;
+use crate::limits::SETUP_MAX;
+use crate::memory::holes::Witness;
+use crate::memory::lost;
+use crate::memory::lost::LostPage;
+use crate::net::address::check_exposure;
+use crate::net::{Address, Network};
+use crate::protocol::refusal::aborted;
+use crate::protocol::{Control, Hello, Message, SourceEvent, SourcePhase};
+use crate::report::progress::Monitor;
+use crate::report::stage::Stage;
+use crate::report::{MigrationReport, Outcome};
+use crate::source::crossing::Ferry;
+use crate::source::lanes::Wish;
+use crate::source::{MigrateOptions, session};
+use pageferry_transport::TransportKind;
+use std::time::Duration;
+
+/// For a receiver to be ready again after an RDMA path broke: it ends one QEMU and starts another, which may
+/// have to allocate its memory.
+pub(crate) const SECOND_ATTEMPT_MAX: Duration = Duration::from_secs(30);
+
+/// For a destination whose lanes have ended to say why: it ends its copy of the guest first.
+const REASON_MAX: Duration = Duration::from_secs(5);
+
+/// How an attempt ended, as far as another one may follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The guest runs here, and it was an RDMA path that broke.
+    PathBroke,
+    /// Nothing was touched: the receiver serves another source.
+    Busy,
+    /// For good or ill.
+    Final,
+}
+
+/// One attempt; by TCP if a first one broke.
+pub(super) fn attempt(
+    network: &dyn Network,
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    broken: Option<&str>,
+) -> (MigrationReport, End) {
+    let mut report = MigrationReport::new(guest.memory().bytes());
+    let ready = ready(guest, options, monitor);
+    // What stands against a move may be that the guest must not run here: then nothing lets it run.
+    let untouched = ready.is_err();
+    let result =
+        ready.and_then(|addresses| run(network, guest, &addresses, options, monitor, broken, &mut report));
+    report.outcome = match &result {
+        Ok(()) => Outcome::Completed,
+        Err(Error::Unknown(_)) => Outcome::Unknown,
+        Err(_) => Outcome::Aborted,
+    };
+    report.lost_pages = name_lost_pages(guest);
+    let mut end = End::Final;
+    if let Err(mut error) = result {
+        if let Error::Poisoned(pages) = &mut error {
+            pages.clone_from(&report.lost_pages);
+        }
+        report.reason = Some(error.chain());
+        report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
+        let lanes_broke = error.cause() == crate::protocol::Cause::Lanes
+            || matches!(error, Error::PeerAborted { lanes: true, .. });
+        if matches!(error, Error::Busy(_)) {
+            end = End::Busy;
+        } else if lanes_broke && report.transport == TransportKind::Rdma.name() {
+            end = End::PathBroke;
+        }
+    }
+    if report.outcome == Outcome::Aborted
+        && !untouched
+        && let Err(e) = guest.resume()
+    {
+        // Also after a refusal by the peer: it costs nothing where nothing was touched.
+        let reason = report.reason.take().unwrap_or_default();
+        report.reason = Some(format!("{reason}; and the guest does not run here: {}", e.chain()));
+        // A guest that is gone with its QEMU is not in doubt.
+        if guest.liveness()().is_ok() {
+            report.outcome = Outcome::Unknown;
+        }
+        end = End::Final;
+    }
+    (report, end)
+}
+
+/// The pages that the hardware lost, with the addresses by which the guest knows them.
+fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
+    let mut pages = guest.memory().lost_pages();
+    if !pages.is_empty() {
+        guest.name_guest_physical(&mut pages);
+        tracing::warn!("the hardware lost pages of the guest: {}", lost::name(&pages));
+    }
+    pages
+}
+
+/// What must hold before anything is touched. Returns the destination's addresses.
+fn ready(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> Result<Vec<Address>> {
+    monitor.enter(Stage::Setup);
+    let addresses = Address::resolve_all(&options.to)?;
+    addresses.iter().try_for_each(|address| check_exposure(address, options.insecure))?;
+    guest.vouch(&options.vouched);
+    guest.preflight()?;
+    // The guest may run here, so an earlier question is settled; found after this attempt's death it would be wrong.
+    monitor.keeper().map_or(Ok(()), |keeper| keeper.forget()).map_err(refuse_unreachable)?;
+    Ok(addresses)
+}
+
+fn run(
+    network: &dyn Network,
+    guest: &mut dyn SourceGuest,
+    addresses: &[Address],
+    options: &MigrateOptions,
+    monitor: &Monitor,
+    broken: Option<&str>,
+    report: &mut MigrationReport,
+) -> Result<()> {
+    report.memory_bytes = guest.memory().bytes();
+    crate::host::own_code::map_own_code();
+    let discards = guest.may_discard()?;
+    let wish_for = |to: &Address| -> Result<Wish> {
+        let wish = Wish::new(&options.link, to, discards)?;
+        Ok(broken.map_or(wish.clone(), |why| wish.by_tcp(&format!("RDMA broke: {why}"))))
+    };
+    // What is refused wherever it goes, is refused before anybody is troubled.
+    addresses.iter().try_for_each(|to| wish_for(to).map(drop))?;
+    let witness = discards.then(|| Witness::new(guest.memory())).transpose()?;
+    let reached = session::reach(network, addresses).map_err(refuse_unreachable)?;
+    let to = &reached.address.clone();
+    let wish = wish_for(to)?;
+    let hello = Hello {
+        software: crate::VERSION.into(),
+        lanes: options.lanes,
+        guest: guest.describe(),
+        state_bytes_max: guest.state_bytes_max(),
+        rdma: wish.rdma(),
+    };
+    let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { SETUP_MAX };
+    let mut session = session::open(network, reached, hello, &wish, patience).map_err(refuse_unreachable)?;
+    report.transport = session.opened.link.kind().name().into();
+    report.lanes = session.opened.link.lanes() as u32;
+    report.link.clone_from(&session.opened.taken);
+    monitor.take(&session.opened.taken);
+
+    let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
+    let result = ferry.cross(&mut session, to, witness);
+    let phase = ferry.phase;
+    // After Commit the connection is the inquiry's, which counts for itself.
+    let Some(control) = &mut session.control else { return result };
+    let result = result.map_err(|error| with_the_peers_reason(error, phase, control, monitor));
+    report.control_messages += control.messages();
+    if let Err(error) = &result
+        && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
+    {
+        control.abort(&error.chain(), error.cause(), clock::now() + SETUP_MAX);
+    }
+    result
+}
+
+/// A destination that fails ends its lanes at once, and says why when its copy is dead: that reason is the one to be told,
+/// not that the lanes were closed. The guest runs here meanwhile.
+fn with_the_peers_reason(
+    error: Error,
+    phase: SourcePhase,
+    control: &mut Control,
+    monitor: &Monitor,
+) -> Error {
+    let ended_there = matches!(&error, Error::Transport(e) if e.is_the_peers_end());
+    if !ended_there || phase.on(SourceEvent::Failed) != SourcePhase::Resumed {
+        return error;
+    }
+    match control.receive_watched("Abort", clock::now() + REASON_MAX, &mut || monitor.check()) {
+        Ok(Message::Abort(abort)) => aborted(abort),
+        _ => error,
+    }
+}
+
+/// Nothing was touched while no session is open: not reaching the peer is a refusal.
+fn refuse_unreachable(error: Error) -> Error {
+    match error {
+        Error::Refused(_) | Error::Busy(_) => error,
+        other => Error::Refused(other.chain()),
+    }
+}

@@ -1,0 +1,113 @@
+//! The pre-copy rounds: send, sync, decide.
+
+use crate::clock;
+use crate::dirty::DirtySource;
+use crate::error::{Error, Result};
+use crate::guest::{FixedCosts, SourceGuest};
+use crate::memory::bitmap::DirtyBitmap;
+use crate::memory::page::PAGE_BYTES;
+use crate::policy::{Decision, Estimator, Expected, Finished, Limits, Policy, predict_blackout_us};
+use crate::report::progress::Monitor;
+use crate::report::{MigrationReport, Round};
+use crate::source::MigrateOptions;
+use crate::source::pump::Pump;
+use pageferry_transport::MemoryRegion;
+use std::sync::Arc;
+
+/// The pre-copy rounds.
+pub(crate) struct Rounds<'r> {
+    pub(super) monitor: &'r Monitor,
+    pub(super) report: &'r mut MigrationReport,
+    pub(super) round_trip_us: u64,
+    pub(super) options: &'r MigrateOptions,
+    /// If memory may be taken away from the guest: what is written over it.
+    pub(super) zeros: Option<&'r Arc<MemoryRegion>>,
+    /// The shortest look for what was taken away so far, in microseconds.
+    pub(super) holes_us: u64,
+}
+
+impl Rounds<'_> {
+    /// What the blackout costs beside pages, states and harvests.
+    fn fixed_costs(&mut self, guest: &dyn SourceGuest, pump: &Pump<'_>) -> Result<FixedCosts> {
+        let fixed = guest.fixed_costs();
+        if self.zeros.is_none() {
+            return Ok(fixed);
+        }
+        let look = pump.time_a_look_for_holes()?;
+        self.holes_us = self.holes_us.min(look.as_micros() as u64);
+        Ok(FixedCosts { harvest_us: fixed.harvest_us + self.holes_us, ..fixed })
+    }
+
+    /// Sends `dirty`, harvests, and decides, until the policy says to switch over.
+    pub(crate) fn run(
+        &mut self,
+        guest: &mut dyn SourceGuest,
+        pump: &mut Pump<'_>,
+        tracking: &mut dyn DirtySource,
+        dirty: &mut DirtyBitmap,
+        watch: &mut crate::watch::Watch<'_>,
+    ) -> Result<()> {
+        let mut policy = Policy::new(Limits {
+            downtime_us_max: self.options.downtime_us_max,
+            when_stuck: self.options.when_stuck,
+            rounds_max: self.options.rounds_max,
+        });
+        let mut estimator = Estimator::default();
+        for index in 0.. {
+            let begun = clock::now();
+            let monitor = self.monitor;
+            monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
+            let mut relieving = || watch().and_then(|()| tracking.relieve());
+            let looked_before = pump.looked();
+            let mut pages = 0;
+            // In each round, so that the blackout finds little. Nothing was sent before the first.
+            if let Some(zeros) = self.zeros.filter(|_| index > 0) {
+                pages += pump.push_freed(dirty, zeros, &mut relieving)?;
+            }
+            pages +=
+                pump.push(dirty, &mut relieving, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
+            let tag = pump.fence()?;
+            pump.wait_fence(tag, &mut relieving)?;
+            let elapsed = clock::elapsed(begun);
+
+            let harvesting = clock::now();
+            tracking.harvest(dirty)?;
+            let harvest = clock::elapsed(harvesting);
+            guest.settle_io()?;
+            let looking = pump.looked() - looked_before;
+            let residue_pages = dirty.count();
+            let finished = Finished { round: index, pages, elapsed, looking, harvest, residue_pages };
+            let expected = Expected {
+                state_bytes: guest.state_bytes_expected(),
+                round_trip_us: self.round_trip_us,
+                fixed: self.fixed_costs(guest, pump)?,
+            };
+            let bytes = pages * PAGE_BYTES;
+            let seen = estimator.observe(&finished, &expected);
+            let predicted_blackout_us = predict_blackout_us(&seen);
+            let dirty_rate = (dirty.count() * PAGE_BYTES) as f64 / elapsed.as_secs_f64().max(1e-6);
+            self.report.predicted_blackout_us = predicted_blackout_us;
+            self.report.rounds.push(Round {
+                index,
+                pages,
+                bytes,
+                elapsed_us: elapsed.as_micros() as u64,
+                dirtied_pages: dirty.count(),
+                predicted_blackout_us,
+            });
+            self.report.bytes_written = pump.bytes_written();
+            monitor.update(|p| {
+                p.bytes_per_second = seen.bytes_per_second as u64;
+                p.dirty_bytes_per_second = dirty_rate as u64;
+                p.predicted_blackout_us = predicted_blackout_us;
+            });
+            tracing::debug!(index, pages, residue = dirty.count(), predicted_blackout_us, "round");
+            match policy.decide(&seen) {
+                Decision::Iterate => {}
+                Decision::SwitchOver => return Ok(()),
+                Decision::GiveUp(reason) => return Err(Error::NotConverging(reason)),
+            }
+        }
+        unreachable!("the policy ends the rounds at rounds_max")
+    }
+}
