@@ -176,7 +176,7 @@ impl Guest {
     fn round(&self, row: Row) -> Result<(u64, f64)> {
         match row {
             Row::Push(push) => self.push(push),
-            Row::Ring { scattered } => ring::harvest(scattered, self.memory.pages()),
+            Row::Ring { scattered } => ring::sync(scattered, self.memory.pages()),
         }
     }
 

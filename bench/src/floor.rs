@@ -1,16 +1,16 @@
-//! The floor under every blackout between two QEMUs: stop, save, load, cont, with no memory to move. The
+//! The floor under every downtime between two QEMUs: stop, save, load, cont, with no memory to move. The
 //! destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
 
-use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
-use crate::ways::{AFTERMATH, STEADY, Sample, blackout_ms, status_of};
+use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, TestBed};
+use crate::ways::{AFTERMATH, STEADY, Sample, downtime_ms, status_of};
 use anyhow::{Result, bail};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Moves the guest to a new QEMU on the same memory, which is put in its place.
-pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
-    let mut destination = yard.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
+pub fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
+    let mut destination = bed.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
     source.console.settle(STEADY, START_MAX)?;
     let deadline = Instant::now() + GUEST_MAX;
     let capabilities = ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
@@ -25,11 +25,11 @@ pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
         json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 300 }),
         deadline,
     )?;
-    let uri = format!("unix:{}", yard.directory.join(format!("{}.floor", destination.name)).display());
+    let uri = format!("unix:{}", bed.directory.join(format!("{}.floor", destination.name)).display());
     destination.qmp.execute("migrate-incoming", json!({ "uri": uri }), deadline)?;
     source.qmp.drain_events()?;
     destination.qmp.drain_events()?;
-    yard.reset_beats();
+    bed.reset_beats();
     let begun = Instant::now();
     source.qmp.execute("stop", json!({}), deadline)?;
     source.qmp.execute("migrate", json!({ "uri": uri }), deadline)?;
@@ -42,10 +42,10 @@ pub fn hand_over(yard: &Yard, source: &mut Machine) -> Result<Sample> {
     }
     destination.qmp.execute("cont", json!({}), deadline)?;
     let total_s = begun.elapsed().as_secs_f64();
-    let blackout_ms = blackout_ms(source, &mut destination)?;
+    let downtime_ms = downtime_ms(source, &mut destination)?;
     std::thread::sleep(AFTERMATH);
-    let (gap_ms, gap_began_ms) = (yard.gap_ms(), yard.gap_began_ms(begun));
+    let (gap_ms, gap_began_ms) = (bed.gap_ms(), bed.gap_began_ms(begun));
     *source = destination;
     source.console.settle(Duration::ZERO, START_MAX)?;
-    Ok(Sample { total_s, blackout_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
+    Ok(Sample { total_s, downtime_ms, gap_ms, gap_began_ms, cpu_s: f64::NAN, sent_mib: 0.0 })
 }

@@ -1,4 +1,4 @@
-//! How long a guest stands still *outside* the switchover: when a migration begins, in its rounds, when it is cancelled,
+//! How long a guest is paused *outside* the switchover: when a migration begins, in its rounds, when it is cancelled,
 //! when it is aborted, when the supervisor is killed.
 //!
 //! ```text
@@ -9,7 +9,7 @@
 //! switches over: its round 0 is held to a rate at which it lasts longer than the turn.
 
 use crate::downtime::linux::made;
-use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, Yard};
+use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, TestBed};
 use crate::process::Process;
 use crate::progress::Progress;
 use crate::record::{Record, Spec};
@@ -69,11 +69,11 @@ pub fn run(args: &GapsArgs, progress: &Progress) -> Result<Record> {
         args.memory, args.touched
     );
     let mut record = Record::begin("gaps", title, args)?;
-    let yard = Yard::new(guest(args)?)?;
+    let bed = TestBed::new(guest(args)?)?;
     let cpus = args.guest_cpu.map(Cpus::new).transpose()?;
     // Whoever is started inherits it: QEMU, and the thread that reads heartbeats beside it.
     cpus.iter().try_for_each(|cpus| go_to(&cpus.guest))?;
-    let mut machine = yard
+    let mut machine = bed
         .start(Begin::Boot, None, false)
         .context("starting QEMU; scripts/setup --bench installs what is missing")?;
     cpus.iter().try_for_each(|cpus| go_to(&cpus.others))?;
@@ -86,7 +86,7 @@ pub fn run(args: &GapsArgs, progress: &Progress) -> Result<Record> {
             break;
         }
         progress.say(&format!("turn {}", turn + 1));
-        if let Err(e) = one_turn(&yard, &mut machine, turn, &mut record) {
+        if let Err(e) = one_turn(&bed, &mut machine, turn, &mut record) {
             record.fail("turn", turn, format!("{e:#}"));
         }
         progress.step();
@@ -138,39 +138,39 @@ fn guest(args: &GapsArgs) -> Result<GuestOptions> {
     })
 }
 
-fn one_turn(yard: &Yard, machine: &mut Machine, turn: u32, record: &mut Record) -> Result<()> {
+fn one_turn(bed: &TestBed, machine: &mut Machine, turn: u32, record: &mut Record) -> Result<()> {
     machine.console.settle(STEADY, START_MAX)?;
-    let mut gap = |phase: &str| record.sample(phase, GAP, turn, yard.gap_ms());
-    let supervisor = attach(yard, machine)?;
-    yard.reset_beats();
+    let mut gap = |phase: &str| record.sample(phase, GAP, turn, bed.gap_ms());
+    let supervisor = attach(bed, machine)?;
+    bed.reset_beats();
     std::thread::sleep(WINDOW);
     gap("idle");
 
-    let receiver = yard.start(Begin::RECEIVE, None, false)?;
-    yard.reset_beats();
-    let moving = Moving::start(yard, machine, &receiver)?;
+    let receiver = bed.start(Begin::RECEIVE, None, false)?;
+    bed.reset_beats();
+    let moving = Moving::start(bed, machine, &receiver)?;
     gap("start");
-    yard.reset_beats();
+    bed.reset_beats();
     std::thread::sleep(WINDOW);
     gap("rounds");
-    yard.reset_beats();
-    command(yard, &["cancel", &machine.name])?;
+    bed.reset_beats();
+    command(bed, &["cancel", &machine.name])?;
     moving.end()?;
     std::thread::sleep(AFTERMATH);
     gap("cancel");
     drop(receiver);
 
-    let receiver = yard.start(Begin::RECEIVE, None, false)?;
-    let moving = Moving::start(yard, machine, &receiver)?;
-    yard.reset_beats();
+    let receiver = bed.start(Begin::RECEIVE, None, false)?;
+    let moving = Moving::start(bed, machine, &receiver)?;
+    bed.reset_beats();
     drop(receiver);
     moving.end()?;
     std::thread::sleep(AFTERMATH);
     gap("abort");
 
-    let receiver = yard.start(Begin::RECEIVE, None, false)?;
-    let moving = Moving::start(yard, machine, &receiver)?;
-    yard.reset_beats();
+    let receiver = bed.start(Begin::RECEIVE, None, false)?;
+    let moving = Moving::start(bed, machine, &receiver)?;
+    bed.reset_beats();
     // By SIGKILL.
     drop(supervisor);
     moving.end()?;
@@ -183,10 +183,10 @@ fn one_turn(yard: &Yard, machine: &mut Machine, turn: u32, record: &mut Record) 
 struct Moving(Process);
 
 impl Moving {
-    fn start(yard: &Yard, machine: &Machine, receiver: &Machine) -> Result<Self> {
+    fn start(bed: &TestBed, machine: &Machine, receiver: &Machine) -> Result<Self> {
         let to = receiver.listens.as_deref().context("the destination does not listen")?;
-        let mut migrate = Command::new(&yard.options.pageferry);
-        migrate.env("PAGEFERRY_RUNTIME_DIR", &yard.directory).args([
+        let mut migrate = Command::new(&bed.options.pageferry);
+        migrate.env("PAGEFERRY_RUNTIME_DIR", &bed.directory).args([
             "migrate",
             &machine.name,
             "--to",
@@ -198,7 +198,7 @@ impl Moving {
         ]);
         let process = Process::spawn("pageferry migrate", &mut migrate)?;
         let deadline = Instant::now() + START_MAX;
-        while !command(yard, &["status", &machine.name, "--json"])?.contains("\"rounds\"") {
+        while !command(bed, &["status", &machine.name, "--json"])?.contains("\"rounds\"") {
             if Instant::now() > deadline {
                 bail!("the migration did not come to its rounds");
             }
@@ -220,9 +220,9 @@ impl Moving {
 }
 
 /// Runs `pageferry` to its end and returns what it printed.
-fn command(yard: &Yard, arguments: &[&str]) -> Result<String> {
-    let output = Command::new(&yard.options.pageferry)
-        .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
+fn command(bed: &TestBed, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(&bed.options.pageferry)
+        .env("PAGEFERRY_RUNTIME_DIR", &bed.directory)
         .args(arguments)
         .output()
         .with_context(|| format!("pageferry {}", arguments.join(" ")))?;

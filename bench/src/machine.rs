@@ -154,7 +154,7 @@ pub struct Machine {
 
 /// All monitors of one guest on its way: a directory, and the heartbeat meter that they share.
 #[derive(Debug)]
-pub struct Yard {
+pub struct TestBed {
     /// What every guest is.
     pub options: GuestOptions,
     /// Runtime directory, sockets.
@@ -165,7 +165,7 @@ pub struct Yard {
     pub beats: Beats,
 }
 
-impl Yard {
+impl TestBed {
     /// An empty one.
     pub fn new(options: GuestOptions) -> Result<Self> {
         let directory =
@@ -314,7 +314,7 @@ impl Yard {
     }
 
     /// How long after this moment that gap began, in milliseconds. A gap that began long before the end of a move is not
-    /// its blackout.
+    /// its downtime.
     #[must_use]
     pub fn gap_began_ms(&self, begun: Instant) -> f64 {
         self.largest_gap()
@@ -331,7 +331,7 @@ impl Yard {
     }
 }
 
-impl Drop for Yard {
+impl Drop for TestBed {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.directory);
     }

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// The downtime laboratory.
+/// The downtime harness.
 #[derive(Debug, Parser)]
 #[command(name = "pageferry-bench", version)]
 struct Cli {
@@ -43,7 +43,7 @@ enum Command {
     Rdma(RdmaArgs),
     /// What a page costs on its way from the dirty set to the RDMA device, which is none here.
     Cost(CostArgs),
-    /// One guest moved back and forth: the blackout, its slices, and what guest and client saw of it.
+    /// One guest moved back and forth: the downtime, its slices, and what guest and client saw of it.
     Downtime(DowntimeArgs),
     /// The engine's policy against modelled guests, hosts and cables; with --check beside real migrations.
     Simulate(SimulateArgs),
@@ -51,7 +51,7 @@ enum Command {
     Sweep(SweepArgs),
     /// What following a guest's writes costs, for the migration and for the guest.
     Dirty(DirtyArgs),
-    /// How long a guest stands still outside the switchover: start, rounds, cancel, abort, a killed supervisor.
+    /// How long a guest is paused outside the switchover: start, rounds, cancel, abort, a killed supervisor.
     Gaps(GapsArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
@@ -135,10 +135,10 @@ struct DowntimeArgs {
     /// Lanes. [default: as `pageferry migrate`]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
-    /// Longest blackout that the engine is allowed.
+    /// Longest downtime that the engine is allowed.
     #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
-    /// Plant a pause of this length into each blackout, to see that it is found.
+    /// Plant a pause of this length into each downtime, to see that it is found.
     #[arg(long, hide = true, default_value = "0ms", value_parser = duration)]
     plant_pause: Duration,
     /// Directory for the record and its page.

@@ -2,7 +2,7 @@
 //! own monitor.
 
 use crate::console::Console;
-use crate::machine::{GUEST_MAX, START_MAX, Yard, next_name};
+use crate::machine::{GUEST_MAX, START_MAX, TestBed, next_name};
 use crate::said::Said;
 use anyhow::{Context, Result, bail};
 use pageferry_microvm::config::TrackingChoice;
@@ -29,12 +29,12 @@ pub struct Microvm {
 impl Microvm {
     /// Starts one, with all of its memory taken first if `preallocated`; one that waits at `listen` if there is an address, and else boots.
     pub fn start(
-        yard: &Yard,
+        bed: &TestBed,
         tracking: TrackingChoice,
         listen: Option<SocketAddr>,
         preallocated: bool,
     ) -> Result<Self> {
-        let (options, name) = (&yard.options, next_name());
+        let (options, name) = (&bed.options, next_name());
         let mut command = Command::new(&options.pageferry);
         command.args(["microvm", &name, "--memory", &format!("{}M", options.memory_mib), "--cpus", "1"]);
         if preallocated {
@@ -51,7 +51,7 @@ impl Microvm {
                 .args(["--append", &options.command_line()]),
         };
         let mut process = command
-            .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
+            .env("PAGEFERRY_RUNTIME_DIR", &bed.directory)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -62,7 +62,7 @@ impl Microvm {
         let stdout = process.stdout.take().context("its output was piped")?;
         let stdin = process.stdin.take().context("its input was piped")?;
         let stderr = process.stderr.take().context("its errors were piped")?;
-        let console = Console::open(stdout, Box::new(stdin), Arc::clone(&yard.beats));
+        let console = Console::open(stdout, Box::new(stdin), Arc::clone(&bed.beats));
         // From here on dropping it ends the process.
         let mut microvm = Self { name, listens: None, console, process, said: Said::of(stderr) };
         if listen.is_some() {

@@ -166,7 +166,7 @@ pub fn made_by(run: u32) -> bool {
     entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(&start))
 }
 
-/// Removes what runs left behind that were killed. Fails where namespaces cannot be made at all, with the mend.
+/// Removes what runs left behind that were killed. Fails where namespaces cannot be made at all, with the fix.
 pub fn sweep() -> Result<()> {
     script(&["sweep"])
 }

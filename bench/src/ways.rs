@@ -2,7 +2,7 @@
 
 use crate::cpu::Meter;
 use crate::floor;
-use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, Yard};
+use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, TestBed};
 use crate::microvm::Microvm;
 use crate::process::Process;
 use anyhow::{Context, Result, anyhow, bail};
@@ -49,7 +49,7 @@ pub struct Sample {
     pub total_s: f64,
     /// From QEMU's STOP event at the source to its RESUME event at the destination, in milliseconds; for a microvm as
     /// the engine has it.
-    pub blackout_ms: f64,
+    pub downtime_ms: f64,
     /// Longest time between two heartbeats of the guest (one a millisecond) as the host saw them.
     pub gap_ms: f64,
     /// How long after the request that gap began, in milliseconds.
@@ -68,7 +68,7 @@ pub type Moved = (Sample, Option<MigrationReport>);
 pub struct Terms {
     /// Whether destinations have all their memory before the migration.
     pub preallocated: bool,
-    /// The blackout that pageferry is allowed.
+    /// The downtime that pageferry is allowed.
     pub downtime_max: Duration,
     /// The address of an RDMA port of this host, at which destinations of the ways by RDMA listen.
     pub rdma_address: Option<IpAddr>,
@@ -112,33 +112,37 @@ impl Way {
 
 /// Lets the guest reach its steady state and moves it. `source` is then the one that has it; after an error, whatever
 /// is left of it.
-pub fn migrate(yard: &Yard, source: &mut Machine, way: Way, terms: &Terms) -> Result<Moved> {
+pub fn migrate(bed: &TestBed, source: &mut Machine, way: Way, terms: &Terms) -> Result<Moved> {
     if way == Way::Floor {
-        return Ok((floor::hand_over(yard, source)?, None));
+        return Ok((floor::hand_over(bed, source)?, None));
     }
     let address = way.address(terms)?;
     let begin = if way.is_ours() { Begin::Receive(address) } else { Begin::Incoming };
-    let mut destination = yard.start(begin, None, terms.preallocated)?;
+    let mut destination = bed.start(begin, None, terms.preallocated)?;
     source.console.settle(STEADY, START_MAX)?;
     let begun = Instant::now();
     let (mut sample, report) = if way.is_ours() {
-        let (sample, report) = by_pageferry(yard, source, &mut destination, way, terms.downtime_max)?;
+        let (sample, report) = by_pageferry(bed, source, &mut destination, way, terms.downtime_max)?;
         (sample, Some(report))
     } else {
-        (by_qemu(yard, source, &mut destination, way, address)?, None)
+        (by_qemu(bed, source, &mut destination, way, address)?, None)
     };
     std::thread::sleep(AFTERMATH);
-    sample.gap_ms = yard.gap_ms();
-    sample.gap_began_ms = yard.gap_began_ms(begun);
+    sample.gap_ms = bed.gap_ms();
+    sample.gap_began_ms = bed.gap_began_ms(begun);
     *source = destination;
     source.console.settle(Duration::ZERO, START_MAX)?;
     Ok((sample, report))
 }
 
-/// Moves the guest by pageferry over loopback, which is allowed this blackout; with the engine's report.
-pub fn ferry(yard: &Yard, source: &mut Machine, downtime_max: Duration) -> Result<(Sample, MigrationReport)> {
+/// Moves the guest by pageferry over loopback, which is allowed this downtime; with the engine's report.
+pub fn ferry(
+    bed: &TestBed,
+    source: &mut Machine,
+    downtime_max: Duration,
+) -> Result<(Sample, MigrationReport)> {
     let terms = Terms { preallocated: false, downtime_max, rdma_address: None };
-    let (sample, report) = migrate(yard, source, Way::Pageferry, &terms)?;
+    let (sample, report) = migrate(bed, source, Way::Pageferry, &terms)?;
     Ok((sample, report.context("pageferry gave no report")?))
 }
 
@@ -147,40 +151,40 @@ fn is_verbose() -> bool {
 }
 
 fn by_pageferry(
-    yard: &Yard,
+    bed: &TestBed,
     source: &mut Machine,
     destination: &mut Machine,
     way: Way,
     downtime_max: Duration,
 ) -> Result<(Sample, MigrationReport)> {
     let to = destination.listens.clone().ok_or_else(|| anyhow!("the destination does not listen"))?;
-    let supervisor = if source.listens.is_some() { None } else { Some(attach(yard, source)?) };
+    let supervisor = if source.listens.is_some() { None } else { Some(attach(bed, source)?) };
     let mut pids = [source.pids(), destination.pids()].concat();
     pids.extend(supervisor.as_ref().map(|s| s.0.id()));
     source.qmp.drain_events()?;
     destination.qmp.drain_events()?;
-    yard.reset_beats();
+    bed.reset_beats();
     let meter = Meter::start(pids);
-    let report = request(yard, &source.name, &to, way == Way::PageferryRdma, downtime_max)?;
+    let report = request(bed, &source.name, &to, way == Way::PageferryRdma, downtime_max)?;
     let cpu_s = meter.stop();
-    let sample = Sample { blackout_ms: blackout_ms(source, destination)?, ..of_report(&report, cpu_s) };
+    let sample = Sample { downtime_ms: downtime_ms(source, destination)?, ..of_report(&report, cpu_s) };
     Ok((sample, report))
 }
 
 /// Runs `pageferry migrate` to its end.
 fn request(
-    yard: &Yard,
+    bed: &TestBed,
     name: &str,
     to: &str,
     by_rdma: bool,
     downtime_max: Duration,
 ) -> Result<MigrationReport> {
-    let mut command = Command::new(&yard.options.pageferry);
+    let mut command = Command::new(&bed.options.pageferry);
     command
-        .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
+        .env("PAGEFERRY_RUNTIME_DIR", &bed.directory)
         .args(["migrate", name, "--to", to, "--json", "--insecure", "--when-stuck", "switchover"])
         .args(["--downtime-max", &format!("{}us", downtime_max.as_micros())])
-        .args(["--lanes", &yard.options.lanes.to_string()])
+        .args(["--lanes", &bed.options.lanes.to_string()])
         .args(["--transport", if by_rdma { "rdma" } else { "tcp" }])
         // Ctrl-C is for the bench alone: it lets the move that goes on end.
         .process_group(0);
@@ -193,7 +197,7 @@ fn request(
     }
     let report: MigrationReport = serde_json::from_str(&ended.stdout).context("the report")?;
     if is_verbose() {
-        eprintln!("{:?} {:?}", report.blackout_us, report.rounds);
+        eprintln!("{:?} {:?}", report.downtime_us, report.rounds);
     }
     Ok(report)
 }
@@ -201,7 +205,7 @@ fn request(
 fn of_report(report: &MigrationReport, cpu_s: f64) -> Sample {
     Sample {
         total_s: report.total_us as f64 / 1e6,
-        blackout_ms: report.blackout_us.total as f64 / 1e3,
+        downtime_ms: report.downtime_us.total as f64 / 1e3,
         gap_ms: f64::NAN,
         gap_began_ms: f64::NAN,
         cpu_s,
@@ -211,23 +215,23 @@ fn of_report(report: &MigrationReport, cpu_s: f64) -> Sample {
 
 /// Moves a guest of pageferry's own monitor to another one, over loopback. `source` is then the one that has it.
 pub fn move_microvm(
-    yard: &Yard,
+    bed: &TestBed,
     source: &mut Microvm,
     tracking: TrackingChoice,
     terms: &Terms,
 ) -> Result<Moved> {
     let address = SocketAddr::new(Way::Microvm.address(terms)?, 0);
-    let destination = Microvm::start(yard, tracking, Some(address), terms.preallocated)?;
+    let destination = Microvm::start(bed, tracking, Some(address), terms.preallocated)?;
     source.console.settle(STEADY, START_MAX)?;
-    yard.reset_beats();
+    bed.reset_beats();
     let begun = Instant::now();
     let meter = Meter::start(vec![source.pid(), destination.pid()]);
     let to = destination.listens.clone().context("the destination does not listen")?;
-    let report = request(yard, &source.name, &to, false, terms.downtime_max)?;
+    let report = request(bed, &source.name, &to, false, terms.downtime_max)?;
     let mut sample = of_report(&report, meter.stop());
     std::thread::sleep(AFTERMATH);
-    sample.gap_ms = yard.gap_ms();
-    sample.gap_began_ms = yard.gap_began_ms(begun);
+    sample.gap_ms = bed.gap_ms();
+    sample.gap_began_ms = bed.gap_began_ms(begun);
     *source = destination;
     source.console.settle(Duration::ZERO, START_MAX)?;
     Ok((sample, Some(report)))
@@ -243,9 +247,9 @@ impl Drop for Supervisor {
     }
 }
 
-pub(crate) fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
-    let child = Command::new(&yard.options.pageferry)
-        .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
+pub(crate) fn attach(bed: &TestBed, machine: &Machine) -> Result<Supervisor> {
+    let child = Command::new(&bed.options.pageferry)
+        .env("PAGEFERRY_RUNTIME_DIR", &bed.directory)
         .args(["attach", &machine.name, "--pid", &machine.pid.to_string(), "--qmp"])
         .arg(&machine.spare_qmp)
         .process_group(0)
@@ -254,8 +258,8 @@ pub(crate) fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
     let mut supervisor = Supervisor(child);
     let deadline = Instant::now() + START_MAX;
     loop {
-        let status = Command::new(&yard.options.pageferry)
-            .env("PAGEFERRY_RUNTIME_DIR", &yard.directory)
+        let status = Command::new(&bed.options.pageferry)
+            .env("PAGEFERRY_RUNTIME_DIR", &bed.directory)
             .args(["status", &machine.name])
             .stderr(Stdio::null())
             .output()?;
@@ -266,14 +270,14 @@ pub(crate) fn attach(yard: &Yard, machine: &Machine) -> Result<Supervisor> {
             bail!("pageferry attach ended ({status})");
         }
         if Instant::now() > deadline {
-            bail!("pageferry attach did not take up the guest");
+            bail!("pageferry attach did not attach the guest");
         }
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
 fn by_qemu(
-    yard: &Yard,
+    bed: &TestBed,
     source: &mut Machine,
     destination: &mut Machine,
     way: Way,
@@ -303,7 +307,7 @@ fn by_qemu(
     destination.qmp.execute("migrate-incoming", json!({ "uri": uri }), deadline)?;
     source.qmp.drain_events()?;
     destination.qmp.drain_events()?;
-    yard.reset_beats();
+    bed.reset_beats();
     let meter = Meter::start([source.pids(), destination.pids()].concat());
     let begun = Instant::now();
     source.qmp.execute("migrate", json!({ "uri": uri }), deadline)?;
@@ -329,7 +333,7 @@ fn by_qemu(
     let info = source.qmp.execute("query-migrate", json!({}), deadline)?;
     Ok(Sample {
         total_s,
-        blackout_ms: (resumed.at_us.saturating_sub(stopped.at_us)) as f64 / 1e3,
+        downtime_ms: (resumed.at_us.saturating_sub(stopped.at_us)) as f64 / 1e3,
         gap_ms: f64::NAN,
         gap_began_ms: f64::NAN,
         cpu_s,
@@ -356,7 +360,7 @@ pub fn status_of(event: &Event) -> Option<&str> {
 }
 
 /// STOP at one end to RESUME at the other, by QEMU's own time stamps on this one host.
-pub fn blackout_ms(source: &mut Machine, destination: &mut Machine) -> Result<f64> {
+pub fn downtime_ms(source: &mut Machine, destination: &mut Machine) -> Result<f64> {
     let deadline = Instant::now() + START_MAX;
     let stopped = source.qmp.wait_event(deadline, |e| e.name == "STOP").context("STOP of the source")?;
     let resumed =

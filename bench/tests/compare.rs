@@ -8,7 +8,7 @@ fn bench() -> Command {
     Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
 }
 
-/// The record of nine moves with a pause in each blackout, so long that the machine's noise is small beside it.
+/// The record of nine moves with a pause in each downtime, so long that the machine's noise is small beside it.
 fn measured(directory: &Path, pause: &str) -> PathBuf {
     let out = tempfile::tempdir_in(directory).unwrap().keep();
     let small = ["downtime", "--memory", "64", "--working", "16", "--rate", "200", "--moves", "9"];
@@ -20,12 +20,12 @@ fn measured(directory: &Path, pause: &str) -> PathBuf {
     files.find(|path| path.extension().is_some_and(|e| e == "json")).expect("a record")
 }
 
-/// What is said of the blackout as a whole.
+/// What is said of the downtime as a whole.
 fn verdict(before: &Path, after: &Path) -> String {
     let Output { status, stdout, stderr } = bench().arg("compare").args([before, after]).output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     let table = String::from_utf8(stdout).unwrap();
-    table.lines().find(|line| line.starts_with("pageferry tcp, blackout")).expect("a row").to_owned()
+    table.lines().find(|line| line.starts_with("pageferry tcp, downtime")).expect("a row").to_owned()
 }
 
 #[test]

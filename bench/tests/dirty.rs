@@ -25,8 +25,8 @@ fn every_tracker_has_figures_or_a_reason() {
             continue;
         };
         assert_eq!(figure.samples.0.len(), 3, "{group}");
-        let pages = record.figure(group, "pages a harvest").unwrap().samples.max();
+        let pages = record.figure(group, "pages a sync").unwrap().samples.max();
         assert!(pages > 0.0, "{group} wrote and nothing was told");
-        assert!(record.figure(group, "harvest a page").unwrap().samples.min() > 0.0, "{group}");
+        assert!(record.figure(group, "sync a page").unwrap().samples.min() > 0.0, "{group}");
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// Small, so that moves take some milliseconds; allowed to stand still for longer than what is planted.
+/// Small, so that moves take some milliseconds; allowed to be paused for longer than what is planted.
 const SMALL: [&str; 7] = ["downtime", "--memory", "64", "--working", "16", "--rate", "200"];
 
 fn downtime(out: &Path, arguments: &[&str]) -> Command {
@@ -37,7 +37,7 @@ fn a_planted_pause_is_found_by_engine_guest_and_client_within_5_percent() {
     let record = the_record(directory.path());
     assert_eq!(record.failures, []);
     assert_eq!(record.migrations.len(), 7);
-    for name in ["blackout", "load", "guest gap", "client gap"] {
+    for name in ["downtime", "load", "guest gap", "client gap"] {
         let found = record.distributions.iter().find(|d| d.name == name).unwrap();
         let off = found.percentiles_ms[0] / PLANTED_MS - 1.0;
         assert!((0.0..0.05).contains(&off), "{name}: {found:?}");
@@ -144,12 +144,12 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
     const NAME: &str = "a_linux_guest_is_moved_and_its_heartbeats_are_heard";
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let beside = Path::new(env!("CARGO_BIN_EXE_pageferry-bench")).with_file_name("pageferry");
-    for (file, mend) in [
+    for (file, fix) in [
         (repository.join(".cache/guest/vmlinuz"), "scripts/guest-image"),
         (beside, "cargo build -p pageferry"),
     ] {
         if !file.is_file() {
-            return not_run(NAME, &format!("{} is not there: {mend} makes it", file.display()));
+            return not_run(NAME, &format!("{} is not there: {fix} makes it", file.display()));
         }
     }
     let directory = tempfile::tempdir().unwrap();
@@ -161,17 +161,17 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
     assert_eq!(record.failures, []);
     let figure = |name: &str| record.figure("pageferry tcp", name).unwrap();
     assert_eq!(figure("guest gap").samples.0.len(), 2);
-    // The guest beat neither while it stood still nor less than a millisecond apart.
-    for (gap, blackout) in figure("guest gap").samples.0.iter().zip(&figure("blackout").samples.0) {
-        assert!(*gap > 1.0 && *blackout > 0.5, "{gap} {blackout}");
+    // The guest beat neither while it was paused nor less than a millisecond apart.
+    for (gap, downtime) in figure("guest gap").samples.0.iter().zip(&figure("downtime").samples.0) {
+        assert!(*gap > 1.0 && *downtime > 0.5, "{gap} {downtime}");
     }
     // A client asks over a bridge where one may be made; where not, the run says why, and goes on without.
     match record.figure("pageferry tcp", "client gap") {
         Some(gaps) => {
             assert!(geteuid().is_root() && gaps.samples.0.len() == 2);
-            for (gap, blackout) in gaps.samples.0.iter().zip(&figure("blackout").samples.0) {
-                // The engine's blackout ends when the source hears of it, the client's perhaps a little before.
-                assert!(*gap > blackout / 2.0 && *gap < 10_000.0, "{gap} {blackout}");
+            for (gap, downtime) in gaps.samples.0.iter().zip(&figure("downtime").samples.0) {
+                // The engine's downtime ends when the source hears of it, the client's perhaps a little before.
+                assert!(*gap > downtime / 2.0 && *gap < 10_000.0, "{gap} {downtime}");
             }
         }
         None => {
@@ -193,7 +193,7 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
         (&["--transport", "rdma"], "--address"),
         (&["--address", "192.0.2.1"], "192.0.2.1"),
     ];
-    for (arguments, mend) in wrong {
+    for (arguments, fix) in wrong {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
         let ended = command
             .args(["downtime", "--memory", "64", "--out"])
@@ -203,7 +203,7 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
         let Output { status, stderr, .. } = ended.unwrap();
         assert_eq!(status.code(), Some(1), "{arguments:?}");
         let said = text(&stderr);
-        assert!(said.contains(mend) && said.lines().count() == 1, "{said}");
+        assert!(said.contains(fix) && said.lines().count() == 1, "{said}");
     }
 }
 

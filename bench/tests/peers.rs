@@ -28,7 +28,7 @@ fn missing() -> Option<String> {
         (beside, "cargo build -p pageferry"),
     ];
     let absent = needed.into_iter().find(|(file, _)| !file.is_file());
-    absent.map(|(file, mend)| format!("{} is not there: {mend} makes it", file.display()))
+    absent.map(|(file, fix)| format!("{} is not there: {fix} makes it", file.display()))
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn ways_take_turns_and_one_that_cannot_be_is_a_failed_row() {
     let [failure] = record.failures.as_slice() else { panic!("{:?}", record.failures) };
     assert!(failure.group == "qemu-rdma" && failure.why.contains("--rdma-address"), "{failure:?}");
     for group in ["floor", "pageferry", "qemu-postcopy"] {
-        for name in ["total", "blackout", "guest gap"] {
+        for name in ["total", "downtime", "guest gap"] {
             let figure = record.figure(group, name).unwrap_or_else(|| panic!("{group} has no {name}"));
             assert!(figure.samples.0.len() == 1 && figure.samples.median() > 0.1, "{group}: {figure:?}");
         }
@@ -81,10 +81,10 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
         (&["--rdma-address", "192.0.2.1"], "192.0.2.1"),
         (&["--out", "/proc/nowhere"], "--out"),
     ];
-    for (arguments, mend) in wrong {
+    for (arguments, fix) in wrong {
         let Output { status, stderr, .. } = peers(arguments).output().unwrap();
         assert_eq!(status.code(), Some(1), "{arguments:?}");
         let said = text(&stderr);
-        assert!(said.contains(mend) && said.lines().count() == 1, "{said}");
+        assert!(said.contains(fix) && said.lines().count() == 1, "{said}");
     }
 }

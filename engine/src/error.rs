@@ -10,7 +10,7 @@ const CHAIN_CHARS_MAX: usize = 8192;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A check before anything was touched. The text names the thing and the mend.
+    /// A check before anything was touched. The text names the thing and the fix.
     #[error("{0}")]
     Refused(String),
     /// A system call failed.

@@ -217,7 +217,7 @@ pub trait Keeper: std::fmt::Debug + Send + Sync {
     fn write_ahead(&self, question: &Question) -> Result<()>;
 
     /// The guest is sealed, and Commit is sent next: what was written ahead is found from here on. Called in the
-    /// blackout, so it must be one quick step that is done or not done.
+    /// downtime, so it must be one quick step that is done or not done.
     ///
     /// # Errors
     /// They cost nothing but the question.
@@ -246,7 +246,7 @@ fn settles(heard: Result<Message>) -> Option<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::destination::listener::{Doorway, Incoming};
+    use crate::destination::listener::{Incoming, SessionListener};
     use crate::net::System;
 
     fn says(cause: Cause) -> Message {
@@ -282,12 +282,12 @@ mod tests {
 
     #[test]
     fn what_an_operator_has_asked_is_no_commit() {
-        let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-        doorway.expect(Token([1; 16]));
-        let inquiry = Inquiry::new(doorway.address.clone(), Token([1; 16]), None);
+        let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+        listener.expect(Token([1; 16]));
+        let inquiry = Inquiry::new(listener.address.clone(), Token([1; 16]), None);
         let asking = std::thread::spawn(move || inquiry.apart().ask_before_running(&System));
         let soon = || clock::now() + Duration::from_secs(10);
-        let Some(Incoming::Control { token, mut control, first, .. }) = doorway.next(soon()) else {
+        let Some(Incoming::Control { token, mut control, first, .. }) = listener.next(soon()) else {
             panic!("it comes")
         };
         assert_eq!(token, Token([1; 16]));
@@ -299,12 +299,12 @@ mod tests {
     /// The destination has said Abort and is gone: nobody answers at its address any more.
     #[test]
     fn an_answer_in_the_old_connection_settles_it_although_nobody_listens_any_more() {
-        let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-        doorway.expect(Token([1; 16]));
+        let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+        listener.expect(Token([1; 16]));
         let soon = || clock::now() + Duration::from_secs(10);
-        let mut old = reopen(&System, &doorway.address, Token([1; 16])).unwrap();
+        let mut old = reopen(&System, &listener.address, Token([1; 16])).unwrap();
         old.send(&Message::Commit, soon()).unwrap();
-        let Some(Incoming::Control { mut control, .. }) = doorway.next(soon()) else { panic!("it comes") };
+        let Some(Incoming::Control { mut control, .. }) = listener.next(soon()) else { panic!("it comes") };
         // A port where nobody listens.
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut inquiry = Inquiry::new(nobody.into(), Token([1; 16]), Some(old));

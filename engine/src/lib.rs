@@ -5,7 +5,7 @@
 //! ```text
 //!   source                                                             destination
 //!   dirty::DirtySource   which pages were written (re-armed first)
-//!      | harvest
+//!      | sync
 //!   memory::bitmap  what must be sent
 //!      | runs
 //!   source::pump::Pump        PageRun -> WorkRequest, credits, fences
@@ -17,7 +17,7 @@
 //!   switchover           Paused -> Drained -> Prepared -> Committed    guest::DestinationGuest: load, seal, run
 //! ```
 //!
-//! [`source::migrate`] and [`destination::Reception::serve`] read as the protocol does: eight control
+//! [`source::migrate`] and [`destination::Receiver::serve`] read as the protocol does: eight control
 //! messages ([`protocol`]) over one connection ([`net`]), opened by the source's [`source::session`] and
 //! heard by the destination's [`destination::listener`]. [`net::choice`] says what the lanes may be, RDMA
 //! or TCP; both ends tell them ahead what will be written, so that memory is pinned beside the data and

@@ -1,4 +1,4 @@
-//! What cannot work is refused: exit status 2, one clear line with the mend, and nothing is touched. What
+//! What cannot work is refused: exit status 2, one clear line with the fix, and nothing is touched. What
 //! was tried and given up ends with 1, and the guest runs on.
 
 use pageferry::supervisor::api::State;
@@ -299,7 +299,7 @@ fn options_that_make_no_sense() {
     let source = stage.run("src", BARE, "");
     source.wait_guest_runs();
     let to = "127.0.0.1:1".parse().unwrap();
-    for (option, value, mend) in [
+    for (option, value, fix) in [
         ("--downtime-max", "10", "10ms"),
         ("--downtime-max", "soon", "10ms"),
         ("--downtime-max", "-1ms", ""),
@@ -316,7 +316,7 @@ fn options_that_make_no_sense() {
     ] {
         let ended = stage.migrate("src", to, &[option, value]).end(SOON);
         assert_eq!(ended.status, Some(2), "{option} {value}: {}", ended.stderr);
-        assert!(ended.stderr.contains(mend), "{option} {value}: {}", ended.stderr);
+        assert!(ended.stderr.contains(fix), "{option} {value}: {}", ended.stderr);
     }
     assert!(source.guest_runs());
 }

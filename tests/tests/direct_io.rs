@@ -1,6 +1,6 @@
 //! Direct disk reads into tracked memory: the kernel reports the pages when a transfer begins, and the disk
-//! writes them later. What `SourceGuest::settle_io` promises (no transfer that was under way at the call is
-//! any more) makes a harvest safe to read; these tests show it on the real kernel, with a reader that can be
+//! writes them later. What `SourceGuest::drain_io` promises (no transfer that was under way at the call is
+//! any more) makes a sync safe to read; these tests show it on the real kernel, with a reader that can be
 //! settled in place of QEMU's `stop`.
 
 use pageferry_engine::dirty::DirtySource;
@@ -25,7 +25,7 @@ const READ_PAGES: u64 = 64;
 const READERS: u64 = 4;
 const SWEEPS: u64 = 5;
 
-/// How long each read of the slow file system takes: long beside a harvest.
+/// How long each read of the slow file system takes: long beside a sync.
 const SLOW: Duration = Duration::from_millis(5);
 
 /// A file whose page `p` is full of bytes that tell `p`.
@@ -42,7 +42,7 @@ fn disk(path: &Path) -> Option<OwnedFd> {
     open(path, OFlags::RDONLY | OFlags::DIRECT, Mode::empty()).ok()
 }
 
-/// Reads the disk into `guest` over and over while harvests send pages to a copy; returns how many pages of
+/// Reads the disk into `guest` over and over while syncs send pages to a copy; returns how many pages of
 /// the copy differ in the end. Memory is wiped before it is read into, so that every read changes its pages.
 fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
     let guest = MemoryRegion::anonymous((PAGES * PAGE_BYTES) as usize).unwrap();
@@ -88,9 +88,9 @@ fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
             done.store(true, Ordering::Release);
         });
         loop {
-            // Read before the harvest: the last harvest begins after the last transfer has ended.
+            // Read before the sync: the last sync begins after the last transfer has ended.
             let last = done.load(Ordering::Acquire);
-            source.harvest(&mut dirty).unwrap();
+            source.sync(&mut dirty).unwrap();
             if settled {
                 drop(transfers.write().unwrap());
             }
@@ -119,11 +119,11 @@ fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
 }
 
 #[test]
-fn direct_reads_lose_no_page_once_they_are_settled_between_harvest_and_copy() {
+fn direct_reads_lose_no_page_once_they_are_settled_between_sync_and_copy() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let Some(disk) = disk(&directory.path().join("disk")) else {
         return not_run(
-            "direct_reads_lose_no_page_once_they_are_settled_between_harvest_and_copy",
+            "direct_reads_lose_no_page_once_they_are_settled_between_sync_and_copy",
             "the file system of the build directory has no O_DIRECT",
         );
     };

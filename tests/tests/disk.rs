@@ -2,7 +2,7 @@
 //! with many transfers under way, and checks every sector: moved many times, the image shared by both sides.
 //! A page that a transfer filled while a move read it would show as what was there before (bench/workload,
 //! disk.rs). So that transfers are under way for long, the disk is slowed down below QEMU where this host can do
-//! that: without the drain between harvest and read, pages are then lost in nearly every move.
+//! that: without the drain between sync and read, pages are then lost in nearly every move.
 
 use pageferry_tests::console::{Console, Linux};
 use pageferry_tests::not_run;
@@ -24,7 +24,7 @@ const MOVES: u32 = 6;
 const DISK_BYTES_PER_SECOND: u64 = 16 << 20;
 
 /// A disk, and everything that uses it.
-struct Yard {
+struct TestBed {
     // Dropped in this order: processes, their control group, the image.
     stage: Stage,
     _throttle: Option<Throttle>,
@@ -32,7 +32,7 @@ struct Yard {
     image: PathBuf,
 }
 
-impl Yard {
+impl TestBed {
     /// None where it cannot be.
     fn new(test: &str) -> Option<Self> {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -82,15 +82,15 @@ const MOVING: [&str; 4] = ["--downtime-max", "300ms", "--when-stuck", "switchove
 
 #[test]
 fn a_disk_past_the_page_cache_is_moved_along() {
-    let Some(yard) = Yard::new("a_disk_past_the_page_cache_is_moved_along") else { return };
-    let stage = &yard.stage;
-    let mut here = stage.run("vm0", &yard.qemu("vm0"), "");
+    let Some(bed) = TestBed::new("a_disk_past_the_page_cache_is_moved_along") else { return };
+    let stage = &bed.stage;
+    let mut here = stage.run("vm0", &bed.qemu("vm0"), "");
     let mut console = Console::open(stage, "vm0");
     console.wait_ready();
     let mut done = disk_since(&console, (0, 0));
     for index in 1..=MOVES {
         let name = format!("vm{index}");
-        let there = stage.receive(&name, &yard.qemu(&name), "");
+        let there = stage.receive(&name, &bed.qemu(&name), "");
         let next = Console::open(stage, &name);
         let ended = stage.migrate(&here.name, there.address(), &MOVING).end(MOVE_MAX);
         assert_eq!(ended.status, Some(0), "move {index}: {}", ended.stderr);
@@ -106,13 +106,13 @@ fn a_disk_past_the_page_cache_is_moved_along() {
 #[test]
 fn a_disk_goes_on_at_the_source_when_the_destination_dies_with_the_state_loaded() {
     let name = "a_disk_goes_on_at_the_source_when_the_destination_dies_with_the_state_loaded";
-    let Some(yard) = Yard::new(name) else { return };
-    let stage = &yard.stage;
-    let mut source = stage.run("src", &yard.qemu("src"), "");
+    let Some(bed) = TestBed::new(name) else { return };
+    let stage = &bed.stage;
+    let mut source = stage.run("src", &bed.qemu("src"), "");
     let mut console = Console::open(stage, "src");
     console.wait_ready();
     let done = disk_since(&console, (0, 0));
-    let mut doomed = stage.receive("doomed", &yard.qemu("doomed"), "loaded");
+    let mut doomed = stage.receive("doomed", &bed.qemu("doomed"), "loaded");
     let moving = stage.migrate("src", doomed.address(), &MOVING);
     doomed.wait_held("loaded");
     // The source has saved its state and given the image up.
@@ -121,7 +121,7 @@ fn a_disk_goes_on_at_the_source_when_the_destination_dies_with_the_state_loaded(
     console.verdict();
     let done = disk_since(&console, done);
 
-    let destination = stage.receive("dst", &yard.qemu("dst"), "");
+    let destination = stage.receive("dst", &bed.qemu("dst"), "");
     let next = Console::open(stage, "dst");
     let ended = stage.migrate("src", destination.address(), &MOVING).end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);

@@ -327,7 +327,7 @@ table! {
     filling_control_connection_cut: "filling", CutControl => [1], Source;
 }
 
-// The guest stands still.
+// The guest is paused.
 table! {
     switchover_source_supervisor_killed: "switchover", KillSourceSupervisor => [3], Source;
     switchover_destination_supervisor_killed: "switchover", KillDestinationSupervisor => [1], Source;
@@ -383,7 +383,7 @@ fn owner_destination_supervisor_killed_the_guest_runs_there_and_the_source_says_
     assert_eq!(pair.stage.done(&["settle", "src", "--end"]).status, Some(0));
     assert_eq!(pair.source.end(), Some(0));
     wait_gone(pair.source_qemu);
-    // Its guest outlived it, and is taken up again.
+    // Its guest outlived it, and is attached again.
     pair.destination = pair.stage.attach("dst", &[]);
     assert!(pair.destination.words.text().contains("attached to dst"));
     pair.destination.wait_guest_runs();

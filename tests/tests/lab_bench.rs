@@ -41,7 +41,7 @@ fn peers_measures_microvm_by_ring_and_log_beside_qemu_under_kvm() {
     let record: serde_json::Value =
         serde_json::from_slice(&std::fs::read(record).expect("the record")).expect("JSON");
     for group in ["microvm-ring", "microvm-log", "qemu-low-downtime"] {
-        for name in ["total", "blackout", "guest gap"] {
+        for name in ["total", "downtime", "guest gap"] {
             let figures = record["figures"].as_array().expect("figures");
             let figure = figures
                 .iter()

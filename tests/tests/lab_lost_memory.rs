@@ -1,8 +1,8 @@
 //! Memory that the kernel itself took out of use (`MADV_HWPOISON`), as it does when hardware reports a lost page. The lab
 //! machine's kernel can; others that lack it have stand-ins in `lost_memory`.
 
-use pageferry_engine::destination::Reception;
-use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::Receiver;
+use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};
 use pageferry_engine::memory::lost::Poisoned;
 use pageferry_engine::memory::page::PAGE_BYTES;
@@ -46,15 +46,15 @@ int main(int n, char **args) {
 ";
 
 fn attempt(guest: &mut SyntheticSource, poisoned: Poisoned) -> (MigrationReport, SyntheticDestination) {
-    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut options = MigrateOptions::to(doorway.address.to_string());
+    let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(listener.address.to_string());
     (options.poisoned, options.verify, options.downtime_us_max) = (poisoned, true, 5_000_000);
     let mut destination = SyntheticDestination::new(GUEST.pages).unwrap();
     let report = std::thread::scope(|scope| {
         scope.spawn(|| {
-            let mut reception = Reception::new(doorway, LinkChoice::default());
-            let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
-            reception.serve(incoming, &mut destination, &mut || Ok(()))
+            let mut receiver = Receiver::new(listener, LinkChoice::default());
+            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            receiver.serve(incoming, &mut destination, &mut || Ok(()))
         });
         migrate(guest, &options, &Monitor::default())
     });

@@ -104,7 +104,7 @@ fn a_signal_ends_a_guest_and_says_so() {
 fn the_example_of_an_embedder_moves_its_guest_by_the_rings() {
     load_kvm();
     let example = binary().with_file_name("examples").join("embed");
-    assert!(example.exists(), "build it first: cargo build -p pageferry --example embed");
+    assert!(example.exists(), "build it first: cargo build -p pageferry-microvm --example embed");
     let ran = Command::new(example).output().expect("it starts");
     let (said, failed) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(ran.status.success(), "{said}{failed}");

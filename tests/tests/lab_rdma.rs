@@ -5,9 +5,9 @@
 //! Ignored everywhere else: scripts/test builds outside and runs them inside.
 
 use pageferry::supervisor::api::State;
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
-use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
+use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
@@ -78,8 +78,8 @@ fn attempt(
     lanes: u8,
     change: impl FnOnce(&mut MigrateOptions),
 ) -> (MigrationReport, Option<SyntheticDestination>) {
-    let doorway = Doorway::open(format!("{to}:0").parse().unwrap()).unwrap();
-    let mut options = MigrateOptions::to(doorway.address.to_string());
+    let listener = SessionListener::open(format!("{to}:0").parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(listener.address.to_string());
     (options.lanes, options.downtime_us_max, options.insecure) = (lanes, 5_000_000, true);
     options.when_stuck = WhenStuck::Switchover;
     options.rounds_max = 3;
@@ -89,9 +89,9 @@ fn attempt(
     let over = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let mut reception = Reception::new(doorway, LinkChoice::default());
+            let mut receiver = Receiver::new(listener, LinkChoice::default());
             let received = loop {
-                let Some(incoming) = reception.doorway().next(Instant::now() + Duration::from_millis(100))
+                let Some(incoming) = receiver.listener().next(Instant::now() + Duration::from_millis(100))
                 else {
                     if over.load(std::sync::atomic::Ordering::SeqCst) {
                         break None;
@@ -99,11 +99,11 @@ fn attempt(
                     continue;
                 };
                 let mut destination = SyntheticDestination::new(SMALL.pages).unwrap();
-                if let Served::Received(_) = reception.serve(incoming, &mut destination, &mut || Ok(())) {
+                if let Served::Received(_) = receiver.serve(incoming, &mut destination, &mut || Ok(())) {
                     break Some(destination);
                 }
             };
-            reception.answer_afterwards();
+            receiver.answer_afterwards();
             received
         });
         let report = migrate(guest, &options, &monitor);
@@ -131,7 +131,7 @@ fn twenty_moves_by_rdma_back_and_forth_lose_nothing_in_eight_messages() {
         assert_eq!(report.outcome, Outcome::Completed, "move {index}: {:?}", report.reason);
         assert_eq!((report.transport.as_str(), report.lanes), ("rdma", u32::from(lanes)), "{}", report.link);
         assert_eq!((report.control_messages, &report.fell_back), (8, &None));
-        assert_eq!(report.registrations_in_blackout, 0);
+        assert_eq!(report.registrations_in_downtime, 0);
         // By hand these tests also run over soft-iWARP.
         let link = &report.link;
         assert!(link.contains("RoCE v2 by rxe_v") || link.contains("iWARP by siw_v"), "{link}");
@@ -157,11 +157,11 @@ struct LateTracking {
 }
 
 impl DirtySource for LateTracking {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Synced> {
         if self.touched.load(std::sync::atomic::Ordering::SeqCst) {
             LATE.iter().for_each(|&page| into.insert(PageRun::between(page, page + 1)));
         }
-        self.inner.harvest(into)
+        self.inner.sync(into)
     }
 }
 
@@ -212,8 +212,8 @@ impl SourceGuest for Late {
     fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.settle_io()
+    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
+        self.inner.drain_io()
     }
     fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()
@@ -237,8 +237,8 @@ impl SourceGuest for Late {
 
 #[test]
 #[ignore = "runs in the lab machine: scripts/test lab"]
-fn nothing_is_registered_in_the_blackout_whatever_the_guest_touches_last() {
-    if !alone("nothing_is_registered_in_the_blackout_whatever_the_guest_touches_last", |_| {}) {
+fn nothing_is_registered_in_the_downtime_whatever_the_guest_touches_last() {
+    if !alone("nothing_is_registered_in_the_downtime_whatever_the_guest_touches_last", |_| {}) {
         return;
     }
     for lanes in [1, 4] {
@@ -248,7 +248,7 @@ fn nothing_is_registered_in_the_blackout_whatever_the_guest_touches_last() {
             attempt(&mut guest, THERE, Transport::Rdma, lanes, |options| options.verify = true);
         assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
         assert!(report.state_bytes > PADDING_BYTES as u64);
-        assert_eq!((report.registrations_in_blackout, report.staged_pages), (0, LATE.len() as u64));
+        assert_eq!((report.registrations_in_downtime, report.staged_pages), (0, LATE.len() as u64));
         let destination = destination.unwrap();
         for page in LATE {
             let mut word = [0; 8];

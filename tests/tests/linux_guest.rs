@@ -85,7 +85,7 @@ fn failed_attempts_of_all_kinds_lose_nothing_and_the_guest_writes_on() {
     source.kill();
     assert_eq!(stopped.end(SOON).status, Some(3));
     source.wait_guest_runs();
-    goes_on("the supervisor was killed in the blackout");
+    goes_on("the supervisor was killed in the downtime");
 
     let mut source = stage.attach("src", &[]);
     let next = Console::open(&stage, "dst");

@@ -2,8 +2,8 @@
 //! what was lost is named, and the guest runs on or moves, as the operator chose. And pages that a balloon takes away: they
 //! arrive as what the guest would read there.
 
-use pageferry_engine::destination::Reception;
-use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::Receiver;
+use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};
 use pageferry_engine::memory::lost::Poisoned;
 use pageferry_engine::memory::page::PAGE_BYTES;
@@ -42,15 +42,15 @@ fn attempt(
     poisoned: Poisoned,
     verify: bool,
 ) -> (MigrationReport, SyntheticDestination) {
-    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut options = MigrateOptions::to(doorway.address.to_string());
+    let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(listener.address.to_string());
     (options.poisoned, options.verify, options.downtime_us_max) = (poisoned, verify, 1_000_000);
     let mut destination = SyntheticDestination::new(GUEST.pages).unwrap();
     let report = std::thread::scope(|scope| {
         scope.spawn(|| {
-            let mut reception = Reception::new(doorway, LinkChoice::default());
-            let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
-            reception.serve(incoming, &mut destination, &mut || Ok(()))
+            let mut receiver = Receiver::new(listener, LinkChoice::default());
+            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            receiver.serve(incoming, &mut destination, &mut || Ok(()))
         });
         migrate(guest, &options, &Monitor::default())
     });

@@ -1,4 +1,4 @@
-//! What `pageferry microvm` cannot do is refused: exit status 2, one clear line with the mend, and nothing is left.
+//! What `pageferry microvm` cannot do is refused: exit status 2, one clear line with the fix, and nothing is left.
 //! Guests of it that run need KVM: `lab_microvm`.
 
 use pageferry_tests::stage::Stage;

@@ -1,5 +1,5 @@
 //! Disks on file systems that pin memory for a plain read, or that may: whatever QEMU was told about its cache,
-//! transfers are drained between a harvest and the read of its pages. A file system in user space plays such a
+//! transfers are drained between a sync and the read of its pages. A file system in user space plays such a
 //! one (`SlowFs`).
 
 use pageferry::supervisor::api::State;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 const GUEST: Linux = Linux { memory_mib: 256, written_mib: 4, touched_mib: 8, rate: 10 };
 const DISK_MIB: u32 = 64;
-/// So long is a read under way: much longer than a harvest and the copy of its pages.
+/// So long is a read under way: much longer than a sync and the copy of its pages.
 const SLOW: Duration = Duration::from_millis(60);
 const MOVE_MAX: Duration = Duration::from_secs(120);
 const MOVING: [&str; 4] = ["--downtime-max", "300ms", "--when-stuck", "switchover"];

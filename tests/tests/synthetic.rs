@@ -1,9 +1,9 @@
 //! The engine over real TCP in one process, with a guest that is threads and a ledger: a hundred moves back
 //! and forth, with attempts that fail in between, and the number of control messages.
 
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
-use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
+use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
@@ -49,8 +49,8 @@ fn attempt(
     trouble: Trouble,
     change: impl FnOnce(&mut MigrateOptions),
 ) -> (MigrationReport, SyntheticDestination) {
-    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    let listening = doorway.address.tcp().expect("it listens by TCP");
+    let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listening = listener.address.tcp().expect("it listens by TCP");
     let proxy = Proxy::to(listening);
     let to: SocketAddr = if matches!(trouble, Trouble::Cut(_)) { proxy.address } else { listening };
     let mut options = MigrateOptions::to(to.to_string());
@@ -59,11 +59,11 @@ fn attempt(
     let monitor = Monitor::default();
     let report = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
-            let mut reception = Reception::new(doorway, LinkChoice::default());
-            let incoming = reception.doorway().next(Instant::now() + SOON).expect("the source connects");
-            let served = reception.serve(incoming, &mut destination, &mut || Ok(()));
+            let mut receiver = Receiver::new(listener, LinkChoice::default());
+            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            let served = receiver.serve(incoming, &mut destination, &mut || Ok(()));
             // A source that lost the answer to Commit asks again for as long as this process lives.
-            reception.answer_afterwards();
+            receiver.answer_afterwards();
             matches!(served, Served::Received(_))
         });
         let watched = monitor.clone();
@@ -204,12 +204,12 @@ struct Shrinking {
 }
 
 impl DirtySource for Shrinking {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
-        let harvest = self.inner.harvest(into)?;
+    fn sync(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Synced> {
+        let sync = self.inner.sync(into)?;
         into.insert(PageRun::between(0, self.pages as u64 + 1));
         // More than the tenth that counts as progress.
         self.pages *= 0.87;
-        Ok(harvest)
+        Ok(sync)
     }
 }
 
@@ -244,8 +244,8 @@ impl SourceGuest for ManyRounds {
     fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.0.is_running()
     }
-    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
-        self.0.settle_io()
+    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
+        self.0.drain_io()
     }
     fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.0.arm()

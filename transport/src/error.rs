@@ -59,7 +59,7 @@ pub enum Error {
     /// There is no way of this kind from here to there; another transport may have one.
     #[error("no RDMA path: {what}")]
     NoPath {
-        /// Which address or device, why, and the mend where there is one.
+        /// Which address or device, why, and the fix where there is one.
         what: String,
     },
     /// A wait ended at its deadline.
@@ -77,7 +77,7 @@ pub enum Error {
     /// A system call on local memory or local set-up failed.
     #[error("{what}")]
     Os {
-        /// What was being done, and the mend where there is one.
+        /// What was being done, and the fix where there is one.
         what: String,
         /// The kernel's answer.
         source: io::Error,

@@ -27,7 +27,7 @@
 //!   is the caller's duty to write that memory again.
 //! - **Expect.** A link that pins memory needs to know ahead what will be written: both ends say so
 //!   with `expect`, and pin beside the data. [`Initiator::make_ready`] waits for that, so that nothing is pinned
-//!   in the blackout. On other links both do nothing.
+//!   in the downtime. On other links both do nothing.
 //! - **Completion of a write.** The link is done with the local memory. It says nothing about the
 //!   remote side.
 //! - **Fence.** [`Initiator::fence`] is ordered behind every write posted before it, on every lane.

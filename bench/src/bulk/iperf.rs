@@ -50,7 +50,7 @@ impl fmt::Display for Flags {
     }
 }
 
-/// Its first line about itself; an error with the mend where it is missing.
+/// Its first line about itself; an error with the fix where it is missing.
 pub(super) fn version() -> Result<String> {
     let said = Command::new("iperf3").arg("--version").stdin(Stdio::null()).output();
     let said =

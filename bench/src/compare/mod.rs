@@ -178,7 +178,7 @@ mod tests {
     use crate::record::Spec;
     use crate::stats::random::Random;
 
-    const TOTAL: Spec = Spec::headline("blackout", "ms");
+    const TOTAL: Spec = Spec::headline("downtime", "ms");
     const PART: Spec = Spec::part("load", "ms");
 
     /// Thirty times around `ms`, skewed as times are, with a spread of some 4 %.

@@ -15,9 +15,9 @@ pub const PAGE_NS_MAX: f64 = 20.0;
 /// The slot's number in KVM; any will do.
 const SLOT: u32 = 3;
 
-/// Fills rings with every page of the guest, in order or in none, and harvests. Returns the number of pages and the
+/// Fills rings with every page of the guest, in order or in none, and syncs. Returns the number of pages and the
 /// nanoseconds that it took.
-pub(super) fn harvest(scattered: bool, pages: u64) -> Result<(u64, f64)> {
+pub(super) fn sync(scattered: bool, pages: u64) -> Result<(u64, f64)> {
     let table = SlotTable::new([(SLOT, 0, pages)])?;
     let entries: Vec<Entry> = (0..RING_ENTRIES).map(|_| Entry::default()).collect();
     let ring = DirtyRing::new(&entries[..]);

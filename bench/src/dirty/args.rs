@@ -37,7 +37,7 @@ pub struct DirtyArgs {
     /// How long writes are counted in a turn, followed and not.
     #[arg(long, default_value = "500ms", value_parser = duration)]
     window: Duration,
-    /// Between two harvests.
+    /// Between two syncs.
     #[arg(long, default_value = "50ms", value_parser = duration)]
     every: Duration,
     /// Directory for the record and its page.

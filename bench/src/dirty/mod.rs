@@ -1,7 +1,7 @@
-//! What it costs to know which pages a guest writes: for the migration, a harvest; for the guest, its slower writes.
+//! What it costs to know which pages a guest writes: for the migration, a sync; for the guest, its slower writes.
 //!
 //! ```text
-//!   a turn of one guest    |  warm up  |  not followed: writes a second  |  start  | harvest  ...  harvest |  end  |
+//!   a turn of one guest    |  warm up  |  not followed: writes a second  |  start  | sync  ...  sync |  end  |
 //!                                                                                    followed: writes a second
 //! ```
 //!
@@ -22,14 +22,14 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 use subject::{Subject, Tracker};
 
-/// Of all harvests of a turn, by the pages that they told.
-const PER_PAGE: Spec = Spec::headline("harvest a page", "ns");
+/// Of all syncs of a turn, by the pages that they told.
+const PER_PAGE: Spec = Spec::headline("sync a page", "ns");
 /// How many times as long the guest takes for a page while it is followed.
 const SLOWDOWN: Spec = Spec::headline("slowdown of the guest", "times");
-const HARVEST: Spec = Spec::part("harvest", "us");
+const SYNC: Spec = Spec::part("sync", "us");
 const START: Spec = Spec::part("start", "us");
 const END: Spec = Spec::part("end", "us");
-const PAGES: Spec = Spec::fact("pages a harvest", "");
+const PAGES: Spec = Spec::fact("pages a sync", "");
 const FREE: Spec =
     Spec { name: "written, not followed", unit: "MB/s", better: Better::Neither, headline: false };
 const FOLLOWED: Spec =
@@ -50,7 +50,7 @@ pub struct DirtyOptions {
     pub repetitions: u32,
     /// How long writes are counted, followed and not.
     pub window: Duration,
-    /// Between two harvests.
+    /// Between two syncs.
     pub every: Duration,
 }
 
@@ -68,8 +68,8 @@ struct Row {
 struct Turn {
     start: Duration,
     end: Duration,
-    harvests: u32,
-    harvesting: Duration,
+    syncs: u32,
+    syncing: Duration,
     pages: u64,
     /// Pages a second.
     free: f64,
@@ -147,7 +147,7 @@ const MEMORY_MIB_MIN: u32 = 16;
 pub fn run(options: &DirtyOptions, progress: &Progress) -> Result<Record> {
     options.check()?;
     let title = format!(
-        "following a guest that writes {} % of its memory at random, a harvest each {:?}",
+        "following a guest that writes {} % of its memory at random, a sync each {:?}",
         options.working_percent, options.every
     );
     let mut record = Record::begin("dirty", title, options)?;
@@ -212,16 +212,16 @@ fn one(subject: &mut dyn Subject, options: &DirtyOptions) -> Result<Turn> {
     let starting = Instant::now();
     let mut source = subject.follow()?;
     let start = starting.elapsed();
-    let (mut harvests, mut harvesting, mut pages) = (0, Duration::ZERO, 0);
+    let (mut syncs, mut syncing, mut pages) = (0, Duration::ZERO, 0);
     let followed = rate(subject, |_| {
         let until = Instant::now() + options.window;
         while Instant::now() < until {
             std::thread::sleep(options.every);
             let mut into = DirtyBitmap::new(pages_of_all);
             let begun = Instant::now();
-            pages += source.harvest(&mut into).context("a harvest")?.pages;
-            harvesting += begun.elapsed();
-            harvests += 1;
+            pages += source.sync(&mut into).context("a sync")?.pages;
+            syncing += begun.elapsed();
+            syncs += 1;
         }
         Ok(())
     })?;
@@ -229,7 +229,7 @@ fn one(subject: &mut dyn Subject, options: &DirtyOptions) -> Result<Turn> {
     drop(source);
     let end = ending.elapsed();
     subject.hold(true)?;
-    Ok(Turn { start, end, harvests, harvesting, pages, free, followed })
+    Ok(Turn { start, end, syncs, syncing, pages, free, followed })
 }
 
 /// Pages a second that the guest writes while something is done.
@@ -249,20 +249,20 @@ impl Turn {
     fn keep(&self, group: &str, turn: u32, record: &mut Record) {
         let us = |duration: Duration| duration.as_secs_f64() * 1e6;
         let mb = |pages: f64| pages * PAGE_BYTES as f64 / 1e6;
-        let harvests = f64::from(self.harvests);
-        // Of a harvest that told nothing there is no cost of a page, and what is no number is no sample.
-        record.sample(group, PER_PAGE, turn, us(self.harvesting) * 1e3 / self.pages as f64);
+        let syncs = f64::from(self.syncs);
+        // Of a sync that told nothing there is no cost of a page, and what is no number is no sample.
+        record.sample(group, PER_PAGE, turn, us(self.syncing) * 1e3 / self.pages as f64);
         record.sample(group, SLOWDOWN, turn, self.free / self.followed);
-        record.sample(group, HARVEST, turn, us(self.harvesting) / harvests);
+        record.sample(group, SYNC, turn, us(self.syncing) / syncs);
         record.sample(group, START, turn, us(self.start));
         record.sample(group, END, turn, us(self.end));
-        record.sample(group, PAGES, turn, self.pages as f64 / harvests);
+        record.sample(group, PAGES, turn, self.pages as f64 / syncs);
         record.sample(group, FREE, turn, mb(self.free));
         record.sample(group, FOLLOWED, turn, mb(self.followed));
     }
 }
 
-/// A line for each tracker and size: what a page costs, over how many a harvest tells.
+/// A line for each tracker and size: what a page costs, over how many a sync tells.
 fn curve(record: &Record, rows: &[Row]) -> Plot {
     let mut series: Vec<Series> = Vec::new();
     for row in rows {
@@ -279,10 +279,10 @@ fn curve(record: &Record, rows: &[Row]) -> Plot {
     }
     Plot {
         title: "What a page costs".into(),
-        caption: "Medians of the time of a harvest by the pages that it told. A log costs what the guest's memory costs, a ring \
+        caption: "Medians of the time of a sync by the pages that it told. A log costs what the guest's memory costs, a ring \
                   what was written."
             .into(),
-        x: "pages that a harvest told".into(),
+        x: "pages that a sync told".into(),
         y: "ns a page".into(),
         x_log: true,
         y_log: true,
@@ -309,7 +309,7 @@ fn notes() -> Vec<String> {
          log and ring follow a guest of a few hundred bytes under KVM with one vCPU. A guest's slowdown is its own speed \
          without the tracking by that with it; the speeds of the two kinds of guest say nothing about the trackers."
             .into(),
-        "A harvest of log and ring has every vCPU leave the guest first, which is in its time. Where KVM itself runs in an \
+        "A sync of log and ring has every vCPU leave the guest first, which is in its time. Where KVM itself runs in an \
          emulator, that and each fault is dearer than on a real machine by far."
             .into(),
         "A guest with a bounded rate has its slowdown hidden by its waits: look at those without bound.".into(),
@@ -351,13 +351,13 @@ mod tests {
     struct Honest(Instant);
 
     impl pageferry_engine::dirty::DirtySource for Honest {
-        fn harvest(
+        fn sync(
             &mut self,
             _: &mut DirtyBitmap,
-        ) -> pageferry_engine::error::Result<pageferry_engine::dirty::Harvest> {
+        ) -> pageferry_engine::error::Result<pageferry_engine::dirty::Synced> {
             let pages = (self.0.elapsed().as_secs_f64() * 1e5) as u64;
             self.0 = Instant::now();
-            Ok(pageferry_engine::dirty::Harvest { pages })
+            Ok(pageferry_engine::dirty::Synced { pages })
         }
     }
 
@@ -385,12 +385,12 @@ mod tests {
         for rate in [found.free, found.followed] {
             assert!((rate / 1e5 - 1.0).abs() < 0.01, "{rate} pages a second");
         }
-        // All that was written while it was followed, but for what came after the last harvest.
+        // All that was written while it was followed, but for what came after the last sync.
         let told = found.pages as f64 / 1e5;
         assert!(
-            (0.03..1.0).contains(&told) && found.harvests >= 1,
-            "{told} s of pages in {} harvests",
-            found.harvests
+            (0.03..1.0).contains(&told) && found.syncs >= 1,
+            "{told} s of pages in {} syncs",
+            found.syncs
         );
     }
 }

@@ -33,13 +33,13 @@ pub trait Subject {
     /// Its memory in pages.
     fn pages(&self) -> u64;
 
-    /// Pages that it has written so far, each time counted. It stands still while they are counted.
+    /// Pages that it has written so far, each time counted. It is paused while they are counted.
     fn written(&mut self) -> Result<u64>;
 
     /// Begins to follow its writes.
     fn follow(&mut self) -> Result<Box<dyn DirtySource>>;
 
-    /// Has it stand still, or go on.
+    /// Has it be paused, or go on.
     fn hold(&mut self, held: bool) -> Result<()>;
 }
 

@@ -3,7 +3,7 @@
 //!
 //! # Coordinated omission
 //!
-//! A client that waits for each answer before it asks again asks once during a blackout, and reports one slow answer
+//! A client that waits for each answer before it asks again asks once during a downtime, and reports one slow answer
 //! where a thousand users had one each. This one sends a datagram at each tick of the host's clock, whatever came back.
 //! What counts is the time from the tick, not from the sending, so a client that was late itself hides nothing.
 //!

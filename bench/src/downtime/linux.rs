@@ -2,8 +2,8 @@
 //! client asks it over a bridge ([`super::network`]), where this user may make one.
 
 use super::network::Network;
-use super::{Laboratory, Move, MoveOptions};
-use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, Yard};
+use super::{Harness, Move, MoveOptions};
+use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, TestBed};
 use crate::ways::ferry;
 use anyhow::{Context, Result, bail};
 use pageferry_engine::net::choice::Transport;
@@ -16,9 +16,9 @@ const GUEST: &str = ".cache/guest";
 
 /// A guest in a QEMU, and all that its QEMUs share.
 pub struct Linux {
-    // Before the yard: its directory goes last.
+    // Before the bed: its directory goes last.
     machine: Machine,
-    yard: Yard,
+    bed: TestBed,
     downtime_max: Duration,
     no_network: Option<String>,
 }
@@ -34,19 +34,19 @@ impl Linux {
         if !options.planted_pause.is_zero() || options.threads != 1 {
             bail!("--threads and --plant-pause need --guest synthetic");
         }
-        let mut yard = Yard::new(guest(options, Accel::Tcg, BEAT)?)?;
+        let mut bed = TestBed::new(guest(options, Accel::Tcg, BEAT)?)?;
         let no_network = match Network::up() {
             Ok(network) => {
-                yard.network = Some(network);
+                bed.network = Some(network);
                 None
             }
             Err(e) => Some(format!("No client asks the guest over a network: {e:#}.")),
         };
-        let mut machine = yard
+        let mut machine = bed
             .start(Begin::Boot, None, false)
             .context("starting QEMU; scripts/setup --bench installs what is missing")?;
         machine.wait_booted(|| Ok(())).context("the guest did not boot")?;
-        Ok(Self { machine, yard, downtime_max: options.downtime_max, no_network })
+        Ok(Self { machine, bed, downtime_max: options.downtime_max, no_network })
     }
 }
 
@@ -70,13 +70,13 @@ pub(super) fn guest(options: &MoveOptions, accel: Accel, beat: Duration) -> Resu
 }
 
 /// The absolute path of what must be there.
-pub(crate) fn made(path: &Path, mend: &str) -> Result<PathBuf> {
-    path.canonicalize().with_context(|| format!("{} is not there: {mend}", path.display()))
+pub(crate) fn made(path: &Path, fix: &str) -> Result<PathBuf> {
+    path.canonicalize().with_context(|| format!("{} is not there: {fix}", path.display()))
 }
 
-impl Laboratory for Linux {
+impl Harness for Linux {
     fn service(&self) -> Option<SocketAddr> {
-        self.yard.network.as_ref().map(|_| Network::service())
+        self.bed.network.as_ref().map(|_| Network::service())
     }
 
     fn remark(&self) -> Option<String> {
@@ -84,12 +84,12 @@ impl Laboratory for Linux {
     }
 
     fn move_once(&mut self) -> Result<Move> {
-        let (_, report) = ferry(&self.yard, &mut self.machine, self.downtime_max)?;
+        let (_, report) = ferry(&self.bed, &mut self.machine, self.downtime_max)?;
         Ok(Move { report })
     }
 
     fn guest_gap_ms(&self) -> f64 {
-        self.yard.gap_ms()
+        self.bed.gap_ms()
     }
 
     fn check(&mut self) -> Result<()> {

@@ -2,8 +2,8 @@
 //! `migrate`.
 
 use super::linux::guest;
-use super::{Laboratory, Move, MoveOptions};
-use crate::machine::{Accel, GUEST_MAX, Yard};
+use super::{Harness, Move, MoveOptions};
+use crate::machine::{Accel, GUEST_MAX, TestBed};
 use crate::microvm::Microvm;
 use crate::ways::{Terms, move_microvm};
 use anyhow::{Context, Result, bail};
@@ -17,9 +17,9 @@ pub(super) const BEAT: Duration = Duration::from_millis(10);
 
 /// A guest in a monitor, and what its monitors share.
 pub(super) struct LinuxMicrovm {
-    // Before the yard: its directory goes last.
+    // Before the bed: its directory goes last.
     microvm: Microvm,
-    yard: Yard,
+    bed: TestBed,
     tracking: TrackingChoice,
     terms: Terms,
     gap_ms: f64,
@@ -34,21 +34,21 @@ impl LinuxMicrovm {
         if !options.planted_pause.is_zero() || options.threads != 1 {
             bail!("--threads and --plant-pause are not for --guest microvm");
         }
-        let yard = Yard::new(guest(options, Accel::Kvm, BEAT)?)?;
-        let mut microvm = Microvm::start(&yard, tracking, None, false).context("starting a microvm")?;
+        let bed = TestBed::new(guest(options, Accel::Kvm, BEAT)?)?;
+        let mut microvm = Microvm::start(&bed, tracking, None, false).context("starting a microvm")?;
         microvm.wait_booted(|| Ok(())).context("the guest did not boot")?;
         let terms = Terms { preallocated: true, downtime_max: options.downtime_max, rdma_address: None };
-        Ok(Self { microvm, yard, tracking, terms, gap_ms: f64::NAN })
+        Ok(Self { microvm, bed, tracking, terms, gap_ms: f64::NAN })
     }
 }
 
-impl Laboratory for LinuxMicrovm {
+impl Harness for LinuxMicrovm {
     fn service(&self) -> Option<SocketAddr> {
         None
     }
 
     fn move_once(&mut self) -> Result<Move> {
-        let (sample, report) = move_microvm(&self.yard, &mut self.microvm, self.tracking, &self.terms)?;
+        let (sample, report) = move_microvm(&self.bed, &mut self.microvm, self.tracking, &self.terms)?;
         self.gap_ms = sample.gap_ms;
         Ok(Move { report: report.context("pageferry gave no report")? })
     }

@@ -4,13 +4,13 @@
 //! ```text
 //!            request                      pause                            resume          running
 //!   total       |--------------------------------------------------------------------------->|
-//!   blackout                                |------------------------------------------------>|   engine's clock
+//!   downtime                                |------------------------------------------------>|   engine's clock
 //!   guest gap                            |-------------------------------------->|               its heartbeats
 //!   client gap                          |---------------------------------------->|              longest wait for an answer
 //! ```
 //!
-//! All by one clock, that of this host. The engine's blackout ends when the source hears that the guest runs, so it may
-//! end after the first sign of life. A gap also has in it what surrounds the blackout: the last beat before it and, in a
+//! All by one clock, that of this host. The engine's downtime ends when the source hears that the guest runs, so it may
+//! end after the first sign of life. A gap also has in it what surrounds the downtime: the last beat before it and, in a
 //! real guest, what it needs to get going again.
 
 pub mod client;
@@ -29,7 +29,7 @@ use anyhow::{Context, Result, bail};
 use client::Client;
 use pageferry_engine::net::choice::{LinkChoice, Transport};
 use pageferry_engine::policy::WhenStuck;
-use pageferry_engine::report::{Blackout, MigrationReport, Outcome};
+use pageferry_engine::report::{Downtime, MigrationReport, Outcome};
 use pageferry_engine::source::MigrateOptions;
 use pageferry_microvm::config::TrackingChoice;
 use pageferry_microvm::payload::Pattern;
@@ -37,7 +37,7 @@ use serde::Serialize;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::time::Duration;
 
-/// A client's question each millisecond: ten in the shortest blackouts that were seen.
+/// A client's question each millisecond: ten in the shortest downtimes that were seen.
 const ASK_EVERY: Duration = Duration::from_millis(1);
 
 /// For the guest's service to answer again once the guest runs.
@@ -53,22 +53,22 @@ const FAILURES_IN_A_ROW_MAX: u32 = 3;
 pub const MOVES_MAX: u32 = 5000;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
-const BLACKOUT: Spec = Spec::headline("blackout", "ms");
+const DOWNTIME: Spec = Spec::headline("downtime", "ms");
 const GUEST_GAP: Spec = Spec::headline("guest gap", "ms");
 const CLIENT_GAP: Spec = Spec::headline("client gap", "ms");
-const PREDICTED: Spec = Spec::fact("predicted blackout", "ms");
+const PREDICTED: Spec = Spec::fact("predicted downtime", "ms");
 const ROUNDS: Spec = Spec::fact("rounds", "");
 const SENT: Spec = Spec::fact("sent", "MiB");
 const GOODPUT: Spec = Spec::fact("goodput of the first round", "MB/s");
 const LOST: Spec = Spec::fact("requests lost", "");
 
-/// A slice of a blackout: its name, and where it is in the report.
-type Slice = (Spec, fn(&Blackout) -> u64);
+/// A slice of a downtime: its name, and where it is in the report.
+type Slice = (Spec, fn(&Downtime) -> u64);
 
-/// The slices of a blackout, in their order.
+/// The slices of a downtime, in their order.
 const SLICES: [Slice; 7] = [
     (Spec::part("pause", "ms"), |b| b.pause),
-    (Spec::part("harvest", "ms"), |b| b.harvest),
+    (Spec::part("sync", "ms"), |b| b.sync),
     (Spec::part("push", "ms"), |b| b.push),
     (Spec::part("save", "ms"), |b| b.save),
     (Spec::part("load", "ms"), |b| b.load),
@@ -80,7 +80,7 @@ const SLICES: [Slice; 7] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Guest {
-    /// Threads that write memory, in this process: the engine's own part of a blackout.
+    /// Threads that write memory, in this process: the engine's own part of a downtime.
     Synthetic,
     /// A program that checks its own memory, under this host's KVM.
     Payload,
@@ -115,9 +115,9 @@ pub struct MoveOptions {
     pub address: IpAddr,
     /// Lanes.
     pub lanes: u8,
-    /// Longest blackout that the engine is allowed.
+    /// Longest downtime that the engine is allowed.
     pub downtime_max: Duration,
-    /// A pause that is planted into each blackout.
+    /// A pause that is planted into each downtime.
     pub planted_pause: Duration,
 }
 
@@ -127,7 +127,7 @@ pub(crate) struct Move {
 }
 
 /// A guest that can be moved again and again. Another kind of guest is another implementation.
-pub(crate) trait Laboratory {
+pub(crate) trait Harness {
     /// Where the guest answers datagrams, if it does.
     fn service(&self) -> Option<SocketAddr>;
 
@@ -146,7 +146,7 @@ pub(crate) trait Laboratory {
     /// Has the guest check all of its memory.
     fn check(&mut self) -> Result<()>;
 
-    /// Has the guest stand still while another is measured, or go on.
+    /// Has the guest be paused while another is measured, or go on.
     fn hold(&mut self, held: bool) -> Result<()> {
         bail!("this guest cannot {}", if held { "be held" } else { "go on" })
     }
@@ -193,7 +193,7 @@ struct Party {
     group: String,
     /// What tells it from the other guests of the run: nothing, or how its writes are followed.
     kind: String,
-    laboratory: Box<dyn Laboratory>,
+    harness: Box<dyn Harness>,
     waits: Histogram,
     failures_in_a_row: u32,
     /// Whether it has no more moves.
@@ -211,19 +211,19 @@ fn parties(options: &MoveOptions) -> Result<Vec<Party>> {
             TrackingChoice::Ring => ", ring",
             TrackingChoice::Log => ", log",
         };
-        let mut laboratory: Box<dyn Laboratory> = match options.guest {
+        let mut harness: Box<dyn Harness> = match options.guest {
             Guest::Synthetic => Box::new(synthetic::Synthetic::start(options.clone())?),
             Guest::Payload => Box::new(payload::Payload::start(options.clone(), *tracking)?),
             Guest::Linux => Box::new(linux::Linux::start(options)?),
             Guest::Microvm => Box::new(microvm::LinuxMicrovm::start(options, *tracking)?),
         };
         if several {
-            laboratory.hold(true)?;
+            harness.hold(true)?;
         }
         parties.push(Party {
             group: group(options) + kind,
             kind: kind.into(),
-            laboratory,
+            harness,
             waits: Histogram::new()?,
             failures_in_a_row: 0,
             is_over: false,
@@ -244,12 +244,12 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
         options.working_mib
     );
     let mut record = Record::begin("downtime", title, options)?;
-    notes(&mut record, options, parties[0].laboratory.service().is_some());
-    if let Some(remark) = parties[0].laboratory.remark() {
+    notes(&mut record, options, parties[0].harness.service().is_some());
+    if let Some(remark) = parties[0].harness.remark() {
         eprintln!("pageferry-bench: {remark}");
         record.notes.push(remark);
     }
-    let client = match parties[0].laboratory.service() {
+    let client = match parties[0].harness.service() {
         Some(service) => Some(Client::start(service, ASK_EVERY)?),
         None => None,
     };
@@ -273,8 +273,8 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
     }
     drop(client);
     for party in &mut parties {
-        let ready = if count > 1 { party.laboratory.hold(false) } else { Ok(()) };
-        if let Err(e) = ready.and_then(|()| party.laboratory.check()) {
+        let ready = if count > 1 { party.harness.hold(false) } else { Ok(()) };
+        if let Err(e) = ready.and_then(|()| party.harness.check()) {
             let why = format!("the guest's memory is not what it wrote: {e:#}");
             record.fail(&party.group, options.moves, why);
         }
@@ -298,7 +298,7 @@ fn group(options: &MoveOptions) -> String {
 impl Party {
     /// One move, and what is to be said of it.
     fn turn(&mut self, client: Option<&Client>, record: &mut Record, turn: u32, hold: bool) {
-        let ready = if hold { self.laboratory.hold(false) } else { Ok(()) };
+        let ready = if hold { self.harness.hold(false) } else { Ok(()) };
         match ready.and_then(|()| one(self, client, record, turn)) {
             Ok(true) => self.failures_in_a_row = 0,
             Ok(false) => self.failures_in_a_row += 1,
@@ -312,7 +312,7 @@ impl Party {
             record.notes.push(format!("Given up after {FAILURES_IN_A_ROW_MAX} failures in a row."));
             self.is_over = true;
         }
-        if hold && let Err(e) = self.laboratory.hold(true) {
+        if hold && let Err(e) = self.harness.hold(true) {
             record.fail(&self.group, turn, format!("{e:#}; no guest is left to move"));
             self.is_over = true;
         }
@@ -324,7 +324,7 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
     if let Some(client) = client {
         client.begin();
     }
-    let Move { report } = party.laboratory.move_once()?;
+    let Move { report } = party.harness.move_once()?;
     std::thread::sleep(AFTERMATH);
     // What it took by is in the report; which was asked for need not be what it was.
     let group = match report.transport.as_str() {
@@ -339,7 +339,7 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
         return Ok(false);
     }
     engine_figures(record, &group, turn, &report);
-    record.sample(&group, GUEST_GAP, turn, party.laboratory.guest_gap_ms());
+    record.sample(&group, GUEST_GAP, turn, party.harness.guest_gap_ms());
     if let Some(client) = client {
         match client.end(ANSWER_MAX) {
             Ok(waits) => {
@@ -358,11 +358,11 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
 /// What the engine says of a move.
 pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report: &MigrationReport) {
     record.sample(group, TOTAL, turn, ms(report.total_us));
-    record.sample(group, BLACKOUT, turn, ms(report.blackout_us.total));
+    record.sample(group, DOWNTIME, turn, ms(report.downtime_us.total));
     for (spec, slice) in SLICES {
-        record.sample(group, spec, turn, ms(slice(&report.blackout_us)));
+        record.sample(group, spec, turn, ms(slice(&report.downtime_us)));
     }
-    record.sample(group, PREDICTED, turn, ms(report.predicted_blackout_us));
+    record.sample(group, PREDICTED, turn, ms(report.predicted_downtime_us));
     record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
     record.sample(group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
     // Of the first round, which is all of memory: later ones are too short to say much.
@@ -371,7 +371,7 @@ pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report
 }
 
 fn distributions(record: &mut Record, parties: &[Party]) -> Result<()> {
-    let names = [TOTAL, BLACKOUT, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
+    let names = [TOTAL, DOWNTIME, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
     for name in names.map(|spec| spec.name) {
         for group in record.groups().into_iter().map(str::to_owned).collect::<Vec<_>>() {
             if let Some(figure) = record.figure(&group, name) {
@@ -401,7 +401,7 @@ fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
     if options.guest == Guest::Linux {
         record.notes.push(
             "Under TCG the Linux guest's code is translated anew where it arrives, which is part of its gap and of its client's, and of no \
-             blackout. Its heartbeats go over a serial line."
+             downtime. Its heartbeats go over a serial line."
                 .into(),
         );
         if has_client {
@@ -413,7 +413,7 @@ fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
         }
     }
     record.notes.push(
-        "Blackout: from before the vCPUs are told to stop until the source hears that they run. Guest gap: the longest \
+        "Downtime: from before the vCPUs are told to stop until the source hears that they run. Guest gap: the longest \
          time between two heartbeats of the guest, one a millisecond. Client gap: the longest wait of a client that sends \
          a datagram each millisecond, answered or not, counted from the moment at which it was due: no coordinated \
          omission. All three by this host's clock."
@@ -421,7 +421,7 @@ fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
     );
     record.notes.push(
         "\"Every request of the client\" has the requests of the whole move and of the 100 ms after it; so its middle is \
-         what a move costs while the guest runs, and its end is the blackout. It depends on how long a move takes."
+         what a move costs while the guest runs, and its end is the downtime. It depends on how long a move takes."
             .into(),
     );
     record.notes.push(
@@ -430,7 +430,7 @@ fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
             .into(),
     );
     if !options.planted_pause.is_zero() {
-        record.notes.push(format!("A pause of {:?} was planted into each blackout.", options.planted_pause));
+        record.notes.push(format!("A pause of {:?} was planted into each downtime.", options.planted_pause));
     }
 }
 

@@ -1,5 +1,5 @@
 //! A network for the Linux guest: one switch, a bridge in a namespace of its own, which each QEMU joins by a tap. A client
-//! at the bridge sees what users see of a move: while the guest stands still nobody answers, and then what is sent
+//! at the bridge sees what users see of a move: while the guest is paused nobody answers, and then what is sent
 //! goes on to the old port until the bridge hears a frame of the guest from the new one.
 //!
 //! ```text

@@ -1,10 +1,10 @@
 //! The payload guest under this host's KVM, moved by the engine within this process: a real machine's state and real
 //! dirty tracking, without a kernel or a QEMU around it.
 
-use super::{Guest, Laboratory, Move, MoveOptions};
+use super::{Guest, Harness, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::guest::SourceGuest;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::choice::LinkChoice;
@@ -81,16 +81,16 @@ impl Payload {
     }
 }
 
-impl Laboratory for Payload {
+impl Harness for Payload {
     fn service(&self) -> Option<SocketAddr> {
         None
     }
 
     fn move_once(&mut self) -> Result<Move> {
         let mut source = self.guest.take().context("the guest was lost by an earlier move")?;
-        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0).into())
+        let listener = SessionListener::open(SocketAddr::new(self.options.address, 0).into())
             .with_context(|| format!("listening at {}", self.options.address))?;
-        let options = self.options.migrate_options(doorway.address.to_string());
+        let options = self.options.migrate_options(listener.address.to_string());
         let destination = KvmDestination::new(&self.config, Console::none())?;
         source.forget_gaps()?;
         let planted_pause = self.options.planted_pause;
@@ -98,7 +98,7 @@ impl Laboratory for Payload {
             bail!("--plant-pause is for the synthetic guest");
         }
         let (report, arrived) = std::thread::scope(|scope| {
-            let receiving = scope.spawn(|| receive(doorway, destination));
+            let receiving = scope.spawn(|| receive(listener, destination));
             let report = migrate(&mut source, &options, &Monitor::default());
             (report, receiving.join())
         });
@@ -114,7 +114,7 @@ impl Laboratory for Payload {
     }
 
     fn guest_gap_ms(&self) -> f64 {
-        // Between two readings of its own time-stamp counter, which went on while it stood still.
+        // Between two readings of its own time-stamp counter, which went on while it was paused.
         let gap = self.guest.as_ref().and_then(|guest| {
             let ticks = guest.gap_ticks_max().ok()?;
             Some(ticks.into_iter().max()? as f64 / f64::from(guest.machine().tsc_khz()))
@@ -141,10 +141,10 @@ impl Laboratory for Payload {
 }
 
 /// The guest that came, if one did.
-fn receive(doorway: Doorway, mut guest: KvmDestination) -> Option<KvmSource> {
-    let mut reception = Reception::new(doorway, LinkChoice::default());
-    let incoming = reception.doorway().next(Instant::now() + CONNECT_MAX)?;
-    match reception.serve(incoming, &mut guest, &mut || Ok(())) {
+fn receive(listener: SessionListener, mut guest: KvmDestination) -> Option<KvmSource> {
+    let mut receiver = Receiver::new(listener, LinkChoice::default());
+    let incoming = receiver.listener().next(Instant::now() + CONNECT_MAX)?;
+    match receiver.serve(incoming, &mut guest, &mut || Ok(())) {
         Served::Received(_) => guest.into_source(),
         _ => None,
     }

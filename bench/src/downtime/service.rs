@@ -1,6 +1,6 @@
 //! What a guest made of threads offers to a client: answers to datagrams and a heartbeat, as long as it runs.
 //!
-//! The service belongs to the guest, so it stands still with it: from [`Gate::close`], when the guest is paused at the
+//! The service belongs to the guest, so it is paused with it: from [`Gate::close`], when the guest is paused at the
 //! source, until [`Gate::open`], when it runs at the destination. Datagrams that come meanwhile wait in the socket, as
 //! they would at a switch that holds them back: none is lost.
 
@@ -26,7 +26,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// The guest stands still.
+    /// The guest is paused.
     pub fn close(&self) {
         *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }

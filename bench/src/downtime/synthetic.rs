@@ -1,11 +1,11 @@
-//! The guest that is threads, moved by the engine within this process: no QEMU, so what is left of a blackout is the
+//! The guest that is threads, moved by the engine within this process: no QEMU, so what is left of a downtime is the
 //! engine's own.
 
 use super::service::{Gate, Service};
-use super::{Laboratory, Move, MoveOptions};
+use super::{Harness, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
@@ -55,9 +55,9 @@ impl Synthetic {
         })?;
         let gate = Arc::new(Gate::default());
         let service = Service::start(&gate)?;
-        let laboratory = Self { guest: Some(guest), options, pages, gate, service };
-        laboratory.warm_up()?;
-        Ok(laboratory)
+        let harness = Self { guest: Some(guest), options, pages, gate, service };
+        harness.warm_up()?;
+        Ok(harness)
     }
 
     fn warm_up(&self) -> Result<()> {
@@ -90,16 +90,16 @@ fn pages_per_second(options: &MoveOptions) -> Result<Option<u32>> {
     Ok(Some(each as u32))
 }
 
-impl Laboratory for Synthetic {
+impl Harness for Synthetic {
     fn service(&self) -> Option<SocketAddr> {
         Some(self.service.address)
     }
 
     fn move_once(&mut self) -> Result<Move> {
         let source = self.guest.take().context("the guest was lost by an earlier move")?;
-        let doorway = Doorway::open(SocketAddr::new(self.options.address, 0).into())
+        let listener = SessionListener::open(SocketAddr::new(self.options.address, 0).into())
             .with_context(|| format!("listening at {}", self.options.address))?;
-        let options = self.options.migrate_options(doorway.address.to_string());
+        let options = self.options.migrate_options(listener.address.to_string());
         let destination = Arriving {
             inner: SyntheticDestination::new(self.pages)?,
             gate: Arc::clone(&self.gate),
@@ -108,7 +108,7 @@ impl Laboratory for Synthetic {
         let mut source = Leaving { inner: source, gate: Arc::clone(&self.gate) };
         self.service.reset_gap();
         let (report, arrived) = std::thread::scope(|scope| {
-            let receiving = scope.spawn(|| receive(doorway, destination));
+            let receiving = scope.spawn(|| receive(listener, destination));
             let report = migrate(&mut source, &options, &Monitor::default());
             (report, receiving.join())
         });
@@ -133,16 +133,16 @@ impl Laboratory for Synthetic {
 }
 
 /// The guest that came, if one did.
-fn receive(doorway: Doorway, mut guest: Arriving) -> Option<SyntheticDestination> {
-    let mut reception = Reception::new(doorway, LinkChoice::default());
-    let incoming = reception.doorway().next(Instant::now() + CONNECT_MAX)?;
-    match reception.serve(incoming, &mut guest, &mut || Ok(())) {
+fn receive(listener: SessionListener, mut guest: Arriving) -> Option<SyntheticDestination> {
+    let mut receiver = Receiver::new(listener, LinkChoice::default());
+    let incoming = receiver.listener().next(Instant::now() + CONNECT_MAX)?;
+    match receiver.serve(incoming, &mut guest, &mut || Ok(())) {
         Served::Received(_) => Some(guest.inner),
         _ => None,
     }
 }
 
-/// The guest at the source: its service stands still with it.
+/// The guest at the source: its service is paused with it.
 struct Leaving {
     inner: SyntheticSource,
     gate: Arc<Gate>,
@@ -188,8 +188,8 @@ impl SourceGuest for Leaving {
     fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         self.inner.start_tracking(watch)
     }
-    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.settle_io()
+    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
+        self.inner.drain_io()
     }
     fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()
@@ -214,7 +214,7 @@ impl SourceGuest for Leaving {
     }
 }
 
-/// The guest at the destination. A pause of known length can be planted into its blackout, to see that it is found.
+/// The guest at the destination. A pause of known length can be planted into its downtime, to see that it is found.
 struct Arriving {
     inner: SyntheticDestination,
     gate: Arc<Gate>,

@@ -60,7 +60,7 @@ pub struct PeersArgs {
     /// Lanes that pageferry is asked for. [default: its own]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
-    /// Longest blackout that pageferry is allowed.
+    /// Longest downtime that pageferry is allowed.
     #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Time between two heartbeats of a guest under kvm; each takes the guest some accesses to ports. [default: 1ms]

@@ -1,7 +1,7 @@
 //! All that take part in a run, and their turns.
 
 use super::lineage::{Lineage, MicrovmLineage, QemuLineage};
-use super::{BLACKOUT, CPU, GAP, GAP_BEGAN, PeersOptions, SENT, TOTAL};
+use super::{CPU, DOWNTIME, GAP, GAP_BEGAN, PeersOptions, SENT, TOTAL};
 use crate::machine::Accel;
 use crate::progress::Progress;
 use crate::record::{Migration, Record};
@@ -97,9 +97,9 @@ impl Field {
                 record.interrupted = true;
                 return;
             }
-            let mend = if self.accel == Accel::Kvm { "; --accel tcg does without KVM" } else { "" };
+            let fix = if self.accel == Accel::Kvm { "; --accel tcg does without KVM" } else { "" };
             for peer in self.peers.iter_mut().filter(|peer| peer.lineage == index) {
-                record.fail(&peer.group, 0, format!("the guest does not boot: {e:#}{mend}"));
+                record.fail(&peer.group, 0, format!("the guest does not boot: {e:#}{fix}"));
                 peer.failures_in_a_row = FAILURES_IN_A_ROW_MAX;
             }
         }
@@ -136,7 +136,7 @@ impl Field {
             Ok((sample, report)) => {
                 self.peers[place].failures_in_a_row = 0;
                 record.sample(&group, TOTAL, turn, sample.total_s * 1e3);
-                record.sample(&group, BLACKOUT, turn, sample.blackout_ms);
+                record.sample(&group, DOWNTIME, turn, sample.downtime_ms);
                 record.sample(&group, GAP, turn, sample.gap_ms);
                 record.sample(&group, CPU, turn, sample.cpu_s);
                 record.sample(&group, SENT, turn, sample.sent_mib);
@@ -195,7 +195,7 @@ impl Field {
         }
     }
 
-    /// Has a guest stand still, or go on, where another one is to be measured meanwhile.
+    /// Has a guest be paused, or go on, where another one is to be measured meanwhile.
     fn hold(&mut self, index: usize, held: bool) -> Result<()> {
         if self.lineages.len() == 1 { Ok(()) } else { self.lineages[index].hold(held) }
     }

@@ -1,7 +1,7 @@
 //! A guest that goes on from move to move, with all that is needed to move it once more.
 
 use super::PeersOptions;
-use crate::machine::{Begin, GUEST_MAX, Machine, Yard};
+use crate::machine::{Begin, GUEST_MAX, Machine, TestBed};
 use crate::microvm::Microvm;
 use crate::ways::{Moved, Terms, Way, migrate, move_microvm};
 use anyhow::{Context, Result};
@@ -21,7 +21,7 @@ pub(super) trait Lineage {
     /// Moves it. After an error it may be where it was, or lost.
     fn move_by(&mut self, way: Way) -> Result<Moved>;
 
-    /// Has it stand still, or go on.
+    /// Has it be paused, or go on.
     fn hold(&mut self, held: bool) -> Result<()>;
 
     /// Has it check all of its memory.
@@ -36,16 +36,16 @@ pub(super) trait Lineage {
 
 /// A guest of QEMU.
 pub(super) struct QemuLineage {
-    // Before the yard: its directory goes last.
+    // Before the bed: its directory goes last.
     machine: Option<Machine>,
-    yard: Yard,
+    bed: TestBed,
     terms: Terms,
 }
 
 impl QemuLineage {
     pub(super) fn new(options: &PeersOptions) -> Result<Self> {
-        let yard = Yard::new(options.guest.clone())?;
-        Ok(Self { machine: None, yard, terms: options.terms })
+        let bed = TestBed::new(options.guest.clone())?;
+        Ok(Self { machine: None, bed, terms: options.terms })
     }
 
     fn machine(&mut self) -> Result<&mut Machine> {
@@ -55,7 +55,7 @@ impl QemuLineage {
 
 impl Lineage for QemuLineage {
     fn start(&mut self) -> Result<()> {
-        let machine = self.yard.start(Begin::Boot, None, false);
+        let machine = self.bed.start(Begin::Boot, None, false);
         self.machine =
             Some(machine.context("starting QEMU; scripts/setup --bench installs what is missing")?);
         Ok(())
@@ -75,7 +75,7 @@ impl Lineage for QemuLineage {
 
     fn move_by(&mut self, way: Way) -> Result<Moved> {
         let machine = self.machine.as_mut().context("there is no guest")?;
-        migrate(&self.yard, machine, way, &self.terms)
+        migrate(&self.bed, machine, way, &self.terms)
     }
 
     fn hold(&mut self, held: bool) -> Result<()> {
@@ -98,15 +98,15 @@ impl Lineage for QemuLineage {
 /// A guest of pageferry's own monitor, moved from one to another.
 pub(super) struct MicrovmLineage {
     microvm: Option<Microvm>,
-    yard: Yard,
+    bed: TestBed,
     terms: Terms,
     tracking: TrackingChoice,
 }
 
 impl MicrovmLineage {
     pub(super) fn new(options: &PeersOptions, tracking: TrackingChoice) -> Result<Self> {
-        let yard = Yard::new(options.guest.clone())?;
-        Ok(Self { microvm: None, yard, terms: options.terms, tracking })
+        let bed = TestBed::new(options.guest.clone())?;
+        Ok(Self { microvm: None, bed, terms: options.terms, tracking })
     }
 
     fn microvm(&mut self) -> Result<&mut Microvm> {
@@ -117,7 +117,7 @@ impl MicrovmLineage {
 impl Lineage for MicrovmLineage {
     fn start(&mut self) -> Result<()> {
         self.microvm =
-            Some(Microvm::start(&self.yard, self.tracking, None, false).context("starting a microvm")?);
+            Some(Microvm::start(&self.bed, self.tracking, None, false).context("starting a microvm")?);
         Ok(())
     }
 
@@ -135,7 +135,7 @@ impl Lineage for MicrovmLineage {
 
     fn move_by(&mut self, _way: Way) -> Result<Moved> {
         let microvm = self.microvm.as_mut().context("there is no guest")?;
-        move_microvm(&self.yard, microvm, self.tracking, &self.terms)
+        move_microvm(&self.bed, microvm, self.tracking, &self.terms)
     }
 
     fn hold(&mut self, held: bool) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The same guest moved by pageferry and by QEMU itself, in turns: total time, blackout, the gap that its heartbeats
+//! The same guest moved by pageferry and by QEMU itself, in turns: total time, downtime, the gap that its heartbeats
 //! show, CPU and bytes, side by side.
 //!
 //! ```text
@@ -28,7 +28,7 @@ use serde::Serialize;
 use std::net::TcpListener;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
-const BLACKOUT: Spec = Spec::headline("blackout", "ms");
+const DOWNTIME: Spec = Spec::headline("downtime", "ms");
 const GAP: Spec = Spec::headline("guest gap", "ms");
 const CPU: Spec = Spec::headline("CPU", "s");
 const GAP_BEGAN: Spec = Spec::fact("gap began after request", "ms");
@@ -120,7 +120,7 @@ pub fn run(options: &PeersOptions, progress: &Progress) -> Result<Record> {
 }
 
 fn distributions(record: &mut Record, peers: &[Peer]) -> Result<()> {
-    for spec in [TOTAL, BLACKOUT, GAP] {
+    for spec in [TOTAL, DOWNTIME, GAP] {
         for peer in peers {
             if let Some(figure) = record.figure(&peer.group, spec.name) {
                 let kept = Histogram::of_ms(&figure.samples.0)?.keep(&peer.group, spec.name);
@@ -150,7 +150,7 @@ fn ratios(record: &Record, peers: &[Peer]) -> Vec<crate::record::ratio::Ratio> {
 fn notes(options: &PeersOptions) -> Vec<String> {
     let mut notes = vec![
         "Total: from the request until the guest runs at the destination and, after post-copy, has all its memory there. \
-         Blackout: from QEMU's STOP event at the source to its RESUME event at the destination. CPU: of both monitors and \
+         Downtime: from QEMU's STOP event at the source to its RESUME event at the destination. CPU: of both monitors and \
          of pageferry's supervisors, without the threads that run the guest. All by this host's clock; every way has its \
          turn in each repetition, and another one is the first each time."
             .to_owned(),
@@ -164,7 +164,7 @@ fn notes(options: &PeersOptions) -> Vec<String> {
     notes.push(match options.guest.accel {
         Accel::Tcg => "Guest gap: the longest time between two heartbeats of the guest, one a millisecond over a serial port of \
                        their own, as the host sees them arrive. Under TCG the guest's code is translated anew where it \
-                       arrives, which is part of the gap and of no blackout."
+                       arrives, which is part of the gap and of no downtime."
             .into(),
         Accel::Kvm => format!(
             "Guest gap: the longest time between two heartbeats of the guest, one each {:?} on its console, as the host sees \
@@ -175,7 +175,7 @@ fn notes(options: &PeersOptions) -> Vec<String> {
     if options.ways.contains(&Way::Microvm) {
         notes.push(
             "A microvm is pageferry's own monitor, with a guest of its own: the same kernel, initramfs, memory and workload, \
-             and other virtual devices. Its blackout is the engine's, from before the vCPU is told to stop until the source \
+             and other virtual devices. Its downtime is the engine's, from before the vCPU is told to stop until the source \
              hears that it runs: longer than between two events of QEMU by some half a round trip. While one guest is moved \
              the others are held."
                 .into(),

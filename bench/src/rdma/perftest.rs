@@ -14,7 +14,7 @@ const SERVER_MAX: Duration = Duration::from_secs(20);
 
 const PROGRAM: &str = "ib_write_bw";
 
-/// Its first line about itself; an error with the mend where it is missing.
+/// Its first line about itself; an error with the fix where it is missing.
 pub(super) fn version() -> Result<String> {
     let said = Command::new(PROGRAM).arg("--version").stdin(Stdio::null()).output();
     let said = said.map_err(|e| {

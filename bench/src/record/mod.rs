@@ -206,7 +206,7 @@ pub struct Cell {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CellEnding {
-    /// Rounds shrank, and the blackout was predicted to be within the limit.
+    /// Rounds shrank, and the downtime was predicted to be within the limit.
     Converged,
     /// They did not, and the guest was switched over all the same.
     Forced,

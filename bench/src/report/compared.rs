@@ -100,7 +100,7 @@ mod tests {
         for turn in 0..3 {
             for (group, ms) in [("ours", 10.0), ("<theirs>", 20.0)] {
                 record.sample(group, Spec::headline("total", "ms"), turn, ms);
-                record.sample(group, Spec::headline("blackout", "ms"), turn, ms / 10.0);
+                record.sample(group, Spec::headline("downtime", "ms"), turn, ms / 10.0);
             }
         }
         record.fail("broken", 0, "no device");

@@ -64,7 +64,7 @@ mod tests {
     #[test]
     fn what_a_record_says_is_text_and_a_failure_is_on_the_page() {
         let mut record = Record::begin("downtime", "<script>alert(1)</script>".into(), &1).unwrap();
-        record.sample("tcp", Spec::headline("blackout", "ms"), 0, 1.5);
+        record.sample("tcp", Spec::headline("downtime", "ms"), 0, 1.5);
         record.fail("<b>rdma</b>", 0, "no device");
         let page = page(&record).unwrap();
         assert!(!page.contains("<script") && !page.contains("<b>rdma"));

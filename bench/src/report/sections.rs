@@ -10,8 +10,8 @@ use anyhow::Result;
 use plotters::style::RGBColor;
 use std::fmt::Write;
 
-/// The slices of a blackout, in the order in which they follow one another.
-const SLICES: [&str; 7] = ["pause", "harvest", "push", "save", "load", "commit", "resume"];
+/// The slices of a downtime, in the order in which they follow one another.
+const SLICES: [&str; 7] = ["pause", "sync", "push", "save", "load", "commit", "resume"];
 
 /// Times longer than this many times their median would press all others to the axis.
 const STRETCH_MAX: f64 = 20.0;
@@ -149,7 +149,7 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
     Ok(section("Distributions", &format!("{plot}{}{note}", table(&head, &rows))))
 }
 
-/// What a blackout is made of, in the median.
+/// What a downtime is made of, in the median.
 pub(super) fn slices(record: &Record) -> String {
     let mut html = String::new();
     for group in record.groups() {
@@ -172,7 +172,7 @@ pub(super) fn slices(record: &Record) -> String {
         }
         html += &format!("<h3>{}</h3><table class=\"bars\"><tbody>{rows}</tbody></table>\n", escape(group));
     }
-    section("What a blackout is made of (medians of its slices)", &html)
+    section("What a downtime is made of (medians of its slices)", &html)
 }
 
 /// Whether the machine, or the guest, changed while it was measured.
@@ -213,15 +213,15 @@ fn titled(axes: &Axes<'_>, plots: &[(&str, Vec<Line>)]) -> Result<String> {
     Ok(html)
 }
 
-/// The migrations in the middle and at the end of the blackouts: rates over time.
+/// The migrations in the middle and at the end of the downtimes: rates over time.
 pub(super) fn timelines(record: &Record) -> Result<String> {
     let mut moves: Vec<&Migration> =
         record.migrations.iter().filter(|m| !m.report.rounds.is_empty()).collect();
-    moves.sort_by_key(|m| m.report.blackout_us.total);
+    moves.sort_by_key(|m| m.report.downtime_us.total);
     let Some(longest) = moves.last() else { return Ok(String::new()) };
-    let mut html = timeline("With the median blackout", moves[moves.len() / 2])?;
+    let mut html = timeline("With the median downtime", moves[moves.len() / 2])?;
     if moves.len() > 2 {
-        html += &timeline("With the longest blackout", longest)?;
+        html += &timeline("With the longest downtime", longest)?;
     }
     Ok(section("One migration over time", &html))
 }
@@ -245,13 +245,13 @@ fn timeline(title: &str, migration: &Migration) -> Result<String> {
             digits(elapsed / 1e3),
             digits(round.bytes as f64 / f64::from(1 << 20)),
             round.dirtied_pages,
-            digits(round.predicted_blackout_us as f64 / 1e3)
+            digits(round.predicted_downtime_us as f64 / 1e3)
         )?;
     }
-    let blackout = report.blackout_us.total as f64 / 1e3;
-    // The blackout is where nothing is sent by rounds any more; its place is after the last of them.
+    let downtime = report.downtime_us.total as f64 / 1e3;
+    // The downtime is where nothing is sent by rounds any more; its place is after the last of them.
     let high = sent.iter().map(|point| point.1).fold(1.0, f64::max);
-    let dark = vec![(at, 0.0), (at, high), (at + blackout, high), (at + blackout, 0.0)];
+    let dark = vec![(at, 0.0), (at, high), (at + downtime, high), (at + downtime, 0.0)];
     let named = |name: &str, points: Vec<(f64, f64)>| Line { name: name.into(), points };
     let axes = Axes {
         x: "milliseconds since the first round",
@@ -264,13 +264,13 @@ fn timeline(title: &str, migration: &Migration) -> Result<String> {
         &[
             named("sent", sent),
             named("written by the guest", written),
-            named("blackout (only its width counts)", dark),
+            named("downtime (only its width counts)", dark),
         ],
     )?;
-    let head = ["round", "ms", "MiB sent", "pages written meanwhile", "predicted blackout ms"];
+    let head = ["round", "ms", "MiB sent", "pages written meanwhile", "predicted downtime ms"];
     Ok(format!(
         "<h3>{title}: {} ms, {}, turn {}</h3>\n{plot}{}",
-        digits(blackout),
+        digits(downtime),
         escape(&migration.group),
         migration.turn + 1,
         table(&head, &rows)

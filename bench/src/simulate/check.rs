@@ -12,10 +12,10 @@ use anyhow::Result;
 use pageferry_engine::report::Outcome;
 use serde::{Deserialize, Serialize};
 
-/// How far off the model may be, of total and of blackout.
+/// How far off the model may be, of total and of downtime.
 pub const TOTAL_SHARE_MAX: f64 = 0.10;
 /// See [`TOTAL_SHARE_MAX`].
-pub const BLACKOUT_SHARE_MAX: f64 = 0.20;
+pub const DOWNTIME_SHARE_MAX: f64 = 0.20;
 
 /// The rates of cables, in Gb/s.
 pub const GBIT: [f64; 4] = [1.0, 2.0, 5.0, 10.0];
@@ -33,9 +33,9 @@ pub const SETTINGS: [Setting; 6] = [
 ];
 
 const TOTAL: Spec = Spec::headline("total", "ms");
-const BLACKOUT: Spec = Spec::headline("blackout", "ms");
+const DOWNTIME: Spec = Spec::headline("downtime", "ms");
 const MODEL_TOTAL: Spec = Spec::fact("total by the model", "ms");
-const MODEL_BLACKOUT: Spec = Spec::fact("blackout by the model", "ms");
+const MODEL_DOWNTIME: Spec = Spec::fact("downtime by the model", "ms");
 const LAST_PAGES: Spec = Spec::fact("pages dirty at the pause", "");
 const ROUNDS: Spec = Spec::fact("rounds", "");
 
@@ -46,7 +46,7 @@ pub struct Point {
     pub gbit: f64,
     /// The guest.
     pub setting: Setting,
-    /// Medians of the real moves, in milliseconds: total and blackout.
+    /// Medians of the real moves, in milliseconds: total and downtime.
     pub real_ms: (f64, f64),
     /// The model's.
     pub model_ms: (f64, f64),
@@ -55,15 +55,15 @@ pub struct Point {
 }
 
 impl Point {
-    /// How far the model is off, as a share of reality: total and blackout.
+    /// How far the model is off, as a share of reality: total and downtime.
     #[must_use]
     pub fn errors(&self) -> (f64, f64) {
         (self.model_ms.0 / self.real_ms.0 - 1.0, self.model_ms.1 / self.real_ms.1 - 1.0)
     }
 
     fn is_inside(&self) -> (bool, bool) {
-        let (total, blackout) = self.errors();
-        (total.abs() <= TOTAL_SHARE_MAX, blackout.abs() <= BLACKOUT_SHARE_MAX)
+        let (total, downtime) = self.errors();
+        (total.abs() <= TOTAL_SHARE_MAX, downtime.abs() <= DOWNTIME_SHARE_MAX)
     }
 }
 
@@ -134,18 +134,18 @@ fn keep(
     model: Option<Outlook>,
     record: &mut Record,
 ) -> Option<Point> {
-    let (mut totals, mut blackouts, mut rounds) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut totals, mut downtimes, mut rounds) = (Vec::new(), Vec::new(), Vec::new());
     for (turn, moved) in (0..).zip(real) {
         let last_pages = super::calibrate::last_pages(&moved);
         let report = moved.report;
         if report.outcome == Outcome::Completed {
-            let (total, blackout) = (report.total_us as f64 / 1e3, report.blackout_us.total as f64 / 1e3);
+            let (total, downtime) = (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
             record.sample(group, TOTAL, turn, total);
-            record.sample(group, BLACKOUT, turn, blackout);
+            record.sample(group, DOWNTIME, turn, downtime);
             record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
             record.sample(group, LAST_PAGES, turn, last_pages.unwrap_or(f64::NAN));
             totals.push(total);
-            blackouts.push(blackout);
+            downtimes.push(downtime);
             rounds.push(report.rounds.len() as f64);
         } else {
             record.fail(group, turn, report.reason.clone().unwrap_or_else(|| "no reason was given".into()));
@@ -153,22 +153,22 @@ fn keep(
         record.migrations.push(Migration { group: group.into(), turn, report });
     }
     let model = model?;
-    let (model_total, model_blackout) = (model.total_us / 1e3, model.blackout_us / 1e3);
+    let (model_total, model_downtime) = (model.total_us / 1e3, model.downtime_us / 1e3);
     record.sample(group, MODEL_TOTAL, 0, model_total);
-    record.sample(group, MODEL_BLACKOUT, 0, model_blackout);
+    record.sample(group, MODEL_DOWNTIME, 0, model_downtime);
     if totals.is_empty() {
         return None;
     }
     Some(Point {
         gbit,
         setting: *setting,
-        real_ms: (median_of(&mut totals), median_of(&mut blackouts)),
-        model_ms: (model_total, model_blackout),
+        real_ms: (median_of(&mut totals), median_of(&mut downtimes)),
+        model_ms: (model_total, model_downtime),
         rounds: (median_of(&mut rounds), model.rounds.len() as u32),
     })
 }
 
-/// How many points are inside, of total and of blackout.
+/// How many points are inside, of total and of downtime.
 #[must_use]
 pub fn inside(points: &[Point]) -> (usize, usize) {
     let count = |of: fn(&Point) -> bool| points.iter().filter(|point| of(point)).count();
@@ -184,7 +184,7 @@ pub fn table(points: &[Point]) -> Table {
         "total ms",
         "model",
         "off by",
-        "blackout ms",
+        "downtime ms",
         "model",
         "off by",
         "rounds",
@@ -207,15 +207,15 @@ pub fn table(points: &[Point]) -> Table {
             p.rounds.1.to_string(),
         ]
     };
-    let (total, blackout) = inside(points);
+    let (total, downtime) = inside(points);
     let of = points.len();
     Table {
         title: "The model beside real migrations".into(),
         caption: format!(
             "Medians of real moves, and what the model says without having seen them. Of {of} points {total} are within {:.0} % \
-             of the total, {blackout} within {:.0} % of the blackout. All are here.",
+             of the total, {downtime} within {:.0} % of the downtime. All are here.",
             TOTAL_SHARE_MAX * 100.0,
-            BLACKOUT_SHARE_MAX * 100.0
+            DOWNTIME_SHARE_MAX * 100.0
         ),
         head: head.map(Into::into).into(),
         rows: points.iter().map(row).collect(),

@@ -50,7 +50,7 @@ pub struct SimulateArgs {
     /// The cable, in Gb/s.
     #[arg(long, value_name = "GBIT", requires = "memory", default_value_t = 100.0)]
     bandwidth: f64,
-    /// Longest blackout that the engine is allowed.
+    /// Longest downtime that the engine is allowed.
     #[arg(long, requires = "memory", default_value = "100ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Directory for the record and its page.

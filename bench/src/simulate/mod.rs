@@ -59,8 +59,8 @@ pub struct Checked {
     pub calibration: Calibration,
     /// The lowest and the highest share by which the model's total was off; none if it was not checked.
     pub total_errors: Option<(f64, f64)>,
-    /// The same of the blackout.
-    pub blackout_errors: Option<(f64, f64)>,
+    /// The same of the downtime.
+    pub downtime_errors: Option<(f64, f64)>,
     /// Points of the check.
     pub points: usize,
     /// Lowest and highest rate of a cable among them, in Gb/s.
@@ -83,7 +83,7 @@ impl Checked {
         Self {
             calibration,
             total_errors: range(|p| p.errors().0),
-            blackout_errors: range(|p| p.errors().1),
+            downtime_errors: range(|p| p.errors().1),
             points: points.len(),
             gbit: points.iter().fold((points.first().map_or(0.0, |p| p.gbit), 0.0), |(low, high), p| {
                 (low.min(p.gbit), high.max(p.gbit))
@@ -178,11 +178,11 @@ pub fn run(options: &SimulateOptions, progress: &Progress) -> Result<Record> {
 fn notes(record: &mut Record) {
     let notes = [
         "The model calls the policy that the engine calls (Estimator, Policy::decide), round after round. What a round takes, \
-         what the guest writes meanwhile and what a blackout is made of is arithmetic.",
+         what the guest writes meanwhile and what a downtime is made of is arithmetic.",
         "Real migrations: the synthetic guest, moved by the engine from one network namespace to another over a veth pair, which \
          tbf holds to a rate. The model is told the rate, of which 95.6 % are payload, the guest, and the costs of this host as moves \
          without shaping show them. Nothing is fitted on a move that is checked.",
-        "Where a predicted blackout is close to the limit, one round more or less is chance, and the blackout jumps with it: then \
+        "Where a predicted downtime is close to the limit, one round more or less is chance, and the downtime jumps with it: then \
          the rounds of reality and model differ.",
     ];
     record.notes.extend(notes.map(str::to_owned));

@@ -4,7 +4,7 @@
 //!   ModelledGuest ----.
 //!   Costs (of a host) -+--> round after round --> Estimator --> Policy::decide     (both the engine's, called, not copied)
 //!   Cable ------------'            ^                                  |
-//!                                  '---------- Iterate ---------------+--> SwitchOver: last push, pause, blackout
+//!                                  '---------- Iterate ---------------+--> SwitchOver: last push, pause, downtime
 //!                                                                     '--> GiveUp
 //! ```
 //!
@@ -15,7 +15,7 @@ use super::guest::ModelledGuest;
 use pageferry_engine::guest::FixedCosts;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::policy::{
-    Decision, Estimator, Expected, Finished, Limits, Policy, predict_blackout_us,
+    Decision, Estimator, Expected, Finished, Limits, Policy, predict_downtime_us,
 };
 use pageferry_engine::report::Round;
 use serde::{Deserialize, Serialize};
@@ -41,9 +41,9 @@ impl Line {
     }
 }
 
-/// What a harvest costs.
+/// What a sync costs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct Harvest {
+pub struct Synced {
     /// Whatever there is, and for each page of memory: the page tables are read.
     pub memory_us: Line,
     /// For each page that it finds.
@@ -64,10 +64,10 @@ pub struct Cable {
 pub struct Costs {
     /// From the request to the first round, and for each touched page: connections, protection, the look at what was touched.
     pub setup_us: Line,
-    /// A harvest between rounds, while the guest competes for cores and page tables.
-    pub harvest: Harvest,
-    /// One in the blackout.
-    pub last_harvest: Harvest,
+    /// A sync between rounds, while the guest competes for cores and page tables.
+    pub sync: Synced,
+    /// One in the downtime.
+    pub last_sync: Synced,
     /// A round, and for each of its work requests, on the engine's one thread: from the first post to the fence's answer
     /// beside what the bytes need.
     pub round_us: Line,
@@ -109,7 +109,7 @@ pub struct Engine {
 /// How a modelled migration ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Ending {
-    /// Rounds shrank until the blackout could be kept below the limit.
+    /// Rounds shrank until the downtime could be kept below the limit.
     Converged,
     /// They did not, and the guest was switched over all the same.
     Forced,
@@ -126,11 +126,11 @@ pub struct Outlook {
     pub rounds: Vec<Round>,
     /// From the request until the source hears that the guest runs, or gives up, in microseconds.
     pub total_us: f64,
-    /// The blackout, in microseconds; of a refused one, what it would have been.
-    pub blackout_us: f64,
-    /// The blackout that the policy predicted when it decided.
+    /// The downtime, in microseconds; of a refused one, what it would have been.
+    pub downtime_us: f64,
+    /// The downtime that the policy predicted when it decided.
     pub predicted_us: u64,
-    /// Pages that are sent in the blackout.
+    /// Pages that are sent in the downtime.
     pub last_pages: f64,
     /// Bytes of memory sent.
     pub sent_bytes: f64,
@@ -154,30 +154,30 @@ pub fn outlook(guest: &ModelledGuest, cable: &Cable, costs: &Costs, engine: &Eng
     let (ending, predicted_us) = loop {
         let index = rounds.len() as u32;
         let round_us = if index == 0 { host.first_round_us(dirty) } else { host.round_us(dirty) };
-        let residue = |harvest_us: f64| guest.dirtied_pages((round_us + harvest_us) / 1e6);
-        let harvest_us = host.harvest_us(&costs.harvest, residue(0.0));
-        let left = residue(harvest_us);
+        let remaining = |sync_us: f64| guest.dirtied_pages((round_us + sync_us) / 1e6);
+        let sync_us = host.sync_us(&costs.sync, remaining(0.0));
+        let left = remaining(sync_us);
         let finished = Finished {
             round: index,
             pages: dirty.round() as u64,
             elapsed: duration(round_us),
             looking: Duration::ZERO,
-            harvest: duration(harvest_us),
-            residue_pages: left.round() as u64,
+            sync: duration(sync_us),
+            remaining_pages: left.round() as u64,
         };
         let seen = estimator.observe(&finished, &expected);
-        total_us += round_us + harvest_us;
+        total_us += round_us + sync_us;
         sent_bytes += dirty * PAGE_BYTES as f64;
         rounds.push(Round {
             index,
             pages: finished.pages,
             bytes: finished.pages * PAGE_BYTES,
             elapsed_us: round_us as u64,
-            dirtied_pages: finished.residue_pages,
-            predicted_blackout_us: predict_blackout_us(&seen),
+            dirtied_pages: finished.remaining_pages,
+            predicted_downtime_us: predict_downtime_us(&seen),
         });
         dirty = left;
-        let predicted_us = predict_blackout_us(&seen);
+        let predicted_us = predict_downtime_us(&seen);
         match policy.decide(&seen) {
             Decision::Iterate if index < ROUNDS_MAX => {}
             Decision::SwitchOver if predicted_us <= engine.limits.downtime_us_max => {
@@ -187,21 +187,21 @@ pub fn outlook(guest: &ModelledGuest, cable: &Cable, costs: &Costs, engine: &Eng
             Decision::Iterate | Decision::GiveUp(_) => break (Ending::Refused, predicted_us),
         }
     };
-    // What the last harvest found goes while the guest still runs.
+    // What the last sync found goes while the guest still runs.
     let last_push_us = costs.arm_us + host.round_us(dirty);
     let last_pages = guest.dirtied_pages(last_push_us / 1e6);
-    let blackout_us = host.blackout_us(last_pages);
+    let downtime_us = host.downtime_us(last_pages);
     if ending != Ending::Refused {
-        total_us += last_push_us + blackout_us;
+        total_us += last_push_us + downtime_us;
         sent_bytes += (dirty + last_pages) * PAGE_BYTES as f64;
     }
-    Outlook { ending, rounds, total_us, blackout_us, predicted_us, last_pages, sent_bytes }
+    Outlook { ending, rounds, total_us, downtime_us, predicted_us, last_pages, sent_bytes }
 }
 
-/// The blackout of a guest that has so many dirty pages when it is paused, in microseconds.
+/// The downtime of a guest that has so many dirty pages when it is paused, in microseconds.
 #[must_use]
-pub fn blackout_us(guest: &ModelledGuest, cable: &Cable, costs: &Costs, pages: f64) -> f64 {
-    Host { guest, cable, costs }.blackout_us(pages)
+pub fn downtime_us(guest: &ModelledGuest, cable: &Cable, costs: &Costs, pages: f64) -> f64 {
+    Host { guest, cable, costs }.downtime_us(pages)
 }
 
 /// A round of so many pages but the first, in microseconds.
@@ -241,22 +241,22 @@ impl Host<'_> {
         bytes / rate * 1e6
     }
 
-    fn harvest_us(&self, harvest: &Harvest, dirty: f64) -> f64 {
-        harvest.memory_us.of(self.guest.pages) + harvest.dirty_us * dirty
+    fn sync_us(&self, sync: &Synced, dirty: f64) -> f64 {
+        sync.memory_us.of(self.guest.pages) + sync.dirty_us * dirty
     }
 
     /// In the order of `Paused::drain`, `Drained::prepare` and `Prepared::commit`.
-    fn blackout_us(&self, pages: f64) -> f64 {
+    fn downtime_us(&self, pages: f64) -> f64 {
         let (costs, guest) = (self.costs, self.guest);
         let vcpus = f64::from(guest.vcpus);
-        let posting = costs.pause_us.of(vcpus) + self.harvest_us(&costs.last_harvest, pages);
+        let posting = costs.pause_us.of(vcpus) + self.sync_us(&costs.last_sync, pages);
         // The last pages are under way while the state is saved; it goes behind them.
         let posted = posting + guest.requests(pages) * costs.round_us.each;
         let carried = posting + self.carried_us(pages);
         let saved = posted + costs.save_us.of(guest.state_bytes);
         let rate = self.cable.bytes_per_second.min(costs.bytes_per_second);
         let state_carried = carried.max(saved) + guest.state_bytes / rate * 1e6;
-        let fenced = state_carried.max(saved + self.harvest_us(&costs.last_harvest, 0.0));
+        let fenced = state_carried.max(saved + self.sync_us(&costs.last_sync, 0.0));
         fenced
             + 2.0 * self.cable.round_trip_us
             + costs.load_us.of(guest.state_bytes)
@@ -279,11 +279,11 @@ mod tests {
     use super::*;
     use pageferry_engine::policy::WhenStuck;
 
-    const HARVEST: Harvest = Harvest { memory_us: Line { fixed: 50.0, each: 0.001 }, dirty_us: 0.01 };
+    const SYNC: Synced = Synced { memory_us: Line { fixed: 50.0, each: 0.001 }, dirty_us: 0.01 };
     const COSTS: Costs = Costs {
         setup_us: Line { fixed: 2000.0, each: 0.05 },
-        harvest: HARVEST,
-        last_harvest: HARVEST,
+        sync: SYNC,
+        last_sync: SYNC,
         round_us: Line { fixed: 100.0, each: 0.2 },
         zero_us: 0.1,
         register_us: 0.0,
@@ -298,7 +298,7 @@ mod tests {
         resume_us: Line { fixed: 50.0, each: 0.0 },
     };
     const FIXED: FixedCosts =
-        FixedCosts { pause_us: 100, harvest_us: 0, save_us: 100, load_us: 200, resume_us: 50 };
+        FixedCosts { pause_us: 100, sync_us: 0, save_us: 100, load_us: 200, resume_us: 50 };
 
     fn guest(megabytes_per_second: f64) -> ModelledGuest {
         let pages = 65_536.0;
@@ -327,9 +327,9 @@ mod tests {
     fn a_guest_that_writes_nothing_takes_one_round_and_its_fixed_costs() {
         let still = outlook(&guest(0.0), &CABLE, &COSTS, &engine(10_000, WhenStuck::Abort));
         assert_eq!((still.ending, still.rounds.len()), (Ending::Converged, 1));
-        // Set-up 5277, 256 MiB at 1 GB/s in 268435 and 150; harvest 312; last push 160;
-        // blackout: pause 100, harvest 312, save 200, state 100 (beside the second harvest of 312), round trips 100, load 300, messages 200, resume 50.
-        assert!((still.blackout_us - 1574.0).abs() < 2.0, "{still:?}");
+        // Set-up 5277, 256 MiB at 1 GB/s in 268435 and 150; sync 312; last push 160;
+        // downtime: pause 100, sync 312, save 200, state 100 (beside the second sync of 312), round trips 100, load 300, messages 200, resume 50.
+        assert!((still.downtime_us - 1574.0).abs() < 2.0, "{still:?}");
         assert!((still.total_us - (5277.0 + 268_585.0 + 312.0 + 160.0 + 1574.0)).abs() < 5.0, "{still:?}");
     }
 
@@ -343,15 +343,15 @@ mod tests {
 
     #[test]
     fn nobody_waits_longer_for_a_faster_cable_or_a_quieter_guest() {
-        let blackout = |rate, bytes_per_second| {
+        let downtime = |rate, bytes_per_second| {
             let cable = Cable { bytes_per_second, ..CABLE };
             outlook(&guest(rate), &cable, &COSTS, &engine(1, WhenStuck::Switchover))
         };
         for rate in [50.0, 500.0, 5000.0] {
-            let by_cable = [1e8, 3e8, 1e9, 2e9].map(|rate_of_cable| blackout(rate, rate_of_cable));
+            let by_cable = [1e8, 3e8, 1e9, 2e9].map(|rate_of_cable| downtime(rate, rate_of_cable));
             assert!(by_cable.windows(2).all(|two| two[0].total_us >= two[1].total_us));
         }
-        let by_guest = [0.0, 100.0, 900.0, 9000.0].map(|rate| blackout(rate, 1e9).blackout_us);
+        let by_guest = [0.0, 100.0, 900.0, 9000.0].map(|rate| downtime(rate, 1e9).downtime_us);
         assert!(by_guest.windows(2).all(|two| two[0] <= two[1]), "{by_guest:?}");
     }
 

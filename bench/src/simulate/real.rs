@@ -5,8 +5,8 @@ use super::model::Engine;
 use super::traced::{Trace, Traced};
 use crate::shaped::{End, Shaped};
 use anyhow::{Context, Result, bail};
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::guest::SourceGuest;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::Address;
@@ -45,7 +45,7 @@ pub struct Setting {
     pub working_mib: u32,
     /// Writes in MB a second.
     pub rate_mb: u32,
-    /// Longest blackout that the engine is allowed, in microseconds.
+    /// Longest downtime that the engine is allowed, in microseconds.
     pub downtime_us_max: u64,
 }
 
@@ -176,11 +176,11 @@ pub fn move_once(
         // A namespace is a thread's own, so each end is a thread of its own; the threads that it starts follow it.
         let receiving = scope.spawn(move || -> Result<Option<SyntheticDestination>> {
             shaped.enter(End::Destination)?;
-            let doorway = Doorway::open(SocketAddr::new(shaped.address(End::Destination), 0).into())
+            let listener = SessionListener::open(SocketAddr::new(shaped.address(End::Destination), 0).into())
                 .context("listening at the far end of the cable")?;
             // Nobody listens only if the source has failed already.
-            let _ = opened.send(doorway.address.clone());
-            receive(doorway, pages)
+            let _ = opened.send(listener.address.clone());
+            receive(listener, pages)
         });
         let source = &mut source;
         let moving = scope.spawn(move || -> Result<(MigrationReport, Instant)> {
@@ -202,11 +202,11 @@ pub fn move_once(
 }
 
 /// The guest that came, if one did.
-fn receive(doorway: Doorway, pages: u64) -> Result<Option<SyntheticDestination>> {
+fn receive(listener: SessionListener, pages: u64) -> Result<Option<SyntheticDestination>> {
     let mut guest = SyntheticDestination::new(pages)?;
-    let mut reception = Reception::new(doorway, LinkChoice::default());
-    let Some(incoming) = reception.doorway().next(Instant::now() + CONNECT_MAX) else { return Ok(None) };
-    match reception.serve(incoming, &mut guest, &mut || Ok(())) {
+    let mut receiver = Receiver::new(listener, LinkChoice::default());
+    let Some(incoming) = receiver.listener().next(Instant::now() + CONNECT_MAX) else { return Ok(None) };
+    match receiver.serve(incoming, &mut guest, &mut || Ok(())) {
         Served::Received(_) => Ok(Some(guest)),
         _ => Ok(None),
     }

@@ -23,9 +23,9 @@ const COST: CostOptions = CostOptions { repeat: 5, memory_mib: 128, instructions
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Tracking {
-    /// By the page tables, as of a QEMU: a harvest walks all memory.
+    /// By the page tables, as of a QEMU: a sync walks all memory.
     Scan,
-    /// By KVM's dirty rings, as of a machine of our own: a harvest costs what was written.
+    /// By KVM's dirty rings, as of a machine of our own: a sync costs what was written.
     Ring,
 }
 
@@ -63,7 +63,7 @@ pub struct Scenario {
     pub gbit: f64,
     /// Its round trip, in microseconds.
     pub round_trip_us: f64,
-    /// Longest blackout that the engine is allowed, in microseconds.
+    /// Longest downtime that the engine is allowed, in microseconds.
     pub downtime_us_max: u64,
     /// What nobody measured here.
     pub assumed: Assumed,
@@ -174,14 +174,14 @@ impl Scenario {
     /// engine's thread, and pages must be registered.
     fn costs(&self, host: &Calibration, page: PageCosts) -> Costs {
         let mut costs = host.costs;
-        // A host of that size has cores that its guests leave alone: a harvest finds them free between rounds, too.
-        costs.harvest = costs.last_harvest;
-        for harvest in [&mut costs.harvest, &mut costs.last_harvest] {
+        // A host of that size has cores that its guests leave alone: a sync finds them free between rounds, too.
+        costs.sync = costs.last_sync;
+        for sync in [&mut costs.sync, &mut costs.last_sync] {
             match self.tracking {
                 Tracking::Scan => {
-                    harvest.memory_us.each *= f64::from(host.scanners) / f64::from(SCANNERS);
+                    sync.memory_us.each *= f64::from(host.scanners) / f64::from(SCANNERS);
                 }
-                Tracking::Ring => (harvest.memory_us.each, harvest.dirty_us) = (0.0, page.ring_us),
+                Tracking::Ring => (sync.memory_us.each, sync.dirty_us) = (0.0, page.ring_us),
             }
         }
         costs.round_us.each = page.request_us;
@@ -207,7 +207,7 @@ impl Scenario {
             },
             fixed: FixedCosts {
                 pause_us: whole(costs.pause_us.of(vcpus)),
-                harvest_us: 0,
+                sync_us: 0,
                 save_us: whole(costs.save_us.of(guest.state_bytes)) + half_us,
                 load_us: whole(costs.load_us.of(guest.state_bytes)) + half_us,
                 resume_us: whole(costs.resume_us.of(vcpus)),
@@ -235,7 +235,7 @@ pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -
         "ends",
         "rounds",
         "total s",
-        "blackout ms",
+        "downtime ms",
         "model's output",
     ];
     let row = |s: &Scenario| {
@@ -248,7 +248,7 @@ pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -
             word(outlook.ending).into(),
             outlook.rounds.len().to_string(),
             ranged(outlook.total_us / 1e6, checked.total_errors),
-            ranged(outlook.blackout_us / 1e3, checked.blackout_errors),
+            ranged(outlook.downtime_us / 1e3, checked.downtime_errors),
             "MODEL, not measured".into(),
         ]
     };
@@ -272,15 +272,15 @@ fn ranged(value: f64, errors: Option<(f64, f64)>) -> String {
 
 /// What the rows have in common, and what they rest on.
 fn caption(checked: &Checked, scenario: &Scenario, page: PageCosts) -> String {
-    let range = match (checked.total_errors, checked.blackout_errors) {
-        (Some(total), Some(blackout)) => format!(
+    let range = match (checked.total_errors, checked.downtime_errors) {
+        (Some(total), Some(downtime)) => format!(
             "In brackets: where reality would lie if the model were off here as far as it was in its check at worst ({:+.0} to \
-             {:+.0} % of the total, {:+.0} to {:+.0} % of the blackout, {} points of {} to {} Gb/s and up to {} MiB, by TCP). Whether it is \
+             {:+.0} % of the total, {:+.0} to {:+.0} % of the downtime, {} points of {} to {} Gb/s and up to {} MiB, by TCP). Whether it is \
              off further so far beyond that nobody has measured.",
             total.0 * 100.0,
             total.1 * 100.0,
-            blackout.0 * 100.0,
-            blackout.1 * 100.0,
+            downtime.0 * 100.0,
+            downtime.1 * 100.0,
             checked.points,
             checked.gbit.0,
             checked.gbit.1,
@@ -291,7 +291,7 @@ fn caption(checked: &Checked, scenario: &Scenario, page: PageCosts) -> String {
     let assumed = scenario.assumed;
     format!(
         "Output of a model: no such machine was at hand. {:.0} % of the memory is written, and {:.0} % of the writes go to a sixteenth of \
-         that; the limit is a blackout of {} ms, by RDMA. {range} Measured on this host: harvests, messages, pause, resume, {:.0} ns a work \
+         that; the limit is a downtime of {} ms, by RDMA. {range} Measured on this host: syncs, messages, pause, resume, {:.0} ns a work \
          request, {:.0} ns for a look at a page, {:.0} ns for a page of a dirty ring. Page tables are taken to be walked by {SCANNERS} \
          threads, which share the work evenly and find cores that no guest uses. Assumed, and measured by nobody here: registration of {} us a MiB, {} us and {} bytes of \
          state a vCPU.",
@@ -307,7 +307,7 @@ fn caption(checked: &Checked, scenario: &Scenario, page: PageCosts) -> String {
     )
 }
 
-/// Total and blackout of this guest over its dirty rate.
+/// Total and downtime of this guest over its dirty rate.
 #[must_use]
 pub fn plots(guest: &Scenario, checked: &Checked, page_costs: PageCosts) -> Vec<Plot> {
     let rates: Vec<f64> = (0..=32).map(|n| 100.0 * 10f64.powf(f64::from(n) / 10.0)).collect();
@@ -344,7 +344,7 @@ pub fn plots(guest: &Scenario, checked: &Checked, page_costs: PageCosts) -> Vec<
     }
     };
     vec![
-        plot("blackout", "milliseconds", series(&|o| o.blackout_us / 1e3)),
+        plot("downtime", "milliseconds", series(&|o| o.downtime_us / 1e3)),
         plot("total", "seconds", series(&|o| o.total_us / 1e6)),
     ]
 }

@@ -1,7 +1,7 @@
-//! The synthetic guest with a clock at each of its doors: what a host needs for a harvest, and when the engine asked for
+//! The synthetic guest with a clock at each of its doors: what a host needs for a sync, and when the engine asked for
 //! what. The engine's report has no place for these.
 
-use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
@@ -10,7 +10,7 @@ use pageferry_synthetic::SyntheticSource;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// One harvest.
+/// One sync.
 #[derive(Debug, Clone, Copy)]
 pub struct Harvested {
     /// When it began.
@@ -24,8 +24,8 @@ pub struct Harvested {
 /// What was noted of one migration.
 #[derive(Debug, Clone, Default)]
 pub struct Trace {
-    /// In their order; the last two are in the blackout.
-    pub harvests: Vec<Harvested>,
+    /// In their order; the last two are in the downtime.
+    pub syncs: Vec<Harvested>,
     /// When the vCPUs were told to stop.
     pub paused: Option<Instant>,
 }
@@ -58,15 +58,15 @@ struct TracedDirty {
 }
 
 impl DirtySource for TracedDirty {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> pageferry_engine::Result<Synced> {
         let begun = Instant::now();
-        let harvest = self.inner.harvest(into)?;
-        let harvested = Harvested { begun, took: begun.elapsed(), pages: harvest.pages };
-        self.trace.lock().unwrap_or_else(PoisonError::into_inner).harvests.push(harvested);
-        Ok(harvest)
+        let sync = self.inner.sync(into)?;
+        let synced = Harvested { begun, took: begun.elapsed(), pages: sync.pages };
+        self.trace.lock().unwrap_or_else(PoisonError::into_inner).syncs.push(synced);
+        Ok(sync)
     }
-    fn relieve(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.relieve()
+    fn drain_early(&mut self) -> pageferry_engine::Result<()> {
+        self.inner.drain_early()
     }
 }
 
@@ -109,8 +109,8 @@ impl SourceGuest for Traced {
     fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn settle_io(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.settle_io()
+    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
+        self.inner.drain_io()
     }
     fn arm(&mut self) -> pageferry_engine::Result<()> {
         self.inner.arm()

@@ -2,7 +2,7 @@
 //!
 //! # Coordinated omission
 //!
-//! A client that waits for each answer before it asks again asks only once during a blackout, and so sees one slow
+//! A client that waits for each answer before it asks again asks only once during a downtime, and so sees one slow
 //! answer where a thousand users would have seen one each. Here clients ask on a fixed schedule, answered or not, and
 //! what counts is the time from the scheduled moment ([`crate::downtime::client`]); nothing is left out, so nothing has
 //! to be put back. [`Histogram::filled`] puts back what is missing where a series has one sample a *gap*: for each gap

@@ -23,7 +23,7 @@ pub struct SweepArgs {
     /// Memory written over and over, in MiB.
     #[arg(long, default_value_t = 64)]
     working: u32,
-    /// Longest blackout that the engine is allowed.
+    /// Longest downtime that the engine is allowed.
     #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
     /// Moves at each place. [default: 3]

@@ -40,14 +40,14 @@ const CALIBRATION_MOVES: [u32; 2] = [4, 2];
 const MODEL_GBIT: [f64; 7] = [10.0, 25.0, 40.0, 100.0, 200.0, 300.0, 400.0];
 const MODEL_RATES_MB: [f64; 7] = [100_000.0, 50_000.0, 20_000.0, 10_000.0, 5_000.0, 1_000.0, 200.0];
 
-/// The blackout that is allowed there. By page tables two harvests of a TiB alone take a good part of it.
+/// The downtime that is allowed there. By page tables two syncs of a TiB alone take a good part of it.
 const LARGE_DOWNTIME_US_MAX: u64 = 1_000_000;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
-const BLACKOUT: Spec = Spec::headline("blackout", "ms");
+const DOWNTIME: Spec = Spec::headline("downtime", "ms");
 const ROUNDS: Spec = Spec::fact("rounds", "");
 const MODEL_TOTAL: Spec = Spec::fact("total by the model", "ms");
-const MODEL_BLACKOUT: Spec = Spec::fact("blackout by the model", "ms");
+const MODEL_DOWNTIME: Spec = Spec::fact("downtime by the model", "ms");
 
 /// What is swept.
 #[derive(Debug, Clone, Serialize)]
@@ -60,7 +60,7 @@ pub struct SweepOptions {
     pub memory_mib: u32,
     /// Memory written over and over, in MiB.
     pub working_mib: u32,
-    /// Longest blackout that the engine is allowed, in microseconds.
+    /// Longest downtime that the engine is allowed, in microseconds.
     pub downtime_us_max: u64,
     /// Moves at each place.
     pub moves: u32,
@@ -183,7 +183,7 @@ fn maps(
     let mut real = options.map(
         "pageferry, measured",
         format!(
-            "Total time and blackout, medians of {} real moves over a shaped cable. Converged: the blackout was predicted to be \
+            "Total time and downtime, medians of {} real moves over a shaped cable. Converged: the downtime was predicted to be \
              within {limit} ms. Forced: rounds did not shrink any more, and the guest was switched over as --when-stuck switchover \
              asks; without it these guests would have stayed at the source.",
             options.moves
@@ -213,7 +213,7 @@ fn maps(
             });
             if let Some(outlook) = model_of(&setting, rate, calibration) {
                 record.sample(&group, MODEL_TOTAL, 0, outlook.total_us / 1e3);
-                record.sample(&group, MODEL_BLACKOUT, 0, outlook.blackout_us / 1e3);
+                record.sample(&group, MODEL_DOWNTIME, 0, outlook.downtime_us / 1e3);
                 model.cells.push(model_cell(at, &outlook));
             }
         }
@@ -270,8 +270,8 @@ fn qemu_row(
             map.cells.push(match &took {
                 Ok(Some(took)) => {
                     record.sample(&group, TOTAL, 0, took.total_ms);
-                    record.sample(&group, BLACKOUT, 0, took.blackout_ms);
-                    let lines = lines(took.total_ms * 1e3, took.blackout_ms * 1e3);
+                    record.sample(&group, DOWNTIME, 0, took.downtime_ms);
+                    let lines = lines(took.total_ms * 1e3, took.downtime_ms * 1e3);
                     Cell { at, ending: CellEnding::Converged, lines }
                 }
                 Ok(None) => {
@@ -311,17 +311,17 @@ fn real_cell(
     moved: Vec<Moved>,
     record: &mut Record,
 ) -> Cell {
-    let (mut totals, mut blackouts) = (Vec::new(), Vec::new());
+    let (mut totals, mut downtimes) = (Vec::new(), Vec::new());
     let mut forced = 0;
     for (turn, Moved { report, .. }) in (0..).zip(moved) {
         if report.outcome == Outcome::Completed {
-            let (total, blackout) = (report.total_us as f64 / 1e3, report.blackout_us.total as f64 / 1e3);
+            let (total, downtime) = (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
             record.sample(group, TOTAL, turn, total);
-            record.sample(group, BLACKOUT, turn, blackout);
+            record.sample(group, DOWNTIME, turn, downtime);
             record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
             totals.push(total);
-            blackouts.push(blackout);
-            forced += usize::from(report.predicted_blackout_us > setting.downtime_us_max);
+            downtimes.push(downtime);
+            forced += usize::from(report.predicted_downtime_us > setting.downtime_us_max);
         } else {
             record.fail(group, turn, report.reason.clone().unwrap_or_else(|| "no reason was given".into()));
         }
@@ -332,7 +332,7 @@ fn real_cell(
     }
     // At the border some moves converge and some do not: more than half say what it is.
     let ending = if 2 * forced > totals.len() { CellEnding::Forced } else { CellEnding::Converged };
-    Cell { at, ending, lines: lines(median_of(&mut totals) * 1e3, median_of(&mut blackouts) * 1e3) }
+    Cell { at, ending, lines: lines(median_of(&mut totals) * 1e3, median_of(&mut downtimes) * 1e3) }
 }
 
 fn model_cell(at: (usize, usize), outlook: &Outlook) -> Cell {
@@ -341,14 +341,14 @@ fn model_cell(at: (usize, usize), outlook: &Outlook) -> Cell {
         Ending::Forced => CellEnding::Forced,
         Ending::Refused => CellEnding::Refused,
     };
-    Cell { at, ending, lines: lines(outlook.total_us, outlook.blackout_us) }
+    Cell { at, ending, lines: lines(outlook.total_us, outlook.downtime_us) }
 }
 
-fn lines(total_us: f64, blackout_us: f64) -> Vec<String> {
+fn lines(total_us: f64, downtime_us: f64) -> Vec<String> {
     let time = |us: f64| {
         if us < 1e6 { format!("{} ms", digits(us / 1e3)) } else { format!("{} s", digits(us / 1e6)) }
     };
-    vec![time(total_us), format!("({})", time(blackout_us))]
+    vec![time(total_us), format!("({})", time(downtime_us))]
 }
 
 /// The model alone, at a size that nobody here can measure.
@@ -373,13 +373,13 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
         }
     }
     let by = tracking.words();
-    let range = match (checked.total_errors, checked.blackout_errors) {
-        (Some(total), Some(blackout)) => format!(
-            "Where it was checked it was off by {:+.0} to {:+.0} % of the total and {:+.0} to {:+.0} % of the blackout.",
+    let range = match (checked.total_errors, checked.downtime_errors) {
+        (Some(total), Some(downtime)) => format!(
+            "Where it was checked it was off by {:+.0} to {:+.0} % of the total and {:+.0} to {:+.0} % of the downtime.",
             total.0 * 100.0,
             total.1 * 100.0,
-            blackout.0 * 100.0,
-            blackout.1 * 100.0
+            downtime.0 * 100.0,
+            downtime.1 * 100.0
         ),
         _ => "It was not checked in this run: the two maps above show how it does at small size; simulate --check, and \
               sweep --from its record, give a range."
@@ -388,7 +388,7 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
     Map {
         title: format!("MODEL, not measured: 1 TiB and 256 vCPUs by RDMA, tracked by {by}"),
         caption: format!(
-            "Output of a model: total time and, in brackets, blackout; the limit is 1 s. A quarter of the memory is written, nine in \
+            "Output of a model: total time and, in brackets, downtime; the limit is 1 s. A quarter of the memory is written, nine in \
              ten writes go to a sixteenth of that. {range} Registration and vCPU state are assumed."
         ),
         x: "cable, Gb/s".into(),

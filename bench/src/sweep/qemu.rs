@@ -71,7 +71,7 @@ pub struct Took {
     /// From the request until the guest runs at the destination.
     pub total_ms: f64,
     /// From QEMU's STOP at the source to its RESUME at the destination.
-    pub blackout_ms: f64,
+    pub downtime_ms: f64,
 }
 
 /// A guest that runs at one end of a cable.
@@ -106,7 +106,7 @@ impl Drop for Qemu {
     }
 }
 
-/// Fails, with the mend, where there is no guest to boot.
+/// Fails, with the fix, where there is no guest to boot.
 pub fn check() -> Result<()> {
     for file in ["vmlinuz", "initramfs.gz"] {
         let path = Path::new(GUEST).join(file);
@@ -180,8 +180,8 @@ impl<'s> Traveller<'s> {
         let total_ms = begun.elapsed().as_secs_f64() * 1e3;
         let stopped = here.qmp.wait_event(deadline, |e| e.name == "STOP")?;
         self.qemu = there;
-        let blackout_ms = resumed.at_us.saturating_sub(stopped.at_us) as f64 / 1e3;
-        Ok(Some(Took { total_ms, blackout_ms }))
+        let downtime_ms = resumed.at_us.saturating_sub(stopped.at_us) as f64 / 1e3;
+        Ok(Some(Took { total_ms, downtime_ms }))
     }
 
     /// Has the guest check all of its memory.

@@ -1,7 +1,7 @@
 //! The host's side of the heartbeat: arrivals of COM2's bytes, timed by the host's clock.
 //!
 //! The guest sends one byte a beat (every millisecond by default), numbered modulo 256. The longest time
-//! between two arrivals is the longest time in which the guest did nothing, the blackout and everything
+//! between two arrivals is the longest time in which the guest did nothing, the downtime and everything
 //! around it included: no clock of the guest's is involved. Bytes of the source's and then of the
 //! destination's QEMU go into the same meter, in the order of their arrival.
 

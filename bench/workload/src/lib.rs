@@ -21,7 +21,7 @@
 //!
 //! # What a gap is
 //!
-//! While QEMU has the guest stopped, every clock derived from its virtual clock stands still: TSC
+//! While QEMU has the guest stopped, every clock derived from its virtual clock is paused: TSC
 //! (under TCG), HPET, ACPI timer, and so `CLOCK_MONOTONIC`. The CMOS clock is the exception: by
 //! default (`-rtc clock=host`) it follows the host's. See [`stopped`], [`pulse`] and [`heartbeat`] for
 //! the three measures, and docs/guest.md for how to read them.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-/// At most this much is made up for after a gap: a guest that stood still must not burst afterwards.
+/// At most this much is made up for after a gap: a guest that was paused must not burst afterwards.
 const ARREARS_MAX: Duration = Duration::from_millis(50);
 
 /// Hands out units at a steady rate. Time is what the caller says it is.

@@ -32,7 +32,7 @@ const PRIORITY: i32 = 50;
 /// What the pulse found, in microseconds, since the start or the last [`Gaps::reset`].
 #[derive(Debug, Default)]
 pub struct Gaps {
-    /// Longest time between two ticks by the guest's clock, which stands still while it is stopped.
+    /// Longest time between two ticks by the guest's clock, which is paused while it is stopped.
     pub run_max: AtomicU64,
     /// Longest stop, by the CMOS clock.
     pub stopped_max: AtomicU64,

@@ -1,6 +1,6 @@
 //! How long the guest was stopped, seen from inside: how far the CMOS clock ran ahead.
 //!
-//! While QEMU holds the guest, `CLOCK_MONOTONIC` stands still and the CMOS clock follows the host's
+//! While QEMU holds the guest, `CLOCK_MONOTONIC` is paused and the CMOS clock follows the host's
 //! (`-rtc clock=host`, QEMU's default). The CMOS clock only tells whole seconds, but the moment at which
 //! its second changes can be caught to a few microseconds. So: catch every change, and see whether it
 //! comes early. A steady deviation is the drift between the two clocks and taken off.

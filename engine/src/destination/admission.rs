@@ -11,11 +11,11 @@ const BLOCKS_SHOWN_MAX: usize = 8;
 /// What must hold before anything is touched.
 pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Result<()> {
     let (theirs, ours) = (&hello.guest, guest.describe());
-    let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, mend: &str| {
+    let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, fix: &str| {
         let theirs = text::reason(&theirs.to_string());
-        Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {mend}")))
+        Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {fix}")))
     };
-    let mend = match ours.monitor.as_str() {
+    let fix = match ours.monitor.as_str() {
         "qemu" => "start `pageferry receive` with the same QEMU options as the source",
         _ => "start the receiver with the same memory and vCPUs as the source",
     };
@@ -28,16 +28,16 @@ pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Re
         );
     }
     if theirs.machine != ours.machine {
-        return differ("machine type", &theirs.machine, &ours.machine, mend);
+        return differ("machine type", &theirs.machine, &ours.machine, fix);
     }
     if theirs.vcpus != ours.vcpus {
-        return differ("a vCPU count of", &theirs.vcpus, &ours.vcpus, mend);
+        return differ("a vCPU count of", &theirs.vcpus, &ours.vcpus, fix);
     }
     if theirs.blocks != ours.blocks {
         let show = |blocks: &[crate::guest::BlockDescription]| {
             listed(blocks.iter().map(|b| format!("{} of {} MiB", b.name, b.bytes >> 20)))
         };
-        return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), mend);
+        return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), fix);
     }
     if theirs.images != ours.images {
         let show =
@@ -46,8 +46,8 @@ pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Re
                     format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest)
                 }))
             };
-        let mend = "they are not moved, so both hosts must have the same files: copy the source's";
-        return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), mend);
+        let fix = "they are not moved, so both hosts must have the same files: copy the source's";
+        return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), fix);
     }
     guest.admit(theirs)
 }

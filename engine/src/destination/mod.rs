@@ -9,9 +9,9 @@ pub(crate) mod session;
 
 use crate::clock;
 use crate::destination::admission::check_guest;
-use crate::destination::listener::{Doorway, Incoming};
+use crate::destination::listener::{Incoming, SessionListener};
 use crate::destination::outcomes::Completed;
-use crate::destination::regions::Fittings;
+use crate::destination::regions::SessionResources;
 use crate::destination::session::new_token;
 use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
@@ -73,10 +73,10 @@ impl Default for Patience {
     }
 }
 
-/// Receives guests, one at a time, through one doorway.
+/// Receives guests, one at a time, through one listener.
 #[derive(Debug)]
-pub struct Reception {
-    pub(super) doorway: Doorway,
+pub struct Receiver {
+    pub(super) listener: SessionListener,
     pub(super) choice: LinkChoice,
     pub(super) patience: Patience,
     pub(super) discarded: VecDeque<Token>,
@@ -85,12 +85,12 @@ pub struct Reception {
     pub(super) doubtful: bool,
 }
 
-impl Reception {
-    /// A reception behind this doorway.
+impl Receiver {
+    /// A receiver behind this listener.
     #[must_use]
-    pub fn new(doorway: Doorway, choice: LinkChoice) -> Self {
+    pub fn new(listener: SessionListener, choice: LinkChoice) -> Self {
         let (patience, discarded) = (Patience::default(), VecDeque::new());
-        Self { doorway, choice, patience, discarded, completed: None, doubtful: false }
+        Self { listener, choice, patience, discarded, completed: None, doubtful: false }
     }
 
     /// The same with other deadlines.
@@ -99,10 +99,10 @@ impl Reception {
         Self { patience, ..self }
     }
 
-    /// The doorway, to wait at.
+    /// The listener, to wait at.
     #[must_use]
-    pub fn doorway(&self) -> &Doorway {
-        &self.doorway
+    pub fn listener(&self) -> &SessionListener {
+        &self.listener
     }
 
     /// Takes a connection that may open a session and, if it does, fills `guest` from it.
@@ -127,7 +127,7 @@ impl Reception {
         if let Err(refusal) =
             hello.check().and_then(|()| check_guest(&hello, guest)).and_then(|()| check_lanes(hello.lanes))
         {
-            self.doorway.say_of_stranger(&format!("refused the guest of {peer}: {}", refusal.chain()));
+            self.listener.say_of_stranger(&format!("refused the guest of {peer}: {}", refusal.chain()));
             control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
         }
@@ -141,21 +141,21 @@ impl Reception {
             Ok(opened) => opened,
             Err(error) => {
                 // Its source has sent no Commit, and never asks. Those that may ask are not to be forgotten for it.
-                self.doorway.forget(token);
-                self.doorway.say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
+                self.listener.forget(token);
+                self.listener.say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
                 let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
                 return Served::Nothing;
             }
         };
-        let mut fittings = match Fittings::new(target, &hello) {
-            Ok(fittings) => fittings,
+        let mut resources = match SessionResources::new(target, &hello) {
+            Ok(resources) => resources,
             Err(error) => return self.discard(token, guest, &mut control, error),
         };
-        match self.session(&mut control, token, offer, &mut fittings, guest, &mut phase, watch, begun) {
+        match self.session(&mut control, token, offer, &mut resources, guest, &mut phase, watch, begun) {
             Ok(received) => {
-                fittings.retire();
+                resources.retire();
                 Served::Received(received)
             }
             // Ours by Commit, and perhaps running: nothing may be promised about it any more.
@@ -167,18 +167,18 @@ impl Reception {
         }
     }
 
-    /// One look at the doorway: takes what bears a session's token, and answers a single stranger, so that
+    /// One look at the listener: takes what bears a session's token, and answers a single stranger, so that
     /// who looks comes back to its deadlines however many there are. `take` gives back what it has no use for.
-    pub(super) fn look_at_doorway(
+    pub(super) fn look_at_listener(
         &self,
         mut take: impl FnMut(Incoming) -> Result<Option<Incoming>>,
     ) -> Result<()> {
-        for known in std::iter::from_fn(|| self.doorway.known()).take(KNOWN_A_LOOK_MAX) {
+        for known in std::iter::from_fn(|| self.listener.known()).take(KNOWN_A_LOOK_MAX) {
             if let Some(other) = take(known)? {
                 self.turn_away(other);
             }
         }
-        if let Some(stranger) = self.doorway.stranger() {
+        if let Some(stranger) = self.listener.stranger() {
             self.turn_away(stranger);
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use crate::clock;
 use crate::destination::listener::Incoming;
-use crate::destination::{Reception, Served};
+use crate::destination::{Receiver, Served};
 use crate::error::Error;
 use crate::guest::DestinationGuest;
 use crate::limits::SETUP_MAX;
@@ -28,7 +28,7 @@ pub(crate) struct Completed {
 }
 
 impl Completed {
-    /// The word to the source, whenever it asks. What is not known makes the blackout longer, not shorter.
+    /// The word to the source, whenever it asks. What is not known makes the downtime longer, not shorter.
     pub(crate) fn word(&self) -> Message {
         let now = clock::now();
         let since = self.since.unwrap_or(now);
@@ -37,7 +37,7 @@ impl Completed {
     }
 }
 
-impl Reception {
+impl Receiver {
     /// Throws the copy away, and only then says so: Abort is a promise.
     pub(super) fn discard(
         &mut self,
@@ -102,12 +102,12 @@ impl Reception {
         let answering = clock::spawn("afterwards", move || {
             let closing = clock::now() + self.patience.open_afterwards;
             while clock::now() < closing {
-                if let Some(incoming) = self.doorway.next(closing) {
+                if let Some(incoming) = self.listener.next(closing) {
                     self.turn_away(incoming);
                 }
             }
-            self.doorway.close_to_strangers();
-            while let Some(incoming) = self.doorway.wait() {
+            self.listener.close_to_strangers();
+            while let Some(incoming) = self.listener.wait() {
                 self.turn_away(incoming);
             }
         });

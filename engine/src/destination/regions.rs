@@ -16,7 +16,7 @@ use std::time::Duration;
 const RETIRE_AFTER: Duration = Duration::from_millis(300);
 
 /// What a session has besides the guest.
-pub(crate) struct Fittings {
+pub(crate) struct SessionResources {
     /// The lanes' end.
     pub(crate) target: Box<dyn Target>,
     /// For the device state.
@@ -25,7 +25,7 @@ pub(crate) struct Fittings {
     pub(crate) staging: Arc<MemoryRegion>,
 }
 
-impl Fittings {
+impl SessionResources {
     /// For a source that says this.
     pub(crate) fn new(target: Box<dyn Target>, hello: &Hello) -> Result<Self> {
         let state = MemoryRegion::anonymous(hello.state_bytes_max.max(PAGE_BYTES) as usize)?;
@@ -49,7 +49,7 @@ impl Fittings {
     pub(crate) fn expose(&mut self, memory: &GuestMemory, touched: &[PageRun]) -> Result<Accept> {
         let Self { target, state, staging } = self;
         let mut slots = Vec::with_capacity(memory.slots().len());
-        // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
+        // The state first: it is written last, in the downtime, and must not wait behind all of memory then.
         let exposed_state = target.expose(state)?.into();
         let warm = 0..STATE_WARM_BYTES.min(state.len());
         state.populate(0, warm.len())?;

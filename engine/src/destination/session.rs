@@ -4,8 +4,8 @@ use crate::clock;
 use crate::destination::lanes::{LaneCollector, Listening};
 use crate::destination::listener::Incoming;
 use crate::destination::outcomes::Completed;
-use crate::destination::regions::Fittings;
-use crate::destination::{Received, Reception};
+use crate::destination::regions::SessionResources;
+use crate::destination::{Received, Receiver};
 use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
 use crate::host::room;
@@ -52,7 +52,7 @@ const FENCE_MAX: Duration = Duration::from_secs(15);
 /// How often that wait looks whether bytes still come.
 const FENCE_LOOK_EVERY: Duration = Duration::from_secs(1);
 
-/// How often a wait looks at the guest, the lanes and the doorway.
+/// How often a wait looks at the guest, the lanes and the listener.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// How long the source may need to look through all of this guest's memory.
@@ -111,7 +111,7 @@ fn take_in(
     Ok(((verified - begun).as_micros() as u64, clock::elapsed(verified).as_micros() as u64))
 }
 
-impl Reception {
+impl Receiver {
     /// Welcome, and then the lanes that the Offer names. Fails also where there is no room for what it offers.
     pub(super) fn open(
         &self,
@@ -125,7 +125,7 @@ impl Reception {
             Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
         let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
         // Known before anybody is told of it.
-        self.doorway.expect(token);
+        self.listener.expect(token);
         control.send(&Message::Welcome(welcome), clock::now() + SETUP_MAX)?;
         let mut lanes = LaneCollector::new(token, hello.lanes);
         let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
@@ -146,7 +146,7 @@ impl Reception {
     ) -> Result<Vec<Box<dyn Connection>>> {
         let (alive, deadline) = (guest.liveness(), clock::now() + SETUP_MAX);
         loop {
-            self.look_at_doorway(|incoming| lanes.take(incoming))?;
+            self.look_at_listener(|incoming| lanes.take(incoming))?;
             if lanes.is_complete() {
                 return Ok(lanes.into_lanes());
             }
@@ -155,7 +155,7 @@ impl Reception {
             if clock::now() >= deadline {
                 return Err(Error::Timeout { what: "waiting for the source to open its lanes".into() });
             }
-            if let Some(incoming) = self.doorway.next(deadline.min(clock::now() + LOOK_EVERY))
+            if let Some(incoming) = self.listener.next(deadline.min(clock::now() + LOOK_EVERY))
                 && let Some(other) = lanes.take(incoming)?
             {
                 self.turn_away(other);
@@ -181,7 +181,7 @@ impl Reception {
             }
             watch()?;
             alive()?;
-            self.look_at_doorway(|incoming| lanes.take(incoming))?;
+            self.look_at_listener(|incoming| lanes.take(incoming))?;
             if clock::now() >= deadline {
                 return Err(Error::Timeout { what: "waiting for the source's Offer".into() });
             }
@@ -194,7 +194,7 @@ impl Reception {
         control: &mut Control,
         token: Token,
         offer: Offer,
-        fittings: &mut Fittings,
+        resources: &mut SessionResources,
         guest: &mut dyn DestinationGuest,
         phase: &mut DestinationPhase,
         watch: &mut Watch<'_>,
@@ -204,8 +204,8 @@ impl Reception {
         // Memory.
         let memory = Arc::clone(guest.memory());
         let touched = offer.runs(memory.pages())?;
-        let accept = fittings.expose(&memory, &touched)?;
-        let Fittings { target, state, staging } = fittings;
+        let accept = resources.expose(&memory, &touched)?;
+        let SessionResources { target, state, staging } = resources;
         let target = target.as_mut();
         let prefault = Prefault::start(Arc::clone(&memory), &touched, guest.map_ahead())?;
         control.send(&Message::Accept(accept), clock::now() + SETUP_MAX)?;
@@ -293,7 +293,7 @@ impl Reception {
                     format!("waiting for the source, which has sent nothing for {} s", idle_max.as_secs());
                 return Err(Error::Timeout { what });
             }
-            self.look_at_doorway(|incoming| Ok(Some(incoming)))?;
+            self.look_at_listener(|incoming| Ok(Some(incoming)))?;
         }
     }
 
@@ -347,7 +347,7 @@ impl Reception {
             }
             let wait = if connected { Duration::ZERO } else { LOOK_EVERY };
             // A single one a look, those of this session first.
-            if let Some(incoming) = self.doorway.next(clock::now() + wait) {
+            if let Some(incoming) = self.listener.next(clock::now() + wait) {
                 match incoming {
                     Incoming::Control { token: theirs, control, first: Message::Commit, .. }
                         if theirs == token =>

@@ -84,12 +84,12 @@ impl DestinationGuest for EmptyGuest {
 }
 
 /// A receiver whose session has this token, and where it listens.
-fn reception(commit: Duration) -> (Reception, SocketAddr) {
-    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    doorway.expect(TOKEN);
-    let at = doorway.address.tcp().unwrap();
+fn receiver(commit: Duration) -> (Receiver, SocketAddr) {
+    let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    listener.expect(TOKEN);
+    let at = listener.address.tcp().unwrap();
     let patience = Patience { commit, open_afterwards: Duration::from_millis(100) };
-    (Reception::new(doorway, LinkChoice::default()).with_patience(patience), at)
+    (Receiver::new(listener, LinkChoice::default()).with_patience(patience), at)
 }
 
 /// The control connection of a source that is gone.
@@ -155,21 +155,21 @@ impl Drop for Flood {
 
 /// Waits for Commit as a loaded guest does. Returns how that ended, and when.
 fn wait(
-    reception: &Reception,
+    receiver: &Receiver,
     watch: &mut Watch<'_>,
 ) -> (Result<Option<Box<Control>>>, DestinationPhase, Duration) {
     let guest = EmptyGuest::new();
     let (mut control, mut phase, begun) = (lost(), DestinationPhase::Loaded, Instant::now());
-    let ended = reception.wait_for_commit(&mut control, TOKEN, &guest, &mut phase, watch);
+    let ended = receiver.wait_for_commit(&mut control, TOKEN, &guest, &mut phase, watch);
     (ended, phase, begun.elapsed())
 }
 
 /// 340 connections a second had stretched 30 s to more than 75.
 #[test]
 fn a_flood_of_strangers_does_not_stretch_the_deadline_of_commit() {
-    let (reception, at) = reception(Duration::from_secs(1));
+    let (receiver, at) = receiver(Duration::from_secs(1));
     let flood = Flood::of(at);
-    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    let (ended, phase, took) = wait(&receiver, &mut || Ok(()));
     assert!(matches!(ended, Err(Error::Timeout { .. })), "{ended:?}");
     assert_eq!(phase, DestinationPhase::Discarded);
     assert!(took < Duration::from_secs(6), "{took:?} with {} strangers", flood.made());
@@ -177,17 +177,17 @@ fn a_flood_of_strangers_does_not_stretch_the_deadline_of_commit() {
 
 #[test]
 fn a_flood_of_strangers_does_not_keep_a_signal_from_being_heard() {
-    let (reception, at) = reception(SOON * 6);
+    let (receiver, at) = receiver(SOON * 6);
     let _flood = Flood::of(at);
     let told = Instant::now() + Duration::from_millis(200);
     let mut watch = || if Instant::now() < told { Ok(()) } else { Err(Error::Cancelled) };
-    let (ended, _, took) = wait(&reception, &mut watch);
+    let (ended, _, took) = wait(&receiver, &mut watch);
     assert!(matches!(ended, Err(Error::Cancelled)) && took < Duration::from_secs(6), "{ended:?}, {took:?}");
 }
 
 #[test]
 fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
-    let (reception, at) = reception(SOON * 6);
+    let (receiver, at) = receiver(SOON * 6);
     let _flood = Flood::of(at);
     let address = at.into();
     let asking = std::thread::spawn(move || {
@@ -196,7 +196,7 @@ fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
         control.send(&Message::Commit, Instant::now() + SOON).unwrap();
         control
     });
-    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    let (ended, phase, took) = wait(&receiver, &mut || Ok(()));
     assert!(matches!(ended, Ok(Some(_))), "{ended:?}");
     assert!(took < FLOOD_MAX * 3 / 4, "{took:?}, and the flood ends after {FLOOD_MAX:?}");
     assert_eq!(phase, DestinationPhase::Owner);
@@ -206,7 +206,7 @@ fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
 /// As after a freeze: Commit lies there, and so does the deadline, behind which the operator may have decided.
 #[test]
 fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
-    let (reception, at) = reception(Duration::from_millis(100));
+    let (receiver, at) = receiver(Duration::from_millis(100));
     let address = at.into();
     let mut control =
         Control::new(dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap());
@@ -215,7 +215,7 @@ fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
         std::thread::sleep(Duration::from_millis(500));
         Ok(())
     };
-    let (ended, phase, _) = wait(&reception, &mut watch);
+    let (ended, phase, _) = wait(&receiver, &mut watch);
     assert!(matches!(ended, Err(Error::Timeout { .. })), "{ended:?}");
     assert_eq!(phase, DestinationPhase::Discarded);
 }
@@ -223,10 +223,10 @@ fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
 /// The operator lets the guest run at the source.
 #[test]
 fn an_abort_on_a_new_connection_ends_the_wait_for_commit() {
-    let (reception, at) = reception(SOON * 6);
+    let (receiver, at) = receiver(SOON * 6);
     let mut asking = dialled(at, TOKEN);
     asking.abort("the operator lets it run", Cause::Failed, Instant::now() + SOON);
-    let (ended, phase, took) = wait(&reception, &mut || Ok(()));
+    let (ended, phase, took) = wait(&receiver, &mut || Ok(()));
     assert!(matches!(ended, Err(Error::PeerAborted { side: "source", .. })), "{ended:?}");
     assert!(phase == DestinationPhase::Discarded && took < SOON, "{phase:?}, {took:?}");
 }
@@ -250,30 +250,30 @@ fn answer(control: &mut Control) -> Abort {
 
 #[test]
 fn sessions_that_come_to_nothing_push_out_no_token_that_may_be_asked_for() {
-    let (mut reception, at) = reception(SOON);
+    let (mut receiver, at) = receiver(SOON);
     let mut guest = EmptyGuest::new();
     for _ in 0..70 {
         let mut control = dialled(at, Token::default());
         control.send(&hello(&guest), Instant::now() + SOON).unwrap();
-        let incoming = reception.doorway.next(Instant::now() + SOON).expect("it comes");
+        let incoming = receiver.listener.next(Instant::now() + SOON).expect("it comes");
         let source = std::thread::spawn(move || control.receive("Welcome", Instant::now() + SOON).unwrap());
-        let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+        let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
         assert!(matches!(served, Served::Nothing), "{served:?}");
         assert!(matches!(source.join().unwrap(), Message::Welcome(_)), "it came far enough");
     }
     let mut asking = dialled(at, TOKEN);
     asking.send(&Message::Commit, Instant::now() + SOON).unwrap();
-    let heard = reception.doorway.next(Instant::now() + SOON);
+    let heard = receiver.listener.next(Instant::now() + SOON);
     assert!(matches!(heard, Some(Incoming::Control { token: TOKEN, .. })), "{heard:?}");
 }
 
 #[test]
 fn a_receiver_in_doubt_asks_nobody_to_try_again() {
-    let (mut reception, at) = reception(SOON);
-    reception.doubtful = true;
+    let (mut receiver, at) = receiver(SOON);
+    receiver.doubtful = true;
     let mut control = dialled(at, Token::default());
     control.send(&hello(&EmptyGuest::new()), Instant::now() + SOON).unwrap();
-    reception.turn_away(reception.doorway.next(Instant::now() + SOON).expect("it comes"));
+    receiver.turn_away(receiver.listener.next(Instant::now() + SOON).expect("it comes"));
     let said = answer(&mut control);
     assert_eq!(said.cause, Cause::Refused);
     assert!(said.reason.contains("whether it runs"), "{}", said.reason);
@@ -281,14 +281,14 @@ fn a_receiver_in_doubt_asks_nobody_to_try_again() {
 
 #[test]
 fn a_copy_that_is_discarded_is_no_refusal() {
-    let (mut reception, at) = reception(SOON);
+    let (mut receiver, at) = receiver(SOON);
     let mut asking = dialled(at, TOKEN);
     asking.send(&Message::Commit, Instant::now() + SOON).unwrap();
-    let Some(Incoming::Control { mut control, .. }) = reception.doorway.next(Instant::now() + SOON) else {
+    let Some(Incoming::Control { mut control, .. }) = receiver.listener.next(Instant::now() + SOON) else {
         panic!("it comes")
     };
     let mut guest = EmptyGuest::new();
-    let served = reception.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
+    let served = receiver.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
     assert!(matches!(served, Served::Discarded(_)), "{served:?}");
     let said = answer(&mut asking);
     assert_eq!((said.cause, said.reason.as_str()), (Cause::Failed, "too late to refuse"));
@@ -296,10 +296,10 @@ fn a_copy_that_is_discarded_is_no_refusal() {
 
 #[test]
 fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
-    let (mut reception, at) = reception(SOON);
+    let (mut receiver, at) = receiver(SOON);
     let resuming = Instant::now();
-    reception.completed = Some(Completed { token: TOKEN, resuming, since: Some(resuming) });
-    reception.answer_afterwards();
+    receiver.completed = Some(Completed { token: TOKEN, resuming, since: Some(resuming) });
+    receiver.answer_afterwards();
     let stranger = || {
         let mut stream = TcpStream::connect(at).unwrap();
         let greeting = Preamble { role: Role::Control, token: Token::default() }.encode();

@@ -4,14 +4,14 @@
 //!   start():    logging on; where the log begins with all bits set (INITIALLY_SET), it is cleared piece by piece, which
 //!               protects the pages: no long stall of the vCPUs
 //!   a write:    KVM lifts the protection of that page and sets its bit
-//!   harvest():  kick all vCPUs -> KVM_GET_DIRTY_LOG -> KVM_CLEAR_DIRTY_LOG of what it told, which protects again
+//!   sync():  kick all vCPUs -> KVM_GET_DIRTY_LOG -> KVM_CLEAR_DIRTY_LOG of what it told, which protects again
 //!   drop:       logging off
 //! ```
 //!
 //! Without manual protection (before Linux 5.0) the get clears and protects by itself.
 
 use super::kvm::{KickVcpus, KvmSlot, KvmSlots};
-use super::{DirtySource, Harvest};
+use super::{DirtySource, Synced};
 use crate::dirty::kvm::abi;
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
@@ -135,9 +135,9 @@ fn clear(vm: &VmFd, slot: &KvmSlot, words: &[u64], watch: &mut Watch<'_>) -> Res
 }
 
 impl DirtySource for LogSource {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced> {
         self.kick.kick_all()?;
-        let mut harvest = Harvest::default();
+        let mut sync = Synced::default();
         for slot in self.slots.slots() {
             let words = &mut self.words[..abi::log_words(slot.pages())];
             abi::get_dirty_log(self.slots.vm(), slot.slot, slot.pages(), words)
@@ -151,10 +151,10 @@ impl DirtySource for LogSource {
             }
             for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
                 into.insert_mask(slot.first_page + index as u64 * 64, *word);
-                harvest.pages += u64::from(word.count_ones());
+                sync.pages += u64::from(word.count_ones());
             }
         }
-        Ok(harvest)
+        Ok(sync)
     }
 }
 

@@ -13,27 +13,27 @@ pub mod ring;
 use crate::error::Result;
 use crate::memory::bitmap::DirtyBitmap;
 
-/// What one harvest did.
+/// What one sync did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Harvest {
-    /// Pages reported as written since the harvest before.
+pub struct Synced {
+    /// Pages reported as written since the sync before.
     pub pages: u64,
 }
 
 /// Tells which pages were written since it was asked last.
 ///
 /// # Contract
-/// Protection of every reported page is re-armed **before** `harvest` returns, so a write that comes
-/// while the page is being read or sent makes it dirty again. The first harvest reports what was
+/// Protection of every reported page is re-armed **before** `sync` returns, so a write that comes
+/// while the page is being read or sent makes it dirty again. The first sync reports what was
 /// written since the source was made. Dropping it ends the tracking: the guest runs at full speed
 /// again and nothing of it is left behind.
 pub trait DirtySource: Send {
     /// Adds to `into` every page written since the last call.
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest>;
+    fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced>;
 
     /// Called in mid-round, between batches: may move what is pending out of buffers of the kernel that
     /// can run full, and must not lose or report anything. Cheap where there is nothing to move.
-    fn relieve(&mut self) -> Result<()> {
+    fn drain_early(&mut self) -> Result<()> {
         Ok(())
     }
 }

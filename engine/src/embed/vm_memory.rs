@@ -40,7 +40,7 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 /// Maps the files of all regions once more, for the lanes. The regions stay the monitor's.
 ///
 /// # Errors
-/// [`Error::Refused`], with the mend, for a region that is anonymous or private, that does not begin with its file, is
+/// [`Error::Refused`], with the fix, for a region that is anonymous or private, that does not begin with its file, is
 /// not whole pages, lies on a disk, or shares its file with another.
 pub fn guest_memory<B: Bitmap>(memory: &GuestMemoryMmap<B>, access: Access) -> Result<GuestMemory> {
     let mut files = Vec::new();

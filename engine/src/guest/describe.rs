@@ -5,14 +5,14 @@ use crate::protocol::bounded;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// The parts of a blackout that do not depend on the residue, in microseconds.
+/// The parts of a downtime that do not depend on the remaining, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FixedCosts {
     /// Stopping the vCPUs.
     pub pause_us: u64,
-    /// The last harvests.
-    pub harvest_us: u64,
-    /// Saving the device state; goes on while the residue is pushed.
+    /// The last syncs.
+    pub sync_us: u64,
+    /// Saving the device state; goes on while the remaining dirty pages are pushed.
     pub save_us: u64,
     /// Loading it.
     pub load_us: u64,

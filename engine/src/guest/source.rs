@@ -18,7 +18,7 @@ pub trait SourceGuest: Send {
         let _ = vouched;
     }
 
-    /// Fails, with the mend, if something stands against moving it. Touches nothing.
+    /// Fails, with the fix, if something stands against moving it. Touches nothing.
     fn preflight(&mut self) -> Result<()>;
 
     /// Its memory, mapped readable in this process; what it is now, right after [`Self::preflight`].
@@ -36,7 +36,7 @@ pub trait SourceGuest: Send {
     /// What the device state will probably be, in bytes.
     fn state_bytes_expected(&self) -> u64;
 
-    /// What a blackout costs besides pushing pages; the harvest's part is measured by the engine.
+    /// What a downtime costs besides pushing pages; the sync's part is measured by the engine.
     fn fixed_costs(&self) -> FixedCosts;
 
     /// A check, usable from anywhere, that whoever runs the guest still lives.
@@ -58,12 +58,12 @@ pub trait SourceGuest: Send {
     /// asks the watch now and then, and ends with its error, with nothing followed any more.
     fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>>;
 
-    /// Returns when no device transfer that was under way at the call is any more. Called between a harvest
+    /// Returns when no device transfer that was under way at the call is any more. Called between a sync
     /// and the first byte that is read of its pages: a transfer by DMA into pinned pages (direct disk I/O)
     /// is reported as a write when it begins, not when it ends.
-    fn settle_io(&mut self) -> Result<()>;
+    fn drain_io(&mut self) -> Result<()>;
 
-    /// Does what can be done ahead of the blackout, with the guest still running.
+    /// Does what can be done ahead of the downtime, with the guest still running.
     fn arm(&mut self) -> Result<()>;
 
     /// Stops the vCPUs, if they run. When it returns, the guest writes no more memory by itself; saving
@@ -81,7 +81,7 @@ pub trait SourceGuest: Send {
     /// the guest run again by itself.
     fn seal(&mut self) -> Result<()>;
 
-    /// Takes back everything since `settle_io` and `arm`; the guest runs again if it ran before. Must work
+    /// Takes back everything since `drain_io` and `arm`; the guest runs again if it ran before. Must work
     /// from any state, may be called again (after an error it tries anew), and lifts the seal: it is
     /// called only when the guest can never run at the destination. Called first while its writes are still
     /// followed, so that it runs at once, and again when they are not any more.

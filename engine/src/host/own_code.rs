@@ -1,6 +1,6 @@
-//! Has the kernel map this program's own code ahead of the blackout.
+//! Has the kernel map this program's own code ahead of the downtime.
 //!
-//! Much of what runs while a guest stands still runs for the first time then, and each page of code that was not
+//! Much of what runs while a guest is paused runs for the first time then, and each page of code that was not
 //! touched before is a fault; a read from a disk or a file server, if the page cache has lost it.
 
 use crate::host::maps::Mapping;

@@ -3,7 +3,7 @@
 //! `SEEK_HOLE` looks at every page up to the next hole, which may be the end of the file, and lets go
 //! of nothing meanwhile: of no processor (where the kernel is not built to be preempted), not of the
 //! file, whose holes a balloon cannot punch then. Of 6 GiB without a hole it took 60 ms, in which a
-//! guest that shared the processor stood still. So `cachestat` (Linux 6.5) counts the pages of a
+//! guest that shared the processor was paused. So `cachestat` (Linux 6.5) counts the pages of a
 //! window first, which can be preempted, and `SEEK_HOLE` is asked only where it finds one there.
 
 use crate::memory::page::PAGE_BYTES;

@@ -38,8 +38,6 @@ use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::extents;
 use crate::memory::page::{PAGE_BYTES, PageRun};
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::AsFd;

@@ -1,4 +1,4 @@
-//! A place at both ends for pages whose memory is not registered when the guest already stands still.
+//! A place at both ends for pages whose memory is not registered when the guest already is paused.
 //!
 //! ```text
 //!   source                                            destination

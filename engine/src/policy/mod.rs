@@ -1,17 +1,17 @@
 //! When to switch over: a pure function of what was measured.
 //!
-//! After each round the engine knows how many pages the guest has written meanwhile (the residue).
+//! After each round the engine knows how many pages the guest has written meanwhile (the remaining).
 //! Either they are few enough that pausing now keeps the downtime below the user's limit, or another
 //! round is worth it because rounds still shrink, or they do not shrink any more and somebody has to
 //! decide. Nothing here does I/O, so that the same code can be simulated and property-tested.
 
 mod prediction;
 
-pub use prediction::{Estimator, Expected, Finished, Observation, predict_blackout_us};
+pub use prediction::{Estimator, Expected, Finished, Observation, predict_downtime_us};
 
 use crate::memory::page::PAGE_BYTES;
 
-/// A round must leave less than this share of the best residue so far to count as progress.
+/// A round must leave less than this share of the best remaining dirty pages so far to count as progress.
 const PROGRESS_SHARE: f64 = 0.9;
 
 /// Rounds in a row without progress before the policy calls it stuck. Single rounds vary with what
@@ -32,7 +32,7 @@ pub enum WhenStuck {
 /// What the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Longest blackout, in microseconds.
+    /// Longest downtime, in microseconds.
     pub downtime_us_max: u64,
     /// See [`WhenStuck`].
     pub when_stuck: WhenStuck,
@@ -43,7 +43,7 @@ pub struct Limits {
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Decision {
-    /// Send the residue while the guest runs, and look again.
+    /// Send the remaining dirty pages while the guest runs, and look again.
     Iterate,
     /// Pause the guest.
     SwitchOver,
@@ -68,12 +68,12 @@ impl Policy {
 
     /// What to do after the round that `seen` describes.
     pub fn decide(&mut self, seen: &Observation) -> Decision {
-        let predicted_us = predict_blackout_us(seen);
+        let predicted_us = predict_downtime_us(seen);
         if predicted_us <= self.limits.downtime_us_max {
             return Decision::SwitchOver;
         }
-        if (seen.residue_pages as f64) < self.best_residue_pages as f64 * PROGRESS_SHARE {
-            self.best_residue_pages = seen.residue_pages;
+        if (seen.remaining_pages as f64) < self.best_residue_pages as f64 * PROGRESS_SHARE {
+            self.best_residue_pages = seen.remaining_pages;
             self.rounds_without_progress = 0;
         } else {
             self.rounds_without_progress += 1;
@@ -84,7 +84,7 @@ impl Policy {
             return Decision::Iterate;
         }
         // With nothing left to send no further round could help: then the limit itself is too low.
-        let floor_us = predict_blackout_us(&Observation { residue_pages: 0, ..*seen });
+        let floor_us = predict_downtime_us(&Observation { remaining_pages: 0, ..*seen });
         let below_the_floor = floor_us > self.limits.downtime_us_max;
         match self.limits.when_stuck {
             WhenStuck::Switchover => Decision::SwitchOver,
@@ -99,7 +99,7 @@ impl Policy {
                  time, which means a downtime of about {} where {} are allowed; allow more with --downtime-max, \
                  or switch over all the same with --when-stuck switchover",
                 seen.round + 1,
-                (seen.residue_pages * PAGE_BYTES) as f64 / f64::from(1 << 20),
+                (seen.remaining_pages * PAGE_BYTES) as f64 / f64::from(1 << 20),
                 ms(predicted_us),
                 ms(self.limits.downtime_us_max)
             )),
@@ -119,12 +119,12 @@ mod tests {
     use std::time::Duration;
 
     const FIXED: FixedCosts =
-        FixedCosts { pause_us: 400, harvest_us: 500, save_us: 1500, load_us: 1600, resume_us: 300 };
+        FixedCosts { pause_us: 400, sync_us: 500, save_us: 1500, load_us: 1600, resume_us: 300 };
 
-    fn seen(round: u32, residue_pages: u64, bytes_per_second: f64) -> Observation {
+    fn seen(round: u32, remaining_pages: u64, bytes_per_second: f64) -> Observation {
         Observation {
             round,
-            residue_pages,
+            remaining_pages,
             bytes_per_second,
             state_bytes: 400_000,
             round_trip_us: 100,
@@ -143,11 +143,12 @@ mod tests {
         working_set_pages: u64,
         policy: &mut Policy,
     ) -> (u32, Decision) {
-        let mut residue = working_set_pages;
+        let mut remaining = working_set_pages;
         for round in 0.. {
-            let seconds = (residue * PAGE_BYTES) as f64 / bandwidth + 0.001;
-            residue = ((dirty_bytes_per_second * seconds / PAGE_BYTES as f64) as u64).min(working_set_pages);
-            match policy.decide(&seen(round, residue, bandwidth)) {
+            let seconds = (remaining * PAGE_BYTES) as f64 / bandwidth + 0.001;
+            remaining =
+                ((dirty_bytes_per_second * seconds / PAGE_BYTES as f64) as u64).min(working_set_pages);
+            match policy.decide(&seen(round, remaining, bandwidth)) {
                 Decision::Iterate => {}
                 decision => return (round, decision),
             }
@@ -182,22 +183,22 @@ mod tests {
     }
 
     #[test]
-    fn small_rounds_measure_no_bandwidth_and_slow_harvests_are_forgotten() {
+    fn small_rounds_measure_no_bandwidth_and_slow_syncs_are_forgotten() {
         let mut estimator = Estimator::default();
         let expected = Expected { state_bytes: 1, round_trip_us: 2, fixed: FIXED };
         let ms = Duration::from_millis;
-        let finished = |pages, harvest| Finished {
+        let finished = |pages, sync| Finished {
             round: 0,
             pages,
             elapsed: ms(100),
             looking: Duration::ZERO,
-            harvest: ms(harvest),
-            residue_pages: 7,
+            sync: ms(sync),
+            remaining_pages: 7,
         };
         let large = estimator.observe(&finished(10_000, 3), &expected);
-        assert_eq!((large.bytes_per_second, large.fixed.harvest_us), (409.6e6, 6500));
+        assert_eq!((large.bytes_per_second, large.fixed.sync_us), (409.6e6, 6500));
         let small = estimator.observe(&finished(1000, 9), &expected);
-        assert_eq!((small.bytes_per_second, small.fixed.harvest_us), (409.6e6, 6500));
+        assert_eq!((small.bytes_per_second, small.fixed.sync_us), (409.6e6, 6500));
         assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
     }
 
@@ -213,13 +214,13 @@ mod tests {
             pages: 10_000,
             elapsed: ms(4_100),
             looking: ms(4_000),
-            harvest: Duration::ZERO,
-            residue_pages: 500,
+            sync: Duration::ZERO,
+            remaining_pages: 500,
         };
         assert_eq!(estimator.observe(&finished, &expected).bytes_per_second, 409.6e6);
         (finished.round, finished.pages, finished.elapsed, finished.looking) = (1, 500, ms(5), ms(1));
         let seen = estimator.observe(&finished, &expected);
-        assert!(predict_blackout_us(&seen) <= 10_000, "{}", predict_blackout_us(&seen));
+        assert!(predict_downtime_us(&seen) <= 10_000, "{}", predict_downtime_us(&seen));
     }
 
     #[test]
@@ -231,8 +232,8 @@ mod tests {
             pages: 10,
             elapsed: Duration::from_millis(ms),
             looking: Duration::ZERO,
-            harvest: Duration::ZERO,
-            residue_pages: 7,
+            sync: Duration::ZERO,
+            remaining_pages: 7,
         };
         let round_trips =
             [3000, 40, 7, 90].map(|ms| estimator.observe(&finished(ms), &expected).round_trip_us);
@@ -248,27 +249,27 @@ mod tests {
             rounds_max in 1u32..100,
         ) {
             let mut policy = Policy::new(Limits { downtime_us_max, when_stuck: WhenStuck::Abort, rounds_max });
-            let ended = residues.iter().zip(0..).any(|(residue, round)| {
-                policy.decide(&seen(round, u64::from(*residue), bandwidth)) != Decision::Iterate
+            let ended = residues.iter().zip(0..).any(|(remaining, round)| {
+                policy.decide(&seen(round, u64::from(*remaining), bandwidth)) != Decision::Iterate
             });
             prop_assert!(ended);
         }
 
         #[test]
         fn it_never_switches_over_above_the_limit_unless_told(
-            residue: u32, bandwidth in 0f64..1e12, downtime_us_max in 0u64..1_000_000_000, round in 0u32..50,
+            remaining: u32, bandwidth in 0f64..1e12, downtime_us_max in 0u64..1_000_000_000, round in 0u32..50,
         ) {
-            let seen = seen(round, u64::from(residue), bandwidth);
+            let seen = seen(round, u64::from(remaining), bandwidth);
             let mut policy = Policy::new(limits(downtime_us_max, WhenStuck::Abort));
             if policy.decide(&seen) == Decision::SwitchOver {
-                prop_assert!(predict_blackout_us(&seen) <= downtime_us_max);
+                prop_assert!(predict_downtime_us(&seen) <= downtime_us_max);
             }
         }
 
         #[test]
         fn more_residue_never_predicts_less(a: u32, b: u32, bandwidth in 1f64..1e12) {
             let (low, high) = (u64::from(a.min(b)), u64::from(a.max(b)));
-            prop_assert!(predict_blackout_us(&seen(0, low, bandwidth)) <= predict_blackout_us(&seen(0, high, bandwidth)));
+            prop_assert!(predict_downtime_us(&seen(0, low, bandwidth)) <= predict_downtime_us(&seen(0, high, bandwidth)));
         }
     }
 }

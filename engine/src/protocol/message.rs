@@ -126,7 +126,7 @@ pub struct Accept {
     pub slots: Vec<Exposed>,
     /// Where the device state goes.
     pub state: Exposed,
-    /// Where pages go whose memory is not registered when the guest stands still.
+    /// Where pages go whose memory is not registered when the guest is paused.
     pub staging: Exposed,
 }
 

@@ -9,7 +9,7 @@
 //!     | -- Offer { touched, lanes } ---------------------------> | room for it? memory exposed,
 //!     | <---------------------------- Accept { regions, state } -- | prefault under way
 //!     |    rounds: writes and fences in the lanes               |
-//!     |    pause, last harvest, residue, device state, fence    |
+//!     |    pause, last sync, remaining, device state, fence    |
 //!     | -- Prepare { fence, state_bytes } ----------------------> | fence; load; revoke
 //!     | <-------------------------------------------- Ready ---- |
 //!     |    seal: this side never resumes by itself from here    |

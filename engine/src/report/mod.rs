@@ -33,13 +33,13 @@ pub struct Round {
     pub elapsed_us: u64,
     /// Pages that the guest wrote meanwhile.
     pub dirtied_pages: u64,
-    /// The blackout that the policy predicted after this round, in microseconds.
-    pub predicted_blackout_us: u64,
+    /// The downtime that the policy predicted after this round, in microseconds.
+    pub predicted_downtime_us: u64,
 }
 
 /// The time in which the guest ran nowhere, in slices that follow one another. All in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Blackout {
+pub struct Downtime {
     /// From before the vCPUs were told to stop until all of them ran at the destination, and the way of its word
     /// of that to the source: half a round trip longer than what the guest lived through. What passed at the destination
     /// between the two is left out.
@@ -47,7 +47,7 @@ pub struct Blackout {
     /// Stopping the vCPUs.
     pub pause: u64,
     /// Asking which pages were written last, before and after the save.
-    pub harvest: u64,
+    pub sync: u64,
     /// Posting those pages, and waiting until they and the state had arrived.
     pub push: u64,
     /// The rest of saving the device state, which goes on while pages are posted.
@@ -93,9 +93,9 @@ pub struct MigrationReport {
     /// Pages that were touched first right before the pause and went by the staging region.
     #[serde(default)]
     pub staged_pages: u64,
-    /// Registrations of memory with the RDMA device, at both ends, while the guest stood still.
+    /// Registrations of memory with the RDMA device, at both ends, while the guest was paused.
     #[serde(default)]
-    pub registrations_in_blackout: u64,
+    pub registrations_in_downtime: u64,
     /// Pages that the hardware of the source's host had lost: the reason of the abort, or moved as zeros.
     #[serde(default)]
     pub lost_pages: Vec<LostPage>,
@@ -105,10 +105,10 @@ pub struct MigrationReport {
     pub total_us: u64,
     /// The rounds while the guest ran.
     pub rounds: Vec<Round>,
-    /// The slices of the blackout.
-    pub blackout_us: Blackout,
+    /// The slices of the downtime.
+    pub downtime_us: Downtime,
     /// The prediction on which the switchover was decided, in microseconds.
-    pub predicted_blackout_us: u64,
+    pub predicted_downtime_us: u64,
     /// Whether both sides digested all memory and agreed; null where it was not asked for.
     pub verified: Option<bool>,
 }
@@ -130,13 +130,13 @@ impl MigrationReport {
             bytes_skipped: 0,
             state_bytes: 0,
             staged_pages: 0,
-            registrations_in_blackout: 0,
+            registrations_in_downtime: 0,
             lost_pages: Vec::new(),
             control_messages: 0,
             total_us: 0,
             rounds: Vec::new(),
-            blackout_us: Blackout::default(),
-            predicted_blackout_us: 0,
+            downtime_us: Downtime::default(),
+            predicted_downtime_us: 0,
             verified: None,
         }
     }

@@ -25,8 +25,8 @@ pub struct Progress {
     pub bytes_per_second: u64,
     /// What the guest wrote in the last round, in bytes a second.
     pub dirty_bytes_per_second: u64,
-    /// Predicted blackout after the last round, in microseconds.
-    pub predicted_blackout_us: u64,
+    /// Predicted downtime after the last round, in microseconds.
+    pub predicted_downtime_us: u64,
 }
 
 impl Default for Progress {
@@ -39,7 +39,7 @@ impl Default for Progress {
             round_pages_sent: 0,
             bytes_per_second: 0,
             dirty_bytes_per_second: 0,
-            predicted_blackout_us: 0,
+            predicted_downtime_us: 0,
         }
     }
 }

@@ -36,8 +36,8 @@ const STATE_BYTES_UNFORESEEN: usize = 8 << 20;
 /// as long as registering what the one before has found; what the last finds goes by the staging region.
 const FRESH_LOOKS_MAX: u32 = 4;
 
-/// How long a guest may stand still at most, beside what was asked for and predicted.
-const BLACKOUT_MAX: Duration = Duration::from_secs(20);
+/// How long a guest may be paused at most, beside what was asked for and predicted.
+const DOWNTIME_MAX: Duration = Duration::from_secs(20);
 
 /// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
@@ -84,7 +84,7 @@ impl Ferry<'_> {
                 monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
             })?
         };
-        guest.settle_io()?;
+        guest.drain_io()?;
         let touched = memory.touched()?;
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
         let staging = MemoryRegion::anonymous(STAGING_BYTES)?;
@@ -92,7 +92,7 @@ impl Ferry<'_> {
         for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &staging, &zeros]) {
             link.register(region)?;
         }
-        // The state first: it is written last, in the blackout, and must not wait behind all of memory then.
+        // The state first: it is written last, in the downtime, and must not wait behind all of memory then.
         let warm = 0..STATE_WARM_BYTES.min(state.len());
         link.expect(&state, std::slice::from_ref(&warm))?;
         for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
@@ -110,7 +110,7 @@ impl Ferry<'_> {
             .with_staging(Staging::new(staging, accept.staging.into()))
             .with_witness(witness);
         let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
-        pump.expect_blackout(state_ahead)?;
+        pump.expect_downtime(state_ahead)?;
         let control = session.control.as_mut().ok_or_else(session::over)?;
 
         // The guest runs, and rounds shrink.
@@ -144,20 +144,20 @@ impl Ferry<'_> {
                     Error::Guest(BALLOON_PLUGGED.into())
                 });
             }
-            let mut relieving = || watch().and_then(|()| tracking.relieve());
+            let mut draining = || watch().and_then(|()| tracking.drain_early());
             if discards {
-                pump.push_freed(&mut dirty, &zeros, &mut relieving)?;
+                pump.push_freed(&mut dirty, &zeros, &mut draining)?;
             }
-            pump.push(&mut dirty, &mut relieving, &mut |_| {})?;
+            pump.push(&mut dirty, &mut draining, &mut |_| {})?;
             let tag = pump.fence()?;
-            pump.wait_fence(tag, &mut relieving)?;
+            pump.wait_fence(tag, &mut draining)?;
             if by_rdma {
-                // Nothing shall be registered once the guest stands still, not even in the background.
-                pump.wait_for_blackout(state_ahead, &mut watch)?;
+                // Nothing shall be registered once the guest is paused, not even in the background.
+                pump.wait_for_downtime(state_ahead, &mut watch)?;
                 pump.make_ready(touched.iter().copied(), &mut watch)?;
                 for _ in 0..FRESH_LOOKS_MAX {
                     // What is found is sent after the pause, which settles all I/O.
-                    tracking.harvest(&mut dirty)?;
+                    tracking.sync(&mut dirty)?;
                     if pump.make_ready(dirty.runs(u64::MAX), &mut watch)? {
                         break;
                     }
@@ -165,16 +165,16 @@ impl Ferry<'_> {
             }
         }
 
-        // The guest stands still.
-        pump.stand_still();
+        // The guest is paused.
+        pump.guest_paused();
         monitor.check()?;
-        let blackout_end = clock::now() + blackout_max(options, memory.bytes());
+        let downtime_end = clock::now() + downtime_max(options, memory.bytes());
         let mut watch = || {
             monitor
                 .check()
                 .and_then(|()| readable())
                 .and_then(|()| alive())
-                .and_then(|()| not_after(blackout_end))
+                .and_then(|()| not_after(downtime_end))
         };
         let (to_ask, token) = (to.clone(), session.token);
         let paused = Paused::enter(guest, |was_running| {
@@ -192,14 +192,14 @@ impl Ferry<'_> {
         self.report.bytes_skipped = pump.bytes_skipped();
         self.report.state_bytes = drained.state_bytes();
         self.report.staged_pages = drained.staged_pages();
-        self.report.registrations_in_blackout = drained.registrations();
+        self.report.registrations_in_downtime = drained.registrations();
         if drained.registrations() > 0 {
-            tracing::warn!("{} registrations of memory in the blackout", drained.registrations());
+            tracing::warn!("{} registrations of memory in the downtime", drained.registrations());
         }
         // The whole guest is on its way: should its QEMU die here now, it lives on there.
         // A queue pair that breaks is heard of at this end alone.
         let mut watch = || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
-        let prepared = drained.prepare(control, blackout_end, &mut watch)?;
+        let prepared = drained.prepare(control, downtime_end, &mut watch)?;
         // The lanes have read everything by now.
         readable()?;
         memory.check_sizes()?;
@@ -212,11 +212,11 @@ impl Ferry<'_> {
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
         monitor.enter(Stage::Committed);
         let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
-        let blackout = match self.settle(committed, sent, inquiry) {
-            Ok(blackout) => blackout,
+        let downtime = match self.settle(committed, sent, inquiry) {
+            Ok(downtime) => downtime,
             Err(doubt @ Error::Unknown(_)) => return Err(doubt),
             Err(error) => {
-                // It stands still for as long as it takes, so before the tracking is undone, which grows with memory.
+                // It is paused for as long as it takes, so before the tracking is undone, which grows with memory.
                 // What fails here is tried once more, and told, by who called.
                 if self.guest.resume().is_ok() {
                     hold::point("resumed");
@@ -226,7 +226,7 @@ impl Ferry<'_> {
         };
         drop(pump);
         self.guest.retire(tracking);
-        self.report.blackout_us = blackout;
+        self.report.downtime_us = downtime;
         // The destination would have aborted before Ready, had its digest been another.
         self.report.verified = options.verify.then_some(true);
         Ok(())
@@ -248,16 +248,16 @@ fn reveal(monitor: &Monitor) {
     hold::point("sealed");
 }
 
-/// The longest that the guest may stand still before the source takes it back, whatever goes on: far
+/// The longest that the guest may be paused before the source takes it back, whatever goes on: far
 /// beyond what was predicted, so that it ends only what has gone wrong.
-fn blackout_max(options: &MigrateOptions, memory_bytes: u64) -> Duration {
+fn downtime_max(options: &MigrateOptions, memory_bytes: u64) -> Duration {
     let looks = if options.verify { 2 * memory_bytes / VERIFY_BYTES_PER_SECOND_MIN } else { 0 };
     let stuck = if options.when_stuck == WhenStuck::Switchover {
         memory_bytes / STUCK_BYTES_PER_SECOND_MIN
     } else {
         0
     };
-    BLACKOUT_MAX + 10 * Duration::from_micros(options.downtime_us_max) + Duration::from_secs(looks + stuck)
+    DOWNTIME_MAX + 10 * Duration::from_micros(options.downtime_us_max) + Duration::from_secs(looks + stuck)
 }
 
 fn not_after(end: Instant) -> Result<()> {
@@ -265,7 +265,7 @@ fn not_after(end: Instant) -> Result<()> {
         Ok(())
     } else {
         Err(Error::Timeout {
-            what: "switching over: the guest stood still for far longer than predicted".into(),
+            what: "switching over: the guest was paused for far longer than predicted".into(),
         })
     }
 }

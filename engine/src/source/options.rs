@@ -15,7 +15,7 @@ pub struct MigrateOptions {
     pub lanes: u8,
     /// What may carry the data.
     pub link: LinkChoice,
-    /// Longest blackout, in microseconds.
+    /// Longest downtime, in microseconds.
     pub downtime_us_max: u64,
     /// Bound on the rate while the guest runs, in bytes a second.
     pub bytes_per_second_max: Option<u64>,

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::guest::{FixedCosts, SourceGuest};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::PAGE_BYTES;
-use crate::policy::{Decision, Estimator, Expected, Finished, Limits, Policy, predict_blackout_us};
+use crate::policy::{Decision, Estimator, Expected, Finished, Limits, Policy, predict_downtime_us};
 use crate::report::progress::Monitor;
 use crate::report::{MigrationReport, Round};
 use crate::source::MigrateOptions;
@@ -27,7 +27,7 @@ pub(crate) struct Rounds<'r> {
 }
 
 impl Rounds<'_> {
-    /// What the blackout costs beside pages, states and harvests.
+    /// What the downtime costs beside pages, states and syncs.
     fn fixed_costs(&mut self, guest: &dyn SourceGuest, pump: &Pump<'_>) -> Result<FixedCosts> {
         let fixed = guest.fixed_costs();
         if self.zeros.is_none() {
@@ -35,10 +35,10 @@ impl Rounds<'_> {
         }
         let look = pump.time_a_look_for_holes()?;
         self.holes_us = self.holes_us.min(look.as_micros() as u64);
-        Ok(FixedCosts { harvest_us: fixed.harvest_us + self.holes_us, ..fixed })
+        Ok(FixedCosts { sync_us: fixed.sync_us + self.holes_us, ..fixed })
     }
 
-    /// Sends `dirty`, harvests, and decides, until the policy says to switch over.
+    /// Sends `dirty`, syncs, and decides, until the policy says to switch over.
     pub(crate) fn run(
         &mut self,
         guest: &mut dyn SourceGuest,
@@ -57,26 +57,26 @@ impl Rounds<'_> {
             let begun = clock::now();
             let monitor = self.monitor;
             monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
-            let mut relieving = || watch().and_then(|()| tracking.relieve());
+            let mut draining = || watch().and_then(|()| tracking.drain_early());
             let looked_before = pump.looked();
             let mut pages = 0;
-            // In each round, so that the blackout finds little. Nothing was sent before the first.
+            // In each round, so that the downtime finds little. Nothing was sent before the first.
             if let Some(zeros) = self.zeros.filter(|_| index > 0) {
-                pages += pump.push_freed(dirty, zeros, &mut relieving)?;
+                pages += pump.push_freed(dirty, zeros, &mut draining)?;
             }
             pages +=
-                pump.push(dirty, &mut relieving, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
+                pump.push(dirty, &mut draining, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
             let tag = pump.fence()?;
-            pump.wait_fence(tag, &mut relieving)?;
+            pump.wait_fence(tag, &mut draining)?;
             let elapsed = clock::elapsed(begun);
 
-            let harvesting = clock::now();
-            tracking.harvest(dirty)?;
-            let harvest = clock::elapsed(harvesting);
-            guest.settle_io()?;
+            let syncing = clock::now();
+            tracking.sync(dirty)?;
+            let sync = clock::elapsed(syncing);
+            guest.drain_io()?;
             let looking = pump.looked() - looked_before;
-            let residue_pages = dirty.count();
-            let finished = Finished { round: index, pages, elapsed, looking, harvest, residue_pages };
+            let remaining_pages = dirty.count();
+            let finished = Finished { round: index, pages, elapsed, looking, sync, remaining_pages };
             let expected = Expected {
                 state_bytes: guest.state_bytes_expected(),
                 round_trip_us: self.round_trip_us,
@@ -84,24 +84,24 @@ impl Rounds<'_> {
             };
             let bytes = pages * PAGE_BYTES;
             let seen = estimator.observe(&finished, &expected);
-            let predicted_blackout_us = predict_blackout_us(&seen);
+            let predicted_downtime_us = predict_downtime_us(&seen);
             let dirty_rate = (dirty.count() * PAGE_BYTES) as f64 / elapsed.as_secs_f64().max(1e-6);
-            self.report.predicted_blackout_us = predicted_blackout_us;
+            self.report.predicted_downtime_us = predicted_downtime_us;
             self.report.rounds.push(Round {
                 index,
                 pages,
                 bytes,
                 elapsed_us: elapsed.as_micros() as u64,
                 dirtied_pages: dirty.count(),
-                predicted_blackout_us,
+                predicted_downtime_us,
             });
             self.report.bytes_written = pump.bytes_written();
             monitor.update(|p| {
                 p.bytes_per_second = seen.bytes_per_second as u64;
                 p.dirty_bytes_per_second = dirty_rate as u64;
-                p.predicted_blackout_us = predicted_blackout_us;
+                p.predicted_downtime_us = predicted_downtime_us;
             });
-            tracing::debug!(index, pages, residue = dirty.count(), predicted_blackout_us, "round");
+            tracing::debug!(index, pages, remaining = dirty.count(), predicted_downtime_us, "round");
             match policy.decide(&seen) {
                 Decision::Iterate => {}
                 Decision::SwitchOver => return Ok(()),

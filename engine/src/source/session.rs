@@ -3,7 +3,7 @@
 
 use crate::clock;
 use crate::error::{Error, Result};
-pub(crate) use crate::limits::SETUP_MAX;
+use crate::limits::SETUP_MAX;
 use crate::net::dial::{dial, greet};
 use crate::net::{Address, Network};
 use crate::protocol::refusal::aborted;

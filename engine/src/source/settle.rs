@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
 use crate::net::Address;
 use crate::protocol::SourceEvent;
-use crate::report::{Blackout, hold};
+use crate::report::{Downtime, hold};
 use crate::source::crossing::Ferry;
 use crate::source::switchover::Committed;
 use std::time::Duration;
@@ -29,14 +29,14 @@ fn unanswered(to: &Address, asked_for: Duration) -> String {
 }
 
 impl Ferry<'_> {
-    /// After Commit: acts on the destination's word, and asks again where there is none. Returns the blackout.
+    /// After Commit: acts on the destination's word, and asks again where there is none. Returns the downtime.
     /// A question that is still open in the end is left with the monitor.
     pub(crate) fn settle(
         &mut self,
         committed: Committed,
         sent: Result<()>,
         mut inquiry: Inquiry,
-    ) -> Result<Blackout> {
+    ) -> Result<Downtime> {
         let ask_again_max = hold::limit("ask-again", ASK_AGAIN_MAX);
         let mut answer = match sent {
             Ok(()) => inquiry.wait(clock::now() + RUNNING_MAX.min(ask_again_max)),
@@ -51,7 +51,7 @@ impl Ferry<'_> {
             match answer {
                 Some(Answer::Running(running)) => {
                     self.phase = self.phase.on(SourceEvent::RunningReceived);
-                    return Ok(committed.blackout(&running));
+                    return Ok(committed.downtime(&running));
                 }
                 Some(Answer::Discarded(error)) => {
                     self.phase = self.phase.on(SourceEvent::AbortReceived);

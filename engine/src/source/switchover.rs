@@ -23,7 +23,7 @@ use crate::guest::SourceGuest;
 use crate::memory::bitmap::DirtyBitmap;
 use crate::protocol::refusal::aborted;
 use crate::protocol::{Control, Message, Prepare, Ready, Running};
-use crate::report::{Blackout, hold};
+use crate::report::{Downtime, hold};
 use crate::source::pump::Pump;
 use crate::watch::Watch;
 use pageferry_transport::{FenceTag, MemoryRegion};
@@ -66,7 +66,7 @@ pub struct Paused<'g> {
     guest: ResumeOnDrop<'g>,
     started: Instant,
     since: Instant,
-    blackout: Blackout,
+    downtime: Downtime,
     was_running: bool,
 }
 
@@ -75,7 +75,7 @@ pub struct Drained<'g> {
     guest: ResumeOnDrop<'g>,
     started: Instant,
     since: Instant,
-    blackout: Blackout,
+    downtime: Downtime,
     was_running: bool,
     fence: FenceTag,
     state_bytes: u64,
@@ -89,18 +89,18 @@ pub struct Prepared<'g> {
     guest: ResumeOnDrop<'g>,
     started: Instant,
     since: Instant,
-    blackout: Blackout,
+    downtime: Downtime,
 }
 
 /// Commit may have reached the destination. The guest stays stopped here, but for the destination's word.
 pub struct Committed {
     started: Instant,
     since: Instant,
-    blackout: Blackout,
+    downtime: Downtime,
 }
 
 impl<'g> Paused<'g> {
-    /// Stops the vCPUs. The blackout begins. Before that, `ahead` is told whether they run.
+    /// Stops the vCPUs. The downtime begins. Before that, `ahead` is told whether they run.
     pub fn enter(guest: &'g mut dyn SourceGuest, ahead: impl FnOnce(bool)) -> Result<Self> {
         let was_running = guest.is_running()?;
         ahead(was_running);
@@ -109,12 +109,12 @@ impl<'g> Paused<'g> {
         let mut since = started;
         let mut guest = ResumeOnDrop { guest: Some(guest) };
         guest.guest().pause()?;
-        let blackout = Blackout { pause: lap(&mut since), ..Blackout::default() };
-        Ok(Self { guest, started, since, blackout, was_running })
+        let downtime = Downtime { pause: lap(&mut since), ..Downtime::default() };
+        Ok(Self { guest, started, since, downtime, was_running })
     }
 
-    /// Sends the last dirty pages and the device state: harvest and post while the state is being saved,
-    /// harvest once more after the save (saving may write guest memory), and a fence behind it all. Before a page that
+    /// Sends the last dirty pages and the device state: sync and post while the state is being saved,
+    /// sync once more after the save (saving may write guest memory), and a fence behind it all. Before a page that
     /// went with the first push goes again, the pump has that push received.
     /// `zeros` is given where memory may have been taken away from the guest meanwhile.
     pub fn drain(
@@ -128,10 +128,10 @@ impl<'g> Paused<'g> {
     ) -> Result<Drained<'g>> {
         let since = &mut self.since;
         self.guest.guest().begin_save()?;
-        source.harvest(dirty)?;
-        self.blackout.harvest = lap(since);
+        source.sync(dirty)?;
+        self.downtime.sync = lap(since);
         pump.push(dirty, watch, &mut |_| {})?;
-        self.blackout.push = lap(since);
+        self.downtime.push = lap(since);
         let mut saved = 0;
         self.guest.guest().save(&mut |piece| {
             if piece.is_empty() {
@@ -148,21 +148,21 @@ impl<'g> Paused<'g> {
             saved += piece.len();
             Ok(())
         })?;
-        self.blackout.save = lap(since);
-        source.harvest(dirty)?;
-        self.blackout.harvest += lap(since);
+        self.downtime.save = lap(since);
+        source.sync(dirty)?;
+        self.downtime.sync += lap(since);
         if let Some(zeros) = zeros {
             pump.push_freed(dirty, zeros, watch)?;
         }
         pump.push(dirty, watch, &mut |_| {})?;
         let fence = pump.last_fence()?;
         let (staged, registrations) = (pump.staged(), pump.registrations_since());
-        self.blackout.push += lap(since);
+        self.downtime.push += lap(since);
         Ok(Drained {
             guest: self.guest,
             started: self.started,
             since: self.since,
-            blackout: self.blackout,
+            downtime: self.downtime,
             was_running: self.was_running,
             fence,
             state_bytes: saved as u64,
@@ -186,7 +186,7 @@ impl<'g> Drained<'g> {
         self.staged.len() as u64
     }
 
-    /// Registrations of memory that were made in the blackout.
+    /// Registrations of memory that were made in the downtime.
     #[must_use]
     pub fn registrations(&self) -> u64 {
         self.registrations
@@ -196,7 +196,7 @@ impl<'g> Drained<'g> {
     pub fn digest(&mut self) -> Result<()> {
         self.guest.guest().check_memory()?;
         self.digest = Some(crate::memory::digest::digest(self.guest.guest().memory())?);
-        self.blackout.verify = lap(&mut self.since);
+        self.downtime.verify = lap(&mut self.since);
         Ok(())
     }
 
@@ -222,12 +222,12 @@ impl<'g> Drained<'g> {
                 other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
             };
         let elapsed = lap(&mut self.since);
-        self.blackout.load = load_us.min(elapsed);
-        self.blackout.push += fence_us.min(elapsed);
-        self.blackout.verify += verify_us.min(elapsed);
-        self.blackout.commit =
+        self.downtime.load = load_us.min(elapsed);
+        self.downtime.push += fence_us.min(elapsed);
+        self.downtime.verify += verify_us.min(elapsed);
+        self.downtime.commit =
             elapsed.saturating_sub(load_us.saturating_add(fence_us).saturating_add(verify_us));
-        Ok(Prepared { guest: self.guest, started: self.started, since: self.since, blackout: self.blackout })
+        Ok(Prepared { guest: self.guest, started: self.started, since: self.since, downtime: self.downtime })
     }
 }
 
@@ -245,22 +245,22 @@ impl<'g> Prepared<'g> {
         self.guest.disarm();
         sealed();
         let sent = control.send(&Message::Commit, deadline);
-        Ok((Committed { started: self.started, since: self.since, blackout: self.blackout }, sent))
+        Ok((Committed { started: self.started, since: self.since, downtime: self.downtime }, sent))
     }
 }
 
 impl Committed {
-    /// The blackout, at the destination's word that it runs the guest. It ends when that word was sent, less the time
+    /// The downtime, at the destination's word that it runs the guest. It ends when that word was sent, less the time
     /// that the guest had been running by then; the word's way here is in it.
     #[must_use]
-    pub fn blackout(&self, running: &Running) -> Blackout {
+    pub fn downtime(&self, running: &Running) -> Downtime {
         let since_then =
             |begin: Instant| (clock::elapsed(begin).as_micros() as u64).saturating_sub(running.running_us);
         let elapsed = since_then(self.since);
-        let mut blackout = self.blackout;
-        blackout.resume = running.resume_us.min(elapsed);
-        blackout.commit += elapsed - blackout.resume;
-        blackout.total = since_then(self.started);
-        blackout
+        let mut downtime = self.downtime;
+        downtime.resume = running.resume_us.min(elapsed);
+        downtime.commit += elapsed - downtime.resume;
+        downtime.total = since_then(self.started);
+        downtime
     }
 }

@@ -7,7 +7,7 @@
 
 use super::chance::Chance;
 use super::world::{Process, World};
-use pageferry_engine::dirty::{DirtySource, Harvest};
+use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{
     BlockDescription, DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
 };
@@ -101,7 +101,7 @@ impl Truth {
 
     fn wrote(&self, at: Place, page: usize, generation: u32) {
         let mut state = lock(&self.state);
-        // A device that is being saved writes while the guest stands still.
+        // A device that is being saved writes while the guest is paused.
         if state.runs_at.is_some_and(|other| other != at) {
             self.world.fail(format!("a guest that does not run writes at {at:?}"));
         }
@@ -429,7 +429,7 @@ impl SimulatedSource {
 struct Written(Arc<Machine>);
 
 impl DirtySource for Written {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced> {
         let mut state = lock(&self.0.state);
         let mut pages = 0;
         for page in 0..PAGES {
@@ -439,7 +439,7 @@ impl DirtySource for Written {
                 pages += 1;
             }
         }
-        Ok(Harvest { pages })
+        Ok(Synced { pages })
     }
 }
 
@@ -466,7 +466,7 @@ impl SourceGuest for SimulatedSource {
         1 << 10
     }
     fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 100, harvest_us: 0, save_us: 100, load_us: 100, resume_us: 100 }
+        FixedCosts { pause_us: 100, sync_us: 0, save_us: 100, load_us: 100, resume_us: 100 }
     }
     fn liveness(&self) -> Liveness {
         liveness(&self.machine)
@@ -485,7 +485,7 @@ impl SourceGuest for SimulatedSource {
         drop(state);
         Ok(Box::new(Written(Arc::clone(&self.machine))))
     }
-    fn settle_io(&mut self) -> Result<()> {
+    fn drain_io(&mut self) -> Result<()> {
         Ok(())
     }
     fn arm(&mut self) -> Result<()> {

@@ -109,7 +109,7 @@ fn name_of(frame: &[u8]) -> &'static str {
 }
 
 impl Wire {
-    /// One whose messages take up to this long.
+    /// One whose messages attach to this long.
     #[must_use]
     pub fn new(world: &Arc<World>, chance: Chance, delay_max: Duration, faults: Faults) -> Arc<Self> {
         let state = State {
@@ -454,7 +454,7 @@ impl Lanes {
     }
 }
 
-/// The source's end of the lanes: takes a little time for each look, and stands still while the network is away.
+/// The source's end of the lanes: takes a little time for each look, and is paused while the network is away.
 struct Pushing {
     inner: LoopbackInitiator,
     lanes: Lanes,

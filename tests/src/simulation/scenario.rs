@@ -6,8 +6,8 @@ use super::kept::{Hand, Kept};
 use super::network::{Cut, Dialling, Wire};
 use super::world::{Process, World};
 use pageferry_engine::clock;
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::error::Error;
 use pageferry_engine::guest::SourceGuest;
 use pageferry_engine::inquiry::{ASK_LATER_EVERY, Answer, Inquiry, Keeper};
@@ -79,7 +79,7 @@ const STEPS: &[&str] = &[
     "resume",
     "to forget",
     "forgot",
-    "taken up",
+    "attached",
     "heard at the source",
     "heard at the destination",
 ];
@@ -469,7 +469,7 @@ impl Stage {
         };
         let (Some(mut guest), Some(question)) = (guest, hand.found()) else { return };
         self.known().source_killed = false;
-        self.world.step("taken up");
+        self.world.step("attached");
         self.in_doubt(process, &mut guest, Some(Inquiry::again(&question)));
         if !self.world.is_dead(process) {
             let mut known = self.known();
@@ -495,8 +495,8 @@ impl Stage {
 
     /// As the loop of `receive` does.
     fn receive(self: Arc<Self>, process: Process) {
-        let doorway = Doorway::behind(self.wire.listen(process)).expect("it listens");
-        let mut reception = Reception::new(doorway, LinkChoice::default());
+        let listener = SessionListener::behind(self.wire.listen(process)).expect("it listens");
+        let mut receiver = Receiver::new(listener, LinkChoice::default());
         loop {
             let (index, mut guest) = {
                 let mut known = self.known();
@@ -515,20 +515,20 @@ impl Stage {
             };
             self.world.tell(&format!("copy {index} waits"));
             let served = loop {
-                let Some(incoming) = reception.doorway().wait() else { return };
+                let Some(incoming) = receiver.listener().wait() else { return };
                 if guest.orphan().is_gone() {
                     // A receiver without its monitor ends.
                     return self.destination_ends(process);
                 }
                 let told_to_end = || self.told_to_end.load(Ordering::Relaxed);
                 let mut watch = || if told_to_end() { Err(Error::Cancelled) } else { Ok(()) };
-                let served = reception.serve(incoming, &mut guest, &mut watch);
+                let served = receiver.serve(incoming, &mut guest, &mut watch);
                 if !matches!(served, Served::Nothing) {
                     break served;
                 }
             };
             match served {
-                Served::Received(_) | Served::Doubtful(_) => return reception.answer_afterwards(),
+                Served::Received(_) | Served::Doubtful(_) => return receiver.answer_afterwards(),
                 Served::Discarded(_) | Served::Nothing => guest.orphan().die(),
             }
             if self.told_to_end.load(Ordering::Relaxed) {

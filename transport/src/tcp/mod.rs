@@ -68,7 +68,7 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(2);
 /// down by then, so this is a matter of microseconds.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Fails, with the mend, where this host's io_uring cannot carry a lane.
+/// Fails, with the fix, where this host's io_uring cannot carry a lane.
 pub fn probe() -> Result<()> {
     ring::Ring::new().map(drop)
 }

@@ -3,9 +3,9 @@
 
 use super::DRAIN_PATIENCE;
 use super::frame::{DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, HEADER_BYTES, Header};
+use super::placement::Shared;
 use super::ring::{Done, Ring};
 use super::socket::Socket;
-pub(crate) use super::target::Shared;
 use super::vector::Vector;
 use crate::failure::LaneFailure;
 use crate::work::FenceTag;
@@ -51,7 +51,7 @@ impl Receiver {
 
     /// Runs until the last fence, or until the lane breaks or is shut down by its owner, and tells then whether the
     /// kernel has let go of all memory; that it may still be placing bytes no socket that is shut down should allow.
-    /// The ring, which takes longer to go, is kept until `release` is dropped: a guest may be standing still.
+    /// The ring, which takes longer to go, is kept until `release` is dropped: a guest may be paused.
     pub(super) fn run(mut self, tell: &Sender<bool>, release: &Channel<()>) {
         match self.drive() {
             Ok(last) => {

@@ -10,7 +10,7 @@ use crate::failure::LaneFailure;
 use crate::fences::Arrivals;
 use crate::link::Target;
 use crate::region::{MemoryRegion, RemoteRegion};
-pub(crate) use crate::tcp::placement::{Progress, Shared};
+use crate::tcp::placement::{Progress, Shared};
 use crate::work::FenceTag;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

@@ -1,7 +1,7 @@
 //! The commands that talk to a supervisor: migrate, list, status, cancel, settle.
 
 use super::display::Display;
-pub(crate) use crate::cli::show::{describe, in_json, summary};
+use crate::cli::show::{describe, in_json, summary};
 use crate::output::{print, print_result};
 use crate::supervisor::api::{Client, Reply, Request, Status};
 use crate::supervisor::claim::{Record, RuntimeDir};

@@ -3,8 +3,8 @@
 //! It uses the commands as an operator would: `run`, `receive` and `migrate`, in a runtime directory of its
 //! own. The guest (docs/guest.md) talks over its serial console.
 
-pub(crate) use super::client::summary;
 use super::display::Display;
+use super::show::summary;
 use super::units::downtime_max;
 use crate::output::print_result;
 use crate::supervisor::api::{Client, Reply, Request};
@@ -60,10 +60,10 @@ pub struct DemoArgs {
     /// How often it is moved.
     #[arg(long, default_value_t = 1)]
     moves: u32,
-    /// Longest time in which the guest may stand still.
+    /// Longest time in which the guest may be paused.
     #[arg(long, default_value = "20ms", value_parser = downtime_max, value_name = "TIME")]
     downtime_max: Duration,
-    /// Digest all memory on both sides too; the guest stands still meanwhile.
+    /// Digest all memory on both sides too; the guest is paused meanwhile.
     #[arg(long)]
     verify: bool,
 }
@@ -101,7 +101,7 @@ pub fn main(args: &DemoArgs) -> Result<u8> {
         options.downtime_us_max = args.downtime_max.as_micros() as u64;
         options.verify = args.verify;
         migrate(&stage, &names[0], options)?;
-        // The guest knows how long it stood still once its CMOS clock has changed twice more.
+        // The guest knows how long it was paused once its CMOS clock has changed twice more.
         for _ in 0..STATUS_LINES_AFTER {
             there.console.wait("WORKLOAD t=", START_MAX)?;
         }

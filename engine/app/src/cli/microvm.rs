@@ -6,10 +6,11 @@ use crate::supervisor::claim::RuntimeDir;
 use crate::supervisor::hosting::Hosting;
 use crate::supervisor::receiving::receive;
 use crate::supervisor::say;
-pub(crate) use crate::vmm::microvm::{Desk, KvmHosted, KvmNursery};
-use pageferry_engine::destination::Reception;
+use crate::vmm::console::OperatorConsole;
+use crate::vmm::microvm::{MicrovmFactory, MicrovmRunning};
+use pageferry_engine::destination::Receiver;
 use pageferry_engine::destination::lanes::check_receiver;
-use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::Address;
@@ -152,7 +153,7 @@ pub(crate) fn run(args: &MicrovmArgs, config: &MachineConfig, boot: &Boot) -> Re
     let (mut claim, shared, inbox) = supervise(&args.name)?;
     super::refuse_left_behind(&runtime, &args.name)?;
     claim.forget_guest();
-    let hosted = KvmHosted::start(config, boot, &Desk::open()?)?;
+    let hosted = MicrovmRunning::start(config, boot, &OperatorConsole::open()?)?;
     say(&format!(
         "{name} runs in this process (pid {}), its writes followed by KVM's {}; move it with `pageferry migrate {name} --to ADDR:PORT`, \
          leave it with Ctrl-A X",
@@ -172,8 +173,8 @@ fn wait_for(args: &MicrovmArgs, address: &str, config: MachineConfig) -> Result<
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
     super::refuse_left_behind(&runtime, &args.name)?;
-    let reception = Reception::new(Doorway::open(address)?, link);
-    receive(claim, shared, inbox, &mut KvmNursery::new(config, Desk::open()?), reception)
+    let receiver = Receiver::new(SessionListener::open(address)?, link);
+    receive(claim, shared, inbox, &mut MicrovmFactory::new(config, OperatorConsole::open()?), receiver)
 }
 
 /// Refuses more memory than this host has: it would be promised, and the guest killed for using it.

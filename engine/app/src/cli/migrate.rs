@@ -19,7 +19,7 @@ pub(crate) struct MigrateArgs {
     /// Queue pairs or TCP connections to spread the data over; the latter take a thread each at both ends. [default: half of the cores, 2 to 4; 1 on one core]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
-    /// Longest time in which the guest may stand still, such as 10ms or 1s.
+    /// Longest time in which the guest may be paused, such as 10ms or 1s.
     #[arg(long, default_value = "10ms", value_parser = units::downtime_max, value_name = "TIME")]
     downtime_max: Duration,
     /// Bound on the rate while the guest runs, such as 10Gbit or 500MB (a second). The last
@@ -33,7 +33,7 @@ pub(crate) struct MigrateArgs {
     /// Most rounds over memory before that is decided.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     rounds_max: u32,
-    /// Digest all memory on both sides before the guest runs; the guest stands still meanwhile.
+    /// Digest all memory on both sides before the guest runs; the guest is paused meanwhile.
     #[arg(long)]
     verify: bool,
     /// What to do if the hardware of this host lost pages of the guest: leave the guest here, or move it with zeros in

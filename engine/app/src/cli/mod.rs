@@ -25,7 +25,7 @@ use std::path::PathBuf;
 
 /// Moves running virtual machines between hosts.
 ///
-/// A guest is started under `pageferry run` (or taken up with `attach`), a place is made for it with
+/// A guest is started under `pageferry run` (or attached with `attach`), a place is made for it with
 /// `pageferry receive` on the other host, and `pageferry migrate` moves it while it runs.
 ///
 /// Exit status: 0 done; 1 the migration was aborted and the guest runs on at the source; 2 bad usage or
@@ -76,7 +76,7 @@ enum Command {
         #[command(flatten)]
         choice: SettleChoice,
     },
-    /// Show what this host can do, one line a finding, with the mend.
+    /// Show what this host can do, one line a finding, with the fix.
     Doctor(doctor::DoctorArgs),
     /// Move a small Linux guest on this host and check every page of it.
     Demo(demo::DemoArgs),
@@ -187,7 +187,7 @@ fn supervise(name: &str) -> Result<(Claim, Shared, Inbox)> {
 fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
     match runtime.record(name).filter(crate::supervisor::claim::Record::alive) {
         Some(record) => Err(Error::refused(format!(
-            "a guest named {name} runs without a supervisor (QEMU pid {}): take it up with `pageferry attach {name}`, or choose another name",
+            "a guest named {name} runs without a supervisor (QEMU pid {}): attach it with `pageferry attach {name}`, or choose another name",
             record.pid
         ))),
         None => Ok(()),

@@ -7,11 +7,11 @@ use crate::supervisor::hosting::Hosting;
 use crate::supervisor::receiving::receive;
 use crate::supervisor::say;
 use crate::vmm::launch::launch;
-use crate::vmm::qemu::{QemuHosted, QemuNursery};
+use crate::vmm::qemu::{QemuFactory, QemuRunning};
 use clap::Args;
-use pageferry_engine::destination::Reception;
+use pageferry_engine::destination::Receiver;
 use pageferry_engine::destination::lanes::check_receiver;
-use pageferry_engine::destination::listener::Doorway;
+use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::net::Address;
 use pageferry_engine::net::address::check_exposure;
@@ -24,7 +24,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// For a QEMU that is taken up to answer.
+/// For a QEMU that is attached to answer.
 const ATTACH_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
@@ -79,7 +79,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8> {
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     claim.keep_guest();
     let pid = qemu.pid();
-    let hosting = Hosting::new(claim, shared, inbox, QemuHosted::new(QemuSource::new(qemu), Some(child)))?;
+    let hosting = Hosting::new(claim, shared, inbox, QemuRunning::new(QemuSource::new(qemu), Some(child)))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
         args.name, pid, args.name
@@ -87,7 +87,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8> {
     hosting.run()
 }
 
-/// A guest that was left in doubt under one name is taken up under that name, where the question about it lies: it must
+/// A guest that was left in doubt under one name is attached under that name, where the question about it lies: it must
 /// not lie there any more when the guest is moved the next time.
 fn refuse_in_doubt_elsewhere(runtime: &RuntimeDir, name: &str, pid: u32) -> Result<()> {
     let in_doubt = |other: &String| {
@@ -148,13 +148,13 @@ pub(crate) fn attach(args: AttachArgs) -> Result<u8> {
     }
     let mut guest = QemuSource::new(qemu);
     if let Some(doubt) = doubt {
-        let hosted = QemuHosted::in_doubt(guest, &doubt)?;
+        let hosted = QemuRunning::in_doubt(guest, &doubt)?;
         return Hosting::in_doubt(claim, shared, inbox, hosted, &doubt)?.run();
     }
     if state == "postmigrate" {
         guest.take_up_in_doubt()?;
     }
-    Hosting::new(claim, shared, inbox, QemuHosted::new(guest, None))?.run()
+    Hosting::new(claim, shared, inbox, QemuRunning::new(guest, None))?.run()
 }
 
 pub(crate) fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
@@ -165,12 +165,12 @@ pub(crate) fn receive_guest(args: &ReceiveArgs) -> Result<u8> {
     let runtime = RuntimeDir::open()?;
     let (claim, shared, inbox) = supervise(&args.name)?;
     refuse_left_behind(&runtime, &args.name)?;
-    let reception = Reception::new(Doorway::open(address)?, link);
+    let receiver = Receiver::new(SessionListener::open(address)?, link);
     receive(
         claim,
         shared,
         inbox,
-        &mut QemuNursery::new(&args.qemu).allowing(&args.allow_difference),
-        reception,
+        &mut QemuFactory::new(&args.qemu).allowing(&args.allow_difference),
+        receiver,
     )
 }

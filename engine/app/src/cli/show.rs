@@ -20,7 +20,7 @@ pub(super) fn line(progress: &Progress) -> String {
             progress.round,
             bytes(progress.bytes_per_second),
             bytes(progress.dirty_bytes_per_second),
-            progress.predicted_blackout_us as f64 / 1e3
+            progress.predicted_downtime_us as f64 / 1e3
         ),
         Stage::Switchover => "switching over".into(),
         Stage::Committed => "waiting for the destination to run the guest".into(),
@@ -32,7 +32,7 @@ pub(super) fn line(progress: &Progress) -> String {
 #[must_use]
 pub fn summary(report: &MigrationReport) -> String {
     let ms = |us: u64| us as f64 / 1e3;
-    let blackout = &report.blackout_us;
+    let downtime = &report.downtime_us;
     let mut text = format!(
         "moved in {:.2} s over {} ({} lane{}), {} written, {} untouched or zero and not sent, {} control messages\n",
         report.total_us as f64 / 1e6,
@@ -62,21 +62,21 @@ pub fn summary(report: &MigrationReport) -> String {
         );
     }
     text += &format!(
-        "downtime {:.2} ms (predicted {:.2}): pause {:.2}, harvest {:.2}, push {:.2}, save {:.2}, load {:.2}, {}commit {:.2}, resume {:.2}\n",
-        ms(blackout.total),
-        ms(report.predicted_blackout_us),
-        ms(blackout.pause),
-        ms(blackout.harvest),
-        ms(blackout.push),
-        ms(blackout.save),
-        ms(blackout.load),
+        "downtime {:.2} ms (predicted {:.2}): pause {:.2}, sync {:.2}, push {:.2}, save {:.2}, load {:.2}, {}commit {:.2}, resume {:.2}\n",
+        ms(downtime.total),
+        ms(report.predicted_downtime_us),
+        ms(downtime.pause),
+        ms(downtime.sync),
+        ms(downtime.push),
+        ms(downtime.save),
+        ms(downtime.load),
         if report.verified.is_some() {
-            format!("verify {:.2}, ", ms(blackout.verify))
+            format!("verify {:.2}, ", ms(downtime.verify))
         } else {
             String::new()
         },
-        ms(blackout.commit),
-        ms(blackout.resume),
+        ms(downtime.commit),
+        ms(downtime.resume),
     );
     if report.verified == Some(true) {
         text += "verified: both sides hold the same memory\n";

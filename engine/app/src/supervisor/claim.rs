@@ -244,7 +244,7 @@ impl Drop for Claim {
 
 /// What to say when the runtime directory takes no file.
 pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
-    let mend = match e.raw_os_error().map(Errno::from_raw_os_error) {
+    let fix = match e.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NOSPC | Errno::DQUOT) => {
             format!(
                 "its file system is full: free some room, or set {RUNTIME_DIR_VARIABLE} to another directory"
@@ -255,7 +255,7 @@ pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
         }
         _ => format!("see whether the runtime directory is as it should be, or set {RUNTIME_DIR_VARIABLE}"),
     };
-    Error::refused(format!("cannot write {}: {e}; {mend}", path.display()))
+    Error::refused(format!("cannot write {}: {e}; {fix}", path.display()))
 }
 
 /// Letters, digits, dot, dash and underscore.

@@ -5,7 +5,7 @@ use super::asking::Asking;
 use super::doubt::{Doubt, Files, RecordKeeper};
 use super::{Inbox, Shared, say};
 use crate::supervisor::claim::{Claim, Record};
-use crate::supervisor::place::{Ended, Hosted, Vmm};
+use crate::supervisor::place::{Ended, RunningVm, Vmm};
 use crossbeam_channel::{Receiver, after, bounded, never, select};
 use pageferry_engine::error::Result;
 use pageferry_engine::inquiry;
@@ -44,7 +44,7 @@ pub struct Hosting<H> {
     warned: bool,
 }
 
-impl<H: Hosted> Hosting<H> {
+impl<H: RunningVm> Hosting<H> {
     /// Takes over a guest.
     pub fn new(claim: Claim, shared: Shared, inbox: Inbox, hosted: H) -> Result<Self> {
         Self::start(claim, shared, inbox, hosted, None)
@@ -181,7 +181,7 @@ impl<H: Hosted> Hosting<H> {
         match report.outcome {
             Outcome::Completed => say(&format!(
                 "{name} has moved: downtime {:.1} ms, total {:.2} s",
-                report.blackout_us.total as f64 / 1e3,
+                report.downtime_us.total as f64 / 1e3,
                 report.total_us as f64 / 1e6
             )),
             Outcome::Aborted if self.hosted.guest().liveness()().is_err() => {

@@ -1,8 +1,8 @@
 //! What a supervisor needs of a guest besides moving it, whoever runs it.
 //!
 //! ```text
-//!   receiving:  Nursery --prepare--> Waiting --into_hosted--> Hosted
-//!   hosting:    Hosted::guest is what migrates; the rest is its process, its end, and what the operator decides
+//!   receiving:  VmFactory --prepare--> Waiting --into_hosted--> RunningVm
+//!   hosting:    RunningVm::guest is what migrates; the rest is its process, its end, and what the operator decides
 //! ```
 
 use crate::supervisor::claim::{Claim, Record};
@@ -41,7 +41,7 @@ pub struct Ended {
 }
 
 /// A guest that is here.
-pub trait Hosted {
+pub trait RunningVm {
     /// What can be moved.
     fn guest(&mut self) -> &mut dyn SourceGuest;
 
@@ -88,9 +88,9 @@ pub trait Hosted {
 }
 
 /// A guest's place, before the guest is in it.
-pub trait Waiting {
+pub trait IncomingVm {
     /// The guest that it becomes.
-    type Hosted: Hosted;
+    type RunningVm: RunningVm;
 
     /// What can be filled.
     fn guest(&mut self) -> &mut dyn DestinationGuest;
@@ -111,14 +111,14 @@ pub trait Waiting {
     fn end(self);
 
     /// The guest, which is this host's now.
-    fn into_hosted(self) -> Result<Self::Hosted>;
+    fn into_hosted(self) -> Result<Self::RunningVm>;
 }
 
 /// Makes places for guests: a fresh one after each that was thrown away.
-pub trait Nursery {
+pub trait VmFactory {
     /// Such a place.
-    type Waiting: Waiting;
+    type IncomingVm: IncomingVm;
 
     /// Makes one. On failure nothing is left of it.
-    fn prepare(&mut self, claim: &Claim) -> Result<Self::Waiting>;
+    fn prepare(&mut self, claim: &Claim) -> Result<Self::IncomingVm>;
 }

@@ -5,10 +5,10 @@ use super::api::{Order, State};
 use super::hosting::Hosting;
 use super::{Inbox, Shared, say};
 use crate::supervisor::claim::Claim;
-use crate::supervisor::place::{Nursery, Waiting};
-use crossbeam_channel::{Receiver, TryRecvError, select};
+use crate::supervisor::place::{IncomingVm, VmFactory};
+use crossbeam_channel::{TryRecvError, select};
 use pageferry_engine::destination::listener::Incoming;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::error::{Error, Result};
 use std::time::Instant;
 
@@ -24,14 +24,14 @@ pub fn receive(
     mut claim: Claim,
     shared: Shared,
     inbox: Inbox,
-    nursery: &mut impl Nursery,
-    mut reception: Reception,
+    factory: &mut impl VmFactory,
+    mut receiver: Receiver,
 ) -> Result<u8> {
-    let address = reception.doorway().address.clone();
+    let address = receiver.listener().address.clone();
     // Nothing here is anybody's guest before Commit.
     claim.forget_guest();
     loop {
-        let mut place = nursery.prepare(&claim)?;
+        let mut place = factory.prepare(&claim)?;
         let ended = match place.ended() {
             Ok(ended) => ended,
             Err(e) => {
@@ -46,14 +46,14 @@ pub fn receive(
         say(&format!("{} waits for a guest on {address}", claim.name()));
         let mut told_to_end = false;
         let served = loop {
-            match hear(&reception, &ended, &inbox) {
+            match hear(&receiver, &ended, &inbox) {
                 Heard::Connection(incoming) => {
                     shared.update(|s| s.state = State::Receiving);
                     let mut watch = || {
                         told_to_end |= inbox.signals.try_recv().is_ok();
                         if told_to_end { Err(Error::Cancelled) } else { Ok(()) }
                     };
-                    let served = reception.serve(*incoming, place.guest(), &mut watch);
+                    let served = receiver.serve(*incoming, place.guest(), &mut watch);
                     shared.update(|s| s.state = State::Waiting);
                     if !matches!(served, Served::Nothing) {
                         break served;
@@ -81,7 +81,7 @@ pub fn receive(
                     received.bytes_placed as f64 / f64::from(1 << 20),
                     received.total_us as f64 / 1e6
                 ));
-                return host(claim, shared, inbox, place, reception);
+                return host(claim, shared, inbox, place, receiver);
             }
             Served::Doubtful(e) => {
                 claim.keep_guest();
@@ -90,7 +90,7 @@ pub fn receive(
                     claim.name(),
                     e.chain()
                 ));
-                return host(claim, shared, inbox, place, reception);
+                return host(claim, shared, inbox, place, receiver);
             }
             Served::Discarded(e) => {
                 say(&format!("the guest was not taken in: {}", e.chain()));
@@ -104,7 +104,7 @@ pub fn receive(
 }
 
 /// Waits for something to happen. However many connections come, a signal and the place's end are heard.
-fn hear(reception: &Reception, ended: &Receiver<()>, inbox: &Inbox) -> Heard {
+fn hear(receiver: &Receiver, ended: &crossbeam_channel::Receiver<()>, inbox: &Inbox) -> Heard {
     let refuse = |order: Order| order.refuse("this is a receiver that has no guest yet");
     loop {
         if !matches!(inbox.signals.try_recv(), Err(TryRecvError::Empty)) {
@@ -114,11 +114,11 @@ fn hear(reception: &Reception, ended: &Receiver<()>, inbox: &Inbox) -> Heard {
             return Heard::PlaceEnded;
         }
         inbox.orders.try_recv().into_iter().for_each(refuse);
-        if let Some(incoming) = reception.doorway().next(Instant::now()) {
+        if let Some(incoming) = receiver.listener().next(Instant::now()) {
             return Heard::Connection(Box::new(incoming));
         }
         select! {
-            recv(reception.doorway().bell()) -> rung => if rung.is_err() { return Heard::Signal },
+            recv(receiver.listener().bell()) -> rung => if rung.is_err() { return Heard::Signal },
             recv(ended) -> _ => return Heard::PlaceEnded,
             recv(inbox.signals) -> _ => return Heard::Signal,
             recv(inbox.orders) -> order => order.into_iter().for_each(refuse),
@@ -127,7 +127,13 @@ fn hear(reception: &Reception, ended: &Receiver<()>, inbox: &Inbox) -> Heard {
 }
 
 /// The guest is ours: from here on this is its supervisor.
-fn host(claim: Claim, shared: Shared, inbox: Inbox, place: impl Waiting, reception: Reception) -> Result<u8> {
-    reception.answer_afterwards();
+fn host(
+    claim: Claim,
+    shared: Shared,
+    inbox: Inbox,
+    place: impl IncomingVm,
+    receiver: Receiver,
+) -> Result<u8> {
+    receiver.answer_afterwards();
     Hosting::new(claim, shared, inbox, place.into_hosted()?)?.run()
 }

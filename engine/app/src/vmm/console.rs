@@ -11,11 +11,11 @@ use std::sync::Arc;
 
 /// What the guest's serial port is connected to: this process's stdin and stdout.
 #[derive(Debug, Clone)]
-pub struct Desk {
+pub struct OperatorConsole {
     output: Spool,
 }
 
-impl Desk {
+impl OperatorConsole {
     /// Takes stdout. Stdin is left alone until there is a guest.
     pub fn open() -> Result<Self> {
         Ok(Self { output: crate::output::console()? })

@@ -1,9 +1,9 @@
 //! Guests of the built-in monitor, as their supervisor holds them: they live in its process and end with it.
 
 use crate::supervisor::claim::{Claim, Record};
-use crate::supervisor::place::{Ended, Hosted, Nursery, Vmm, Waiting};
+use crate::supervisor::place::{Ended, IncomingVm, RunningVm, VmFactory, Vmm};
 use crate::supervisor::spawn;
-pub(crate) use crate::vmm::console::Desk;
+use crate::vmm::console::OperatorConsole;
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, never};
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};
@@ -15,7 +15,7 @@ use pageferry_microvm::vcpu::Ending;
 use std::convert::Infallible;
 
 /// A guest that runs in this process.
-pub struct KvmHosted {
+pub struct MicrovmRunning {
     // First, so that the terminal is given back before anything else is taken down.
     _terminal: Terminal,
     guest: KvmSource,
@@ -23,14 +23,14 @@ pub struct KvmHosted {
     here: (Sender<Infallible>, Receiver<Infallible>),
 }
 
-impl KvmHosted {
+impl MicrovmRunning {
     /// Boots a guest. It runs when this returns.
-    pub fn start(config: &MachineConfig, boot: &Boot, desk: &Desk) -> Result<Self> {
-        Self::new(KvmSource::start(config, boot, desk.console())?)
+    pub fn start(config: &MachineConfig, boot: &Boot, operator: &OperatorConsole) -> Result<Self> {
+        Self::new(KvmSource::start(config, boot, operator.console())?)
     }
 
     fn new(guest: KvmSource) -> Result<Self> {
-        let terminal = Desk::connect(guest.machine().devices())?;
+        let terminal = OperatorConsole::connect(guest.machine().devices())?;
         Ok(Self { _terminal: terminal, guest, here: bounded(0) })
     }
 
@@ -41,7 +41,7 @@ impl KvmHosted {
     }
 }
 
-impl Hosted for KvmHosted {
+impl RunningVm for MicrovmRunning {
     fn guest(&mut self) -> &mut dyn SourceGuest {
         &mut self.guest
     }
@@ -122,12 +122,12 @@ fn watch(ending: &Receiver<Ending>, here: &Receiver<Infallible>) -> bool {
 }
 
 /// A machine that waits to be filled.
-pub struct KvmWaiting {
+pub struct MicrovmIncoming {
     guest: KvmDestination,
 }
 
-impl Waiting for KvmWaiting {
-    type Hosted = KvmHosted;
+impl IncomingVm for MicrovmIncoming {
+    type RunningVm = MicrovmRunning;
 
     fn guest(&mut self) -> &mut dyn DestinationGuest {
         &mut self.guest
@@ -152,9 +152,9 @@ impl Waiting for KvmWaiting {
 
     fn end(self) {}
 
-    fn into_hosted(self) -> Result<KvmHosted> {
+    fn into_hosted(self) -> Result<MicrovmRunning> {
         let guest = self.guest.into_source();
-        KvmHosted::new(
+        MicrovmRunning::new(
             guest.ok_or_else(|| Error::Unknown("the guest that was received is not there".into()))?,
         )
     }
@@ -162,23 +162,23 @@ impl Waiting for KvmWaiting {
 
 /// Makes machines that wait, all of one kind.
 #[derive(Debug)]
-pub struct KvmNursery {
+pub struct MicrovmFactory {
     config: MachineConfig,
-    desk: Desk,
+    operator: OperatorConsole,
 }
 
-impl KvmNursery {
+impl MicrovmFactory {
     /// One for such machines.
     #[must_use]
-    pub fn new(config: MachineConfig, desk: Desk) -> Self {
-        Self { config, desk }
+    pub fn new(config: MachineConfig, operator: OperatorConsole) -> Self {
+        Self { config, operator }
     }
 }
 
-impl Nursery for KvmNursery {
-    type Waiting = KvmWaiting;
+impl VmFactory for MicrovmFactory {
+    type IncomingVm = MicrovmIncoming;
 
-    fn prepare(&mut self, _claim: &Claim) -> Result<KvmWaiting> {
-        Ok(KvmWaiting { guest: KvmDestination::new(&self.config, self.desk.console())? })
+    fn prepare(&mut self, _claim: &Claim) -> Result<MicrovmIncoming> {
+        Ok(MicrovmIncoming { guest: KvmDestination::new(&self.config, self.operator.console())? })
     }
 }

@@ -1,6 +1,6 @@
 //! The VMMs whose guests a supervisor can hold.
 
-mod console;
+pub(crate) mod console;
 pub mod launch;
 pub mod microvm;
 pub mod qemu;

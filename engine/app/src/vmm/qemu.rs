@@ -3,7 +3,7 @@
 use super::launch::launch;
 use crate::supervisor::claim::{Claim, Record};
 use crate::supervisor::doubt::Doubt;
-use crate::supervisor::place::{Ended, Hosted, Nursery, Vmm, Waiting};
+use crate::supervisor::place::{Ended, IncomingVm, RunningVm, VmFactory, Vmm};
 use crate::supervisor::{say, spawn};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry_engine::error::{Error, Result};
@@ -28,14 +28,14 @@ const CONT_MAX: Duration = Duration::from_secs(10);
 const END_MAX: Duration = Duration::from_secs(5);
 
 /// A QEMU with a guest.
-pub struct QemuHosted {
+pub struct QemuRunning {
     guest: QemuSource,
     /// The process, where this supervisor started it.
     child: Option<Child>,
 }
 
-impl QemuHosted {
-    /// One that was taken up, and started by this process if there is a child.
+impl QemuRunning {
+    /// One that was attached, and started by this process if there is a child.
     #[must_use]
     pub fn new(guest: QemuSource, child: Option<Child>) -> Self {
         Self { guest, child }
@@ -58,7 +58,7 @@ impl QemuHosted {
     }
 }
 
-impl Hosted for QemuHosted {
+impl RunningVm for QemuRunning {
     fn guest(&mut self) -> &mut dyn SourceGuest {
         &mut self.guest
     }
@@ -148,13 +148,13 @@ impl Hosted for QemuHosted {
 }
 
 /// A QEMU that waits to be filled.
-pub struct QemuWaiting {
+pub struct QemuIncoming {
     guest: QemuDestination,
     child: Child,
 }
 
-impl Waiting for QemuWaiting {
-    type Hosted = QemuHosted;
+impl IncomingVm for QemuIncoming {
+    type RunningVm = QemuRunning;
 
     fn guest(&mut self) -> &mut dyn DestinationGuest {
         &mut self.guest
@@ -183,19 +183,19 @@ impl Waiting for QemuWaiting {
         end(&mut child);
     }
 
-    fn into_hosted(self) -> Result<QemuHosted> {
-        Ok(QemuHosted::new(self.guest.into_source(), Some(self.child)))
+    fn into_hosted(self) -> Result<QemuRunning> {
+        Ok(QemuRunning::new(self.guest.into_source(), Some(self.child)))
     }
 }
 
 /// Starts QEMUs that wait, with the user's command.
 #[derive(Debug)]
-pub struct QemuNursery<'c> {
+pub struct QemuFactory<'c> {
     command: &'c [OsString],
     allowed: &'c [String],
 }
 
-impl<'c> QemuNursery<'c> {
+impl<'c> QemuFactory<'c> {
     /// One for this command.
     #[must_use]
     pub fn new(command: &'c [OsString]) -> Self {
@@ -209,10 +209,10 @@ impl<'c> QemuNursery<'c> {
     }
 }
 
-impl Nursery for QemuNursery<'_> {
-    type Waiting = QemuWaiting;
+impl VmFactory for QemuFactory<'_> {
+    type IncomingVm = QemuIncoming;
 
-    fn prepare(&mut self, claim: &Claim) -> Result<QemuWaiting> {
+    fn prepare(&mut self, claim: &Claim) -> Result<QemuIncoming> {
         let (mut child, qemu) = launch(self.command, Role::Destination, &claim.path("qmp"))?;
         // From Commit on the guest may outlive this supervisor, and must be found then.
         let prepared = Record::of(qemu.pid(), qemu.qmp_path())
@@ -220,7 +220,7 @@ impl Nursery for QemuNursery<'_> {
             .and_then(|()| QemuDestination::new(qemu))
             .map(|guest| guest.allowing(self.allowed));
         match prepared {
-            Ok(guest) => Ok(QemuWaiting { guest, child }),
+            Ok(guest) => Ok(QemuIncoming { guest, child }),
             Err(e) => {
                 end(&mut child);
                 Err(e)

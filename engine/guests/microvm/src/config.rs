@@ -59,7 +59,7 @@ impl MachineConfig {
         }
     }
 
-    /// Fails, with the mend, if no such machine can be. Touches nothing.
+    /// Fails, with the fix, if no such machine can be. Touches nothing.
     pub fn check(&self) -> Result<()> {
         let (page, name) = if self.huge_pages {
             (HUGE_PAGE_BYTES, "huge pages of 2 MiB")

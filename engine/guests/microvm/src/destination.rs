@@ -1,6 +1,7 @@
 //! A machine that waits for a guest.
 
-pub(crate) use super::machine::{Machine, MachineConfig};
+use super::config::MachineConfig;
+use super::machine::Machine;
 use super::payload::PayloadPlan;
 use super::source::KvmSource;
 use super::state::MachineState;

@@ -3,7 +3,7 @@
 use super::power::{self, PowerRequest};
 use super::vcpu::{Ending, Exits};
 use crate::console::serial::{Console, INTERRUPT, PORT, PORTS, Serial, SerialState};
-use crate::payload::code::CRY_PORT;
+use crate::payload::code::FAILURE_PORT;
 use kvm_ioctls::VmFd;
 use pageferry_engine::dirty::ring::RingSet;
 use pageferry_engine::error::{Error, Result};
@@ -16,7 +16,7 @@ pub struct Devices {
     rings: Option<Arc<RingSet>>,
 }
 
-/// The serial port, and whether input must wait because the machine stands still: an interrupt of it would come to
+/// The serial port, and whether input must wait because the machine is paused: an interrupt of it would come to
 /// controllers whose state has been read.
 struct Port {
     serial: Serial,
@@ -91,7 +91,7 @@ impl Exits for Devices {
             data.iter().for_each(|value| port.serial.write(register, *value));
             return None;
         }
-        if port == CRY_PORT {
+        if port == FAILURE_PORT {
             return Some(Ending::Failed("the payload guest found a page that is not as it wrote it".into()));
         }
         match power::written(port, value)? {

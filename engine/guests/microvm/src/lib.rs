@@ -1,4 +1,4 @@
-//! A monitor of our own for guests under this host's KVM, in the process that migrates them: as small as a monitor
+//! A VMM of our own for guests under this host's KVM, in the process that migrates them: as small as a VMM
 //! can be that moves a Linux guest, and an example of what one does to be moved.
 //!
 //! ```text
@@ -6,9 +6,9 @@
 //!   machine                VM, memory, slots;  vcpu  threads that run, park and are kicked;  devices  ports
 //!   state                  all of it but memory, read in one order and written in another;  cpu  what must be equal
 //!   map_ahead              the guest's pages, mapped before it comes
-//!   boot, long_mode, layout, acpi     how a Linux guest begins
+//!   boot                   how a Linux guest begins
 //!   payload                a guest of a few hundred bytes that checks itself
-//!   serial, power          what a guest can reach through ports;  terminal  the operator's, for its serial port
+//!   console, power         what a guest can reach through ports, and the operator's terminal for its serial port
 //! ```
 
 pub mod boot;

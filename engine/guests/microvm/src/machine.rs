@@ -1,7 +1,7 @@
 //! A machine of this process: KVM's VM, its memory, vCPUs and devices. It knows of no migration.
 //!
 //! ```text
-//!   Machine --+-- Vcpus     a thread each          --exits--> Devices   serial port, power, the payload's cry
+//!   Machine --+-- Vcpus     a thread each          --exits--> Devices   serial port, power, the payload's failure port
 //!             +-- GuestMemory, shared memory that is KVM's slots and the lanes' regions alike
 //!             +-- KvmSlots, RingSet                what a dirty source needs
 //! ```
@@ -212,7 +212,7 @@ impl Machine {
     }
 
     /// The same of a guest that has come with this state, without asking KVM for each register once more: the guest
-    /// stands still meanwhile.
+    /// is paused meanwhile.
     #[must_use]
     pub fn profile_of(state: &MachineState) -> CpuProfile {
         let first = &state.vcpus[0];
@@ -225,7 +225,7 @@ impl Machine {
     }
 
     /// Starts to follow writes. See
-    /// [`SourceGuest::start_tracking`](crate::guest::SourceGuest::start_tracking).
+    /// [`SourceGuest::start_tracking`](pageferry_engine::guest::SourceGuest::start_tracking).
     pub fn start_tracking(&self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let kick = Arc::clone(&self.vcpus) as Arc<dyn KickVcpus>;
         Ok(match &self.tracker {
@@ -240,7 +240,7 @@ impl Machine {
         if self.config.preallocate { None } else { map_ahead(&self.slots, &self.vcpus) }
     }
 
-    /// Lets the guest run. `stood` if it stood still before: it is told.
+    /// Lets the guest run. `stood` if it was paused before: it is told.
     pub fn run(&self, stood: bool) -> Result<()> {
         self.vcpus.run(stood)?;
         self.devices.thaw();
@@ -282,7 +282,7 @@ impl Machine {
         }
         let xsave = self.host.xsave_area(self.host.xsave_bytes());
         let cpuids = Arc::new(self.cpuids().clone());
-        // vCPU 0 sets the clock and tells the others, so that its thread is woken once only: the guest stands still.
+        // vCPU 0 sets the clock and tells the others, so that its thread is woken once only: the guest is paused.
         let (teller, told) = bounded(self.vcpus.len());
         let mut teller = Some(teller);
         let restoring = self.vcpus.ask_all(|index| {

@@ -1,7 +1,8 @@
 //! A guest of the built-in monitor, at the source.
 
+use super::config::MachineConfig;
 use super::cpu::CpuProfile;
-pub(crate) use super::machine::{Machine, MachineConfig, Saving};
+use super::machine::{Machine, Saving};
 use super::payload::{LedgerReport, PayloadOptions, PayloadPlan};
 use super::vcpu::Ending;
 use crate::boot::layout::layout;
@@ -249,7 +250,7 @@ impl SourceGuest for KvmSource {
 
     fn fixed_costs(&self) -> FixedCosts {
         // A vCPU's state is some twenty ioctls of a few microseconds, at both ends.
-        FixedCosts { pause_us: self.kick_us, harvest_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
+        FixedCosts { pause_us: self.kick_us, sync_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
     }
 
     fn liveness(&self) -> Liveness {
@@ -278,7 +279,7 @@ impl SourceGuest for KvmSource {
         Ok(tracking)
     }
 
-    fn settle_io(&mut self) -> Result<()> {
+    fn drain_io(&mut self) -> Result<()> {
         // No device here writes guest memory.
         Ok(())
     }

@@ -7,8 +7,8 @@ use super::source::{Boot, KvmSource};
 use super::state::MachineState;
 use crate::boot::layout::LOW_BYTES_MAX;
 use crate::console::serial::Console;
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};
 use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
 use pageferry_engine::net::choice::LinkChoice;
@@ -71,17 +71,17 @@ fn moved_counting(
     config: &MachineConfig,
     change: impl Fn(&mut MigrateOptions),
 ) -> (KvmSource, MigrationReport, u64) {
-    let reception =
-        Reception::new(Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap(), LinkChoice::default());
-    let mut options = MigrateOptions::to(reception.doorway().address.to_string());
+    let receiver =
+        Receiver::new(SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap(), LinkChoice::default());
+    let mut options = MigrateOptions::to(receiver.listener().address.to_string());
     (options.downtime_us_max, options.when_stuck) = (500_000, WhenStuck::Switchover);
     (options.lanes, options.verify, options.rounds_max) = (2, true, 5);
     change(&mut options);
     let mut guest = KvmDestination::new(config, Console::none()).unwrap();
     let receiver = std::thread::spawn(move || {
-        let mut reception = reception;
-        let incoming = reception.doorway().next(Instant::now() + Duration::from_secs(10)).unwrap();
-        let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+        let mut receiver = receiver;
+        let incoming = receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
+        let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
         assert!(matches!(served, Served::Received(_)), "{served:?}");
         guest.into_source().unwrap()
     });
@@ -236,7 +236,7 @@ fn a_machine_that_has_all_its_memory_takes_in_a_guest_like_any_other() {
     write_and_check(&mut guest, 20);
 }
 
-/// What goes on by itself in a machine that stands still, or is about the host.
+/// What goes on by itself in a machine that is paused, or is about the host.
 fn without_time(mut state: MachineState) -> MachineState {
     const TIMER_COUNT: std::ops::Range<usize> = 0x390..0x394;
     const MSR_TSC: u32 = 0x10;
@@ -348,16 +348,16 @@ fn a_lesser_processor_is_refused_before_anything_is_touched() {
     assert!(error.contains("cannot be read"), "{error}");
 }
 
-/// Begins a migration that fails in the blackout: the state does not arrive as it was sent.
+/// Begins a migration that fails in the downtime: the state does not arrive as it was sent.
 fn aborted(guest: &mut KvmSource, config: &MachineConfig) -> MigrationReport {
-    let doorway = Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap();
-    let mut options = MigrateOptions::to(doorway.address.to_string());
+    let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut options = MigrateOptions::to(listener.address.to_string());
     (options.downtime_us_max, options.when_stuck, options.rounds_max) = (500_000, WhenStuck::Switchover, 3);
     let mut refuses = KvmDestination::new(config, Console::none()).unwrap();
     let receiver = std::thread::spawn(move || {
-        let mut reception = Reception::new(doorway, LinkChoice::default());
-        let incoming = reception.doorway().next(Instant::now() + Duration::from_secs(10)).unwrap();
-        let served = reception.serve(incoming, &mut Refusing(&mut refuses), &mut || Ok(()));
+        let mut receiver = Receiver::new(listener, LinkChoice::default());
+        let incoming = receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
+        let served = receiver.serve(incoming, &mut Refusing(&mut refuses), &mut || Ok(()));
         assert!(matches!(&served, Served::Discarded(e) if e.chain().contains("altered")), "{served:?}");
     });
     let report = migrate(guest, &options, &Monitor::default());

@@ -1,12 +1,12 @@
 //! Attaching to an unmodified, running QEMU.
 //!
 //! Nothing is loaded into QEMU and nothing in it changes. Its memory is a file that both processes map
-//! ([`blocks`]); its writes are followed through a userfaultfd that one injected system call makes
+//! ([`memory`]); its writes are followed through a userfaultfd that one injected system call makes
 //! ([`inject`]); its device state is QEMU's own migration stream, held back until the guest is stopped
-//! ([`stream`]); a lock says whose a memory file is ([`ownership`]); everything else is said over QMP
-//! ([`qmp`]). What may write its memory is known by type ([`devices`]) and by what QEMU holds open
-//! ([`disks`]). If the supervisor dies in the blackout, a [`guardian`] puts the guest right; if another monitor
-//! lets a guest run that must not, a [`sentry`] stops it.
+//! ([`stream`]); a lock says whose a memory file is ([`memory::ownership`]); everything else is said over QMP
+//! ([`qmp`]). What may write its memory is known by type ([`preflight::devices`]) and by what QEMU holds open
+//! ([`preflight::disks`]). If the supervisor dies in the downtime, a [`guardian`] puts the guest right; if another monitor
+//! lets a guest run that must not, a sentry ([`guardian::sentry`]) stops it.
 
 pub mod command;
 pub mod destination;

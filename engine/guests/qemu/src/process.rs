@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 /// For QEMU to end after it was told to.
 const END_MAX: Duration = Duration::from_secs(5);
 
-/// QEMU, taken up.
+/// QEMU, attached.
 #[derive(Debug)]
 pub struct Qemu {
     /// Its monitor, ours alone.

@@ -29,10 +29,10 @@ use std::time::{Duration, Instant};
 /// Device state beside the RAM blocks in QEMU's stream: some 100 KiB a device at the very most.
 const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 
-/// An estimate of the blackout's fixed part, in microseconds, from moves of a small guest by QEMU 10 on one
+/// An estimate of the downtime's fixed part, in microseconds, from moves of a small guest by QEMU 10 on one
 /// two-core machine. What a migration really takes is known only at its end.
 const FIXED_COSTS: FixedCosts =
-    FixedCosts { pause_us: 400, harvest_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
+    FixedCosts { pause_us: 400, sync_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
 
 /// For a QEMU that has hung up to be gone.
 const EXIT_MAX: Duration = Duration::from_millis(500);
@@ -100,7 +100,7 @@ struct Armed {
 }
 
 impl QemuSource {
-    /// Makes a source of a QEMU that was taken up.
+    /// Makes a source of a QEMU that was attached.
     #[must_use]
     pub fn new(qemu: Qemu) -> Self {
         Self {
@@ -300,7 +300,7 @@ impl QemuSource {
         self.qemu.qmp.execute("stop", json!({}), Instant::now() + QMP_MAX)?;
         self.halted = self.qemu.qmp.events_heard();
         // Between the look and QEMU's stop. Asked only where something was said: it takes time in
-        // the blackout.
+        // the downtime.
         if was_running && self.qemu.qmp.turns().ceased > self.asked && self.qemu.status()? != "paused" {
             (self.was_running, self.stopped) = (false, false);
             self.guardian()?.was_running(false)?;
@@ -448,7 +448,7 @@ impl SourceGuest for QemuSource {
         }
         self.inventory = Some(self.refuse_what_escapes_tracking(deadline)?);
         if self.qemu.follow_memory()? {
-            tracing::info!("the guest's memory has changed since it was taken up, and is mapped anew");
+            tracing::info!("the guest's memory has changed since it was attached, and is mapped anew");
         }
         self.qemu.describe_images()?;
         let status = self.qemu.status()?;
@@ -557,7 +557,7 @@ impl SourceGuest for QemuSource {
         Ok(Box::new(source))
     }
 
-    fn settle_io(&mut self) -> Result<()> {
+    fn drain_io(&mut self) -> Result<()> {
         // Asked each time: disks are plugged in. Stopping the vCPUs is the one thing by which QEMU waits for
         // every transfer of every device.
         let nodes = self.look_in_the_rounds().map_err(no_refusal)?;

@@ -21,8 +21,8 @@ mod tests {
     use super::*;
     use crate::writer::WORDS;
     use crate::writer::word;
-    use pageferry_engine::destination::listener::Doorway;
-    use pageferry_engine::destination::{Reception, Served};
+    use pageferry_engine::destination::listener::SessionListener;
+    use pageferry_engine::destination::{Receiver, Served};
     use pageferry_engine::guest::SourceGuest;
     use pageferry_engine::memory::page::PAGE_BYTES;
     use pageferry_engine::net::choice::LinkChoice;
@@ -45,16 +45,18 @@ mod tests {
 
     /// Moves a guest over real TCP within this process.
     fn moved(mut source: SyntheticSource) -> SyntheticSource {
-        let reception =
-            Reception::new(Doorway::open("127.0.0.1:0".parse().unwrap()).unwrap(), LinkChoice::default());
-        let mut options = MigrateOptions::to(reception.doorway().address.to_string());
+        let receiver = Receiver::new(
+            SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap(),
+            LinkChoice::default(),
+        );
+        let mut options = MigrateOptions::to(receiver.listener().address.to_string());
         (options.downtime_us_max, options.when_stuck) = (500_000, WhenStuck::Switchover);
         (options.lanes, options.verify, options.rounds_max) = (2, true, 5);
         let pages = source.memory().pages();
         let receiver = std::thread::spawn(move || {
-            let (mut reception, mut guest) = (reception, SyntheticDestination::new(pages).unwrap());
-            let incoming = reception.doorway().next(Instant::now() + Duration::from_secs(10)).unwrap();
-            let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+            let (mut receiver, mut guest) = (receiver, SyntheticDestination::new(pages).unwrap());
+            let incoming = receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
+            let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
             assert!(matches!(served, Served::Received(_)), "{served:?}");
             guest.into_source().unwrap()
         });

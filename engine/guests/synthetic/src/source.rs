@@ -137,7 +137,7 @@ impl SourceGuest for SyntheticSource {
     }
 
     fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 200, harvest_us: 0, save_us: 200, load_us: 200, resume_us: 100 }
+        FixedCosts { pause_us: 200, sync_us: 0, save_us: 200, load_us: 200, resume_us: 100 }
     }
 
     fn liveness(&self) -> Liveness {
@@ -163,7 +163,7 @@ impl SourceGuest for SyntheticSource {
         Ok(Box::new(PagemapSource::watched(uffd, pid, vec![range], watch)?))
     }
 
-    fn settle_io(&mut self) -> Result<()> {
+    fn drain_io(&mut self) -> Result<()> {
         Ok(())
     }
 

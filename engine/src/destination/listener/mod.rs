@@ -64,14 +64,14 @@ pub enum Incoming {
 
 /// Listens, hears first words, and passes on what makes sense. Garbage and silence cost a log line.
 #[derive(Debug)]
-pub struct Doorway {
+pub struct SessionListener {
     /// Where it listens, with the port that the kernel chose if zero was asked for.
     pub address: Address,
     room: Arc<Room>,
     bell: Receiver<()>,
 }
 
-impl Doorway {
+impl SessionListener {
     /// Starts to listen.
     pub fn open(address: Address) -> Result<Self> {
         Self::behind(System.listen(&address)?)
@@ -83,7 +83,7 @@ impl Doorway {
         let (room, bell) = Room::new();
         let room = Arc::new(room);
         let greeting = Arc::clone(&room);
-        clock::spawn("doorway", move || greet_all(&listener, &greeting))
+        clock::spawn("listener", move || greet_all(&listener, &greeting))
             .map_err(|e| Error::os("starting the listening thread", e))?;
         Ok(Self { address, room, bell })
     }

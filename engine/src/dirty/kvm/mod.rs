@@ -12,17 +12,17 @@ use std::sync::Arc;
 /// Opens `/dev/kvm`.
 ///
 /// # Errors
-/// [`Error::Refused`] with the mend.
+/// [`Error::Refused`] with the fix.
 pub fn open() -> Result<Kvm> {
     Kvm::new().map_err(|e| {
-        let mend = match e.errno() {
+        let fix = match e.errno() {
             libc::ENOENT | libc::ENXIO | libc::ENODEV => {
                 "load kvm_intel or kvm_amd, with virtualization switched on in the firmware"
             }
             libc::EACCES | libc::EPERM => "join the group kvm, or run as root",
             _ => "see the kernel's messages",
         };
-        Error::refused(format!("/dev/kvm cannot be opened ({e}): {mend}"))
+        Error::refused(format!("/dev/kvm cannot be opened ({e}): {fix}"))
     })
 }
 

@@ -3,14 +3,14 @@
 //! ```text
 //!   new():      UFFDIO_API -> UFFDIO_REGISTER (write-protect) -> UFFDIO_WRITEPROTECT    per slot
 //!   a write:    the kernel lifts the protection of that page by itself (WP_ASYNC); nobody waits
-//!   harvest():  PAGEMAP_SCAN: "give me what is no longer protected, and protect it again", one step
+//!   sync():  PAGEMAP_SCAN: "give me what is no longer protected, and protect it again", one step
 //!   drop:       UFFDIO_UNREGISTER lifts what is left
 //! ```
 //!
 //! It sees every write that goes through a page table of that process: vCPUs, the process' own
 //! threads, and the kernel on its behalf (`read(2)` into guest memory, vhost-net). It does not see
 //! writes through another process' mapping of the same file. A transfer by DMA into pinned pages (direct
-//! disk I/O) is reported when it begins and not when it ends; [`crate::guest::SourceGuest::settle_io`] is
+//! disk I/O) is reported when it begins and not when it ends; [`crate::guest::SourceGuest::drain_io`] is
 //! there for that. See `ioctl_userfaultfd(2)` and
 //! `Documentation/admin-guide/mm/pagemap.rst` in the kernel.
 //!
@@ -32,7 +32,7 @@ pub use poison::Poison;
 pub(crate) use unmapped::unmapped_here;
 pub(crate) use view::FileView;
 
-use super::{DirtySource, Harvest};
+use super::{DirtySource, Synced};
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::{PAGE_BYTES, PageRun, pages_in};
@@ -74,7 +74,7 @@ const REGIONS_PER_SCAN: usize = 64 * 1024;
 const SCAN_WINDOW_BYTES: u64 = 128 << 20;
 
 /// Threads that scan at once, at most. Walking page tables is bound by memory latency, and the last two
-/// harvests lie in the blackout.
+/// syncs lie in the downtime.
 const SCANNERS_MAX: usize = 8;
 
 /// Follows the writes of one process. See the [module](self).
@@ -101,7 +101,7 @@ impl PagemapSource {
     /// serves one source). Every page counts as not written until it is written again.
     ///
     /// # Errors
-    /// Names the mend where the kernel is too old or the permission is missing. Whatever was
+    /// Names the fix where the kernel is too old or the permission is missing. Whatever was
     /// registered until then is released again.
     pub fn new(uffd: OwnedFd, pid: u32, ranges: Vec<TrackedRange>) -> Result<Self> {
         Self::watched(uffd, pid, ranges, &mut || Ok(()))
@@ -191,7 +191,7 @@ impl PagemapSource {
 }
 
 impl DirtySource for PagemapSource {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced> {
         let (pagemap, windows, next) = (self.pagemap.as_fd(), &self.windows[..], AtomicUsize::new(0));
         let scan = |scanner: &mut Scanner| -> Result<()> {
             while let Some(window) = windows.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -208,14 +208,14 @@ impl DirtySource for PagemapSource {
             let died = |_| Err(Error::Guest("a thread that scans page tables panicked".into()));
             helping.into_iter().map(|thread| thread.join().unwrap_or_else(died)).fold(own, Result::and)
         });
-        let mut harvest = Harvest::default();
+        let mut sync = Synced::default();
         for run in self.scanners.iter_mut().flat_map(|scanner| scanner.runs.drain(..)) {
             into.insert(run);
-            harvest.pages += run.count;
+            sync.pages += run.count;
         }
         scanned?;
         self.check_tracked()?;
-        Ok(harvest)
+        Ok(sync)
     }
 }
 
@@ -286,7 +286,7 @@ impl Scanner {
 /// Whether this kernel can follow writes this way, tried on a page of our own.
 ///
 /// # Errors
-/// [`Error::Refused`] with what is missing and the mend.
+/// [`Error::Refused`] with what is missing and the fix.
 pub fn probe() -> Result<()> {
     let uffd = own_userfaultfd()?;
     let page = MemoryRegion::anonymous(PAGE_BYTES as usize)?;
@@ -299,7 +299,7 @@ pub fn probe() -> Result<()> {
     let mut source = PagemapSource::new(uffd, std::process::id(), vec![range])?;
     page.write(0, &[1])?;
     let mut dirty = DirtyBitmap::new(1);
-    source.harvest(&mut dirty)?;
+    source.sync(&mut dirty)?;
     if dirty.is_empty() {
         return Err(Error::refused(
             "this kernel takes write-protection and PAGEMAP_SCAN, but does not report a written page",
@@ -311,7 +311,7 @@ pub fn probe() -> Result<()> {
 /// A userfaultfd of this process, as a guest's process would make one: no privilege is needed.
 ///
 /// # Errors
-/// [`Error::Refused`] with the mend where the kernel has none or does not let us.
+/// [`Error::Refused`] with the fix where the kernel has none or does not let us.
 pub fn own_userfaultfd() -> Result<OwnedFd> {
     // SAFETY: the call takes flags alone.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, i64::from(USERFAULTFD_FLAGS)) };

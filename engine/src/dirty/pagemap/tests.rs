@@ -70,9 +70,9 @@ impl Memory {
     }
 }
 
-fn harvest(source: &mut PagemapSource, pages: u64) -> BTreeSet<u64> {
+fn sync(source: &mut PagemapSource, pages: u64) -> BTreeSet<u64> {
     let mut dirty = DirtyBitmap::new(pages);
-    let said = source.harvest(&mut dirty).unwrap();
+    let said = source.sync(&mut dirty).unwrap();
     assert_eq!(said.pages, dirty.count());
     dirty.runs(u64::MAX).flat_map(|r| r.first.0..r.end()).collect()
 }
@@ -83,18 +83,18 @@ fn this_kernel_can_follow_writes() {
 }
 
 #[test]
-fn exactly_the_written_pages_are_harvested_and_armed_again() {
+fn exactly_the_written_pages_are_synced_and_armed_again() {
     let memory = Memory::new(64);
     memory.write(3);
     let mut source = memory.track();
-    assert!(harvest(&mut source, 64).is_empty(), "what was written before does not count");
+    assert!(sync(&mut source, 64).is_empty(), "what was written before does not count");
     for page in [0, 3, 4, 31, 32, 63] {
         memory.write(page);
     }
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([0, 3, 4, 31, 32, 63]));
-    assert!(harvest(&mut source, 64).is_empty());
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([0, 3, 4, 31, 32, 63]));
+    assert!(sync(&mut source, 64).is_empty());
     memory.write(31);
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([31]), "armed again before it returned");
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([31]), "armed again before it returned");
 }
 
 #[test]
@@ -103,9 +103,9 @@ fn a_first_write_counts_and_a_first_read_does_not() {
     let mut source = memory.track();
     memory.write(5);
     memory.region.read(9 * PAGE_BYTES as usize, &mut [0]).unwrap();
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([5]));
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([5]));
     memory.write(9);
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([9]));
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([9]));
 }
 
 #[test]
@@ -119,11 +119,11 @@ fn a_punched_hole_is_not_written_but_the_write_after_it_is() {
     fallocate(&memory.file, punch, 8 * PAGE_BYTES, PAGE_BYTES).unwrap();
     memory.write(10);
     fallocate(&memory.file, punch, 10 * PAGE_BYTES, 2 * PAGE_BYTES).unwrap();
-    let seen = harvest(&mut source, 64);
+    let seen = sync(&mut source, 64);
     assert!(!seen.contains(&8) && !seen.contains(&11), "{seen:?}");
     memory.write(8);
     memory.write(11);
-    let seen = harvest(&mut source, 64);
+    let seen = sync(&mut source, 64);
     assert!(seen.contains(&8) && seen.contains(&11), "{seen:?}");
 }
 
@@ -137,7 +137,7 @@ fn writes_by_the_kernel_count() {
     // SAFETY: the buffer is 100 bytes inside a writable mapping to which no reference exists.
     let got = unsafe { libc::read(reader.as_raw_fd(), to.cast(), 100) };
     assert_eq!(got, 100);
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([20]));
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([20]));
 }
 
 #[test]
@@ -159,7 +159,7 @@ fn dropping_the_source_ends_the_tracking_and_a_second_one_can_follow() {
     assert!(!registered());
     source = memory.track();
     memory.write(2);
-    assert_eq!(harvest(&mut source, 64), BTreeSet::from([2]));
+    assert_eq!(sync(&mut source, 64), BTreeSet::from([2]));
 }
 
 #[test]
@@ -172,16 +172,16 @@ fn memory_that_went_away_is_an_error_and_not_an_idle_guest() {
     // SAFETY: it replaces exactly the mapping that `memory.region` owns, which will unmap it.
     let now = unsafe { libc::mmap(at.cast(), len, libc::PROT_NONE, flags, -1, 0) };
     assert_eq!(now, at.cast());
-    let error = source.harvest(&mut DirtyBitmap::new(64)).unwrap_err().to_string();
+    let error = source.sync(&mut DirtyBitmap::new(64)).unwrap_err().to_string();
     assert!(error.contains("not tracked"), "{error}");
 }
 
-/// For writers on a busy machine to have written once for each harvest.
+/// For writers on a busy machine to have written once for each sync.
 const WRITERS_MAX: Duration = Duration::from_secs(60);
 
-/// Writers note each write with the epochs before and after it. The epoch is odd while a harvest
-/// runs, so a write that saw `2k` twice came wholly before harvest `k`, which must have it.
-fn no_write_is_missed(memory: &Memory, harvests: u64) {
+/// Writers note each write with the epochs before and after it. The epoch is odd while a sync
+/// runs, so a write that saw `2k` twice came wholly before sync `k`, which must have it.
+fn no_write_is_missed(memory: &Memory, syncs: u64) {
     let mut source = memory.track();
     let (epoch, written, done) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
     let deadline = Instant::now() + WRITERS_MAX;
@@ -207,13 +207,13 @@ fn no_write_is_missed(memory: &Memory, harvests: u64) {
                 })
             })
             .collect();
-        for harvested in 0..harvests {
-            // On a busy machine all harvests could be over before a writer has run at all.
-            while written.load(Ordering::SeqCst) <= harvested && Instant::now() < deadline {
+        for synced in 0..syncs {
+            // On a busy machine all syncs could be over before a writer has run at all.
+            while written.load(Ordering::SeqCst) <= synced && Instant::now() < deadline {
                 std::thread::yield_now();
             }
             epoch.fetch_add(1, Ordering::SeqCst);
-            seen.push(harvest(&mut source, memory.pages));
+            seen.push(sync(&mut source, memory.pages));
             epoch.fetch_add(1, Ordering::SeqCst);
         }
         done.store(true, Ordering::SeqCst);
@@ -221,13 +221,13 @@ fn no_write_is_missed(memory: &Memory, harvests: u64) {
             ledger.extend(writer.join().unwrap());
         }
     });
-    seen.push(harvest(&mut source, memory.pages));
-    assert!(ledger.len() as u64 > harvests, "the writers hardly ran: {} writes", ledger.len());
+    seen.push(sync(&mut source, memory.pages));
+    assert!(ledger.len() as u64 > syncs, "the writers hardly ran: {} writes", ledger.len());
     for (page, before, after) in ledger {
-        // The first harvest that may have it, and the first that begins after it.
+        // The first sync that may have it, and the first that begins after it.
         let (first, last) = (before / 2, after.div_ceil(2));
         let found = (first..=last).any(|k| seen.get(k as usize).is_some_and(|s| s.contains(&page)));
-        assert!(found, "page {page}, written in epochs {before} to {after}, is in no harvest");
+        assert!(found, "page {page}, written in epochs {before} to {after}, is in no sync");
     }
 }
 
@@ -237,7 +237,7 @@ fn no_write_of_concurrent_threads_is_missed() {
 }
 
 #[test]
-fn no_write_is_missed_where_several_threads_share_a_harvest() {
+fn no_write_is_missed_where_several_threads_share_a_sync() {
     let mut memory = Memory::new(512);
     // Windows that are no divisor of the ranges.
     (memory.window_bytes, memory.scanners) = (7 * PAGE_BYTES, 4);
@@ -274,10 +274,10 @@ fn no_write_to_huge_pages_is_missed() {
     {
         let mut source = memory.track();
         memory.write(700);
-        assert_eq!(harvest(&mut source, memory.pages), (512..1024).collect(), "a huge page is one unit");
-        assert!(harvest(&mut source, memory.pages).is_empty());
+        assert_eq!(sync(&mut source, memory.pages), (512..1024).collect(), "a huge page is one unit");
+        assert!(sync(&mut source, memory.pages).is_empty());
         memory.write(512);
-        assert_eq!(harvest(&mut source, memory.pages).len(), 512);
+        assert_eq!(sync(&mut source, memory.pages).len(), 512);
     }
     no_write_is_missed(&memory, 100);
 }

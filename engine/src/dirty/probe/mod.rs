@@ -117,7 +117,7 @@ fn compare(payload: &mut Payload, mut source: Box<dyn DirtySource>, stop: &Atomi
         payload.begin(&writes)?;
         while payload.run(stop)? != Stopped::Done {}
         let mut told = DirtyBitmap::new(payload.pages());
-        source.harvest(&mut told)?;
+        source.sync(&mut told)?;
         let (missing, count) =
             (writes.pages().filter(|page| !told.contains(*page)).count(), writes.pages().count());
         if missing > 0 {
@@ -129,7 +129,7 @@ fn compare(payload: &mut Payload, mut source: Box<dyn DirtySource>, stop: &Atomi
     Ok(())
 }
 
-/// The vCPU and who harvests are one thread: it is outside the guest.
+/// The vCPU and who syncs are one thread: it is outside the guest.
 struct Outside;
 
 impl KickVcpus for Outside {

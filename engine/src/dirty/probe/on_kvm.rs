@@ -5,7 +5,7 @@ use super::tests::kvm_is_missing;
 use crate::dirty::kvm::KickVcpus;
 use crate::dirty::log::LogSource;
 use crate::dirty::ring::{RingSet, RingSource};
-use crate::dirty::{DirtySource, Harvest};
+use crate::dirty::{DirtySource, Synced};
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::PAGE_BYTES;
@@ -88,7 +88,7 @@ impl KickVcpus for Runner {
 }
 
 /// Harvests while the guest writes, and copies what is told, as a migration does. At the end the copy must be the
-/// memory. Returns how many pages were told in how many harvests.
+/// memory. Returns how many pages were told in how many syncs.
 fn copy_while_it_writes(
     mut payload: Payload,
     writes: Writes,
@@ -101,17 +101,17 @@ fn copy_while_it_writes(
         u32::from_le_bytes(bytes)
     };
     let before: Vec<_> = (0..pages).map(count).collect();
-    let (mut copy, mut told, mut harvests) = (before.clone(), 0, 0);
+    let (mut copy, mut told, mut syncs) = (before.clone(), 0, 0);
     payload.begin(&writes).expect("registers");
     let runner = Arc::new(Runner::default());
     let mut source = start(&payload, Arc::clone(&runner) as Arc<dyn KickVcpus>).expect("followed");
     runner.run(payload);
     loop {
         let last = runner.is_done();
-        source.relieve().expect("relieved");
+        source.drain_early().expect("drained");
         let mut dirty = DirtyBitmap::new(pages);
-        told += source.harvest(&mut dirty).expect("harvest").pages;
-        harvests += 1;
+        told += source.sync(&mut dirty).expect("sync").pages;
+        syncs += 1;
         dirty.runs(1).for_each(|run| copy[run.first.0 as usize] = count(run.first.0));
         if last {
             break;
@@ -124,7 +124,7 @@ fn copy_while_it_writes(
     assert!(copy == expected, "{} pages differ", copy.iter().zip(&expected).filter(|(a, b)| a != b).count());
     drop(source);
     drop(payload);
-    (told, harvests)
+    (told, syncs)
 }
 
 #[test]
@@ -134,10 +134,10 @@ fn the_log_loses_no_write_of_a_running_vcpu() {
     }
     let payload = Payload::new(1000, None).expect("a machine");
     let writes = Writes { first: 3, end: 1000, stride: 3, passes: 200 };
-    let (told, harvests) = copy_while_it_writes(payload, writes, |payload, kick| {
+    let (told, syncs) = copy_while_it_writes(payload, writes, |payload, kick| {
         Ok(Box::new(LogSource::start(payload.slots(), kick)?))
     });
-    println!("{told} pages in {harvests} harvests");
+    println!("{told} pages in {syncs} syncs");
     assert!(told >= writes.pages().count() as u64);
 }
 
@@ -147,11 +147,11 @@ fn lab_a_small_ring_loses_no_write_of_a_running_vcpu() {
     let payload = Payload::new(8000, Some(256)).expect("a machine");
     let (_, set) = payload.rings().expect("rings");
     let writes = Writes { first: 3, end: 8000, stride: 3, passes: 20 };
-    let (told, harvests) = copy_while_it_writes(payload, writes, |payload, kick| {
+    let (told, syncs) = copy_while_it_writes(payload, writes, |payload, kick| {
         let (_, set) = payload.rings().expect("rings");
         Ok(Box::new(RingSource::start(set, kick)?))
     });
-    println!("{told} pages in {harvests} harvests, {} times full", set.full_exits());
+    println!("{told} pages in {syncs} syncs, {} times full", set.full_exits());
     assert!(told >= writes.pages().count() as u64 && set.full_exits() > 0);
 }
 
@@ -161,7 +161,7 @@ fn told_of(payload: &mut Payload, source: &mut dyn DirtySource, writes: &Writes)
     payload.begin(writes).expect("registers");
     while payload.run(&AtomicBool::new(false)).expect("the payload runs") != Stopped::Done {}
     let mut dirty = DirtyBitmap::new(payload.pages());
-    source.harvest(&mut dirty).expect("harvest");
+    source.sync(&mut dirty).expect("sync");
     dirty.runs(1).map(|run| run.first.0).filter(|page| *page != 0).collect()
 }
 
@@ -171,7 +171,7 @@ fn exactly_what_is_written_is_told(payload: &mut Payload, source: &mut dyn Dirty
         assert_eq!(told_of(payload, source, &writes), writes.pages().collect::<Vec<_>>());
     }
     let mut dirty = DirtyBitmap::new(payload.pages());
-    assert_eq!(source.harvest(&mut dirty).expect("harvest"), Harvest { pages: 0 });
+    assert_eq!(source.sync(&mut dirty).expect("sync"), Synced { pages: 0 });
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Rings as the kernel has them: switched on for a machine, and mapped.
 
 use super::entries::Entry;
-use super::harvest::ResetRings;
+use super::sync::ResetRings;
 use crate::dirty::kvm::KvmSlots;
 use crate::dirty::kvm::abi;
 use crate::error::{Error, Result};

@@ -6,8 +6,8 @@
 //!   RingSource::start   KVM_MEM_LOG_DIRTY_PAGES on every slot: pages are protected
 //!   a write             the kernel lifts the protection of that page and writes (slot, offset) into the vCPU's ring
 //!   exit 31             the ring is full: serve_full, by that vCPU's own thread; the others run on
-//!   relieve             in mid-round: rings that are half full
-//!   harvest             all vCPUs leave the guest once; every entry is taken; KVM_RESET_DIRTY_RINGS protects
+//!   drain_early             in mid-round: rings that are half full
+//!   sync             all vCPUs leave the guest once; every entry is taken; KVM_RESET_DIRTY_RINGS protects
 //!                       their pages again and frees the entries; only then are they reported
 //!   drop                logging off, what is left in the rings is thrown away
 //! ```
@@ -20,8 +20,8 @@
 //! or ends is served like any other.
 
 pub mod entries;
-pub mod harvest;
 pub mod pending;
+pub mod sync;
 
 mod mapped;
 #[cfg(test)]
@@ -31,13 +31,13 @@ pub use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 pub use mapped::{EnabledRings, MappedRing, RING_ENTRIES};
 
 use super::kvm::{KickVcpus, KvmSlots};
-use super::{DirtySource, Harvest};
+use super::{DirtySource, Synced};
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
-use harvest::Rings;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use sync::Rings;
 
 /// The rings of a machine, shared by its vCPUs' threads and the migration's. One for the life of the machine.
 #[derive(Debug)]
@@ -84,8 +84,8 @@ impl RingSet {
     }
 
     /// Empties rings that are at least half full. Cheap when none is.
-    pub fn relieve(&self) -> Result<()> {
-        self.rings.relieve()
+    pub fn drain_early(&self) -> Result<()> {
+        self.rings.drain_early()
     }
 
     /// How often a vCPU had to stop because its ring was full.
@@ -130,13 +130,13 @@ impl RingSource {
 }
 
 impl DirtySource for RingSource {
-    fn harvest(&mut self, into: &mut DirtyBitmap) -> Result<Harvest> {
+    fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced> {
         self.kick.kick_all()?;
-        Ok(Harvest { pages: self.set.rings.harvest(into)? })
+        Ok(Synced { pages: self.set.rings.sync(into)? })
     }
 
-    fn relieve(&mut self) -> Result<()> {
-        self.set.relieve()
+    fn drain_early(&mut self) -> Result<()> {
+        self.set.drain_early()
     }
 }
 

@@ -1,7 +1,7 @@
 //! The rings over plain memory, with a model of the kernel.
 
 use super::entries::{DirtyRing, Entry};
-use super::harvest::{ResetRings, Rings};
+use super::sync::{ResetRings, Rings};
 use crate::dirty::kvm::SlotTable;
 use crate::error::Error;
 use crate::memory::bitmap::DirtyBitmap;
@@ -150,7 +150,7 @@ impl ResetRings for Shared {
 
 fn told(rings: &Rings<Memory, Shared>) -> BTreeSet<u64> {
     let mut into = DirtyBitmap::new(PAGES);
-    let count = rings.harvest(&mut into).expect("harvest");
+    let count = rings.sync(&mut into).expect("sync");
     assert_eq!(count, into.count());
     (0..PAGES).filter(|page| into.contains(*page)).collect()
 }
@@ -158,15 +158,15 @@ fn told(rings: &Rings<Memory, Shared>) -> BTreeSet<u64> {
 #[derive(Debug, Clone)]
 enum Step {
     Write { vcpu: usize, nth: u64 },
-    Relieve,
-    Harvest,
+    DrainEarly,
+    Synced,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         40 => (0usize..2, 0..FOLLOWED).prop_map(|(vcpu, nth)| Step::Write { vcpu, nth }),
-        2 => Just(Step::Relieve),
-        1 => Just(Step::Harvest),
+        2 => Just(Step::DrainEarly),
+        1 => Just(Step::Synced),
     ]
 }
 
@@ -176,7 +176,7 @@ proptest! {
         let kernel = Kernel::new(2, 16);
         let rings = kernel.rings();
         let mut model = BTreeSet::new();
-        for step in steps.into_iter().chain([Step::Harvest]) {
+        for step in steps.into_iter().chain([Step::Synced]) {
             match step {
                 Step::Write { vcpu, nth } => {
                     if !kernel.write(vcpu, nth) {
@@ -185,8 +185,8 @@ proptest! {
                     }
                     model.insert(page(nth));
                 }
-                Step::Relieve => rings.relieve().expect("relieved"),
-                Step::Harvest => prop_assert_eq!(told(&rings), std::mem::take(&mut model)),
+                Step::DrainEarly => rings.drain_early().expect("drained"),
+                Step::Synced => prop_assert_eq!(told(&rings), std::mem::take(&mut model)),
             }
         }
     }
@@ -229,20 +229,20 @@ fn a_ring_is_relieved_when_it_is_half_full_and_not_before() {
     let kernel = Kernel::new(2, 16);
     let rings = kernel.rings();
     for nth in 0..8 {
-        rings.relieve().expect("relieved");
+        rings.drain_early().expect("drained");
         assert_eq!(kernel.resets.load(Ordering::Relaxed), 0, "{nth} of 16");
         assert!(kernel.write(1, nth));
     }
-    rings.relieve().expect("relieved");
+    rings.drain_early().expect("drained");
     assert_eq!(kernel.resets.load(Ordering::Relaxed), 1);
-    // It is kept for the harvest, and can be written and told again.
+    // It is kept for the sync, and can be written and told again.
     assert!(kernel.write(1, 0));
     assert_eq!(told(&rings), (0..8).map(page).collect());
     assert_eq!(told(&rings), BTreeSet::new());
 }
 
 #[test]
-fn a_reset_that_stops_early_is_gone_on_with_and_fails_the_harvest_until_a_fresh_start() {
+fn a_reset_that_stops_early_is_gone_on_with_and_fails_the_sync_until_a_fresh_start() {
     let kernel = Kernel::new(1, 16);
     let rings = kernel.rings();
     (0..16).for_each(|nth| assert!(kernel.write(0, nth)));
@@ -251,7 +251,7 @@ fn a_reset_that_stops_early_is_gone_on_with_and_fails_the_harvest_until_a_fresh_
     assert_eq!(kernel.resets.load(Ordering::Relaxed), 4, "16 entries, 5 at once");
     kernel.per_reset.store(u64::MAX, Ordering::Relaxed);
     for _ in 0..2 {
-        let error = rings.harvest(&mut DirtyBitmap::new(PAGES)).expect_err("pages may be unprotected");
+        let error = rings.sync(&mut DirtyBitmap::new(PAGES)).expect_err("pages may be unprotected");
         assert!(error.to_string().contains("interrupted"), "{error}");
     }
     rings.discard().expect("a fresh start");
@@ -260,13 +260,13 @@ fn a_reset_that_stops_early_is_gone_on_with_and_fails_the_harvest_until_a_fresh_
 }
 
 #[test]
-fn an_entry_of_no_slot_of_ours_fails_the_harvest_and_not_the_vcpu() {
+fn an_entry_of_no_slot_of_ours_fails_the_sync_and_not_the_vcpu() {
     for (slot, offset) in [(3, 0), (7, 100), (2, u64::MAX), (0, 0)] {
         let kernel = Kernel::new(1, 16);
         let rings = kernel.rings();
         kernel.fill_raw(0, slot, offset);
         rings.serve_full(0).expect("the vCPU runs on");
-        let error = rings.harvest(&mut DirtyBitmap::new(PAGES)).expect_err("no such page");
+        let error = rings.sync(&mut DirtyBitmap::new(PAGES)).expect_err("no such page");
         assert!(matches!(&error, Error::Guest(text) if text.contains(&format!("slot {slot:#x}"))), "{error}");
     }
 }
@@ -290,7 +290,7 @@ fn a_vcpu_that_stops_for_an_empty_ring_for_ever_is_an_error() {
 }
 
 #[test]
-fn no_write_is_lost_while_vcpus_and_the_migration_harvest_at_once() {
+fn no_write_is_lost_while_vcpus_and_the_migration_sync_at_once() {
     const WRITES: u64 = 60_000;
     let kernel = Kernel::new(2, 16);
     let rings = kernel.rings();
@@ -316,9 +316,9 @@ fn no_write_is_lost_while_vcpus_and_the_migration_harvest_at_once() {
         let vcpus = [scope.spawn(vcpu(0)), scope.spawn(vcpu(1))];
         loop {
             let last = vcpus.iter().all(thread::ScopedJoinHandle::is_finished);
-            rings.relieve().expect("relieved");
+            rings.drain_early().expect("drained");
             let mut dirty = DirtyBitmap::new(PAGES);
-            rings.harvest(&mut dirty).expect("harvest");
+            rings.sync(&mut dirty).expect("sync");
             for nth in (0..FOLLOWED).filter(|nth| dirty.contains(page(*nth))) {
                 copy[nth as usize] = memory[nth as usize].load(Ordering::SeqCst);
             }

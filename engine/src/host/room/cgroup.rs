@@ -83,7 +83,7 @@ fn bound(directory: &Path, version: Version) -> Option<Bound> {
     let files: u64 = version.files.iter().filter_map(|name| of(name)).sum();
     Some(Bound {
         what: format!("the memory cgroup {} (limit {} MiB)", directory.display(), limit >> 20),
-        mend: format!("raise its {file}"),
+        fix: format!("raise its {file}"),
         available: limit.saturating_sub(used.saturating_sub(files)),
     })
 }
@@ -128,7 +128,7 @@ mod tests {
         assert_eq!(bound(directory.path(), V2).unwrap().available, 700);
         write("memory.high", "1100\n");
         let high = bound(directory.path(), V2).unwrap();
-        assert_eq!((high.available, high.mend.as_str()), (600, "raise its memory.high"));
+        assert_eq!((high.available, high.fix.as_str()), (600, "raise its memory.high"));
         write("memory.limit_in_bytes", "900\n");
         write("memory.usage_in_bytes", "1000\n");
         assert_eq!(bound(directory.path(), V1).unwrap().available, 0, "it is over its limit");

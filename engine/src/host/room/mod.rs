@@ -7,7 +7,7 @@
 //!   every memory cgroup above     its limit, less what is in use, and file pages that it would give back
 //! ```
 //!
-//! Swap is not counted: a guest that lies in it stands still. What the guest has here already takes nothing more.
+//! Swap is not counted: a guest that lies in it is paused. What the guest has here already takes nothing more.
 
 mod cgroup;
 
@@ -27,7 +27,7 @@ struct Bound {
     /// What it is.
     what: String,
     /// What can be done about it.
-    mend: String,
+    fix: String,
     /// What it still takes, in bytes.
     available: u64,
 }
@@ -47,7 +47,7 @@ struct Needs {
 /// have started.
 ///
 /// # Errors
-/// [`Error::Refused`] with what is too small, by how much, and the mend.
+/// [`Error::Refused`] with what is too small, by how much, and the fix.
 pub(crate) fn check(memory: &GuestMemory, touched: &[PageRun], set_aside: bool) -> Result<()> {
     // What is here already is looked at only where room is short: it takes 13 ms a GiB.
     if short(memory, &needs(memory, touched, set_aside))?.is_none() {
@@ -61,7 +61,7 @@ pub(crate) fn check(memory: &GuestMemory, touched: &[PageRun], set_aside: bool) 
         needed.div_ceil(1 << 20),
         bound.what,
         bound.available >> 20,
-        bound.mend
+        bound.fix
     )))
 }
 
@@ -160,7 +160,7 @@ fn host() -> Option<Bound> {
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(Bound {
         what: "this host".into(),
-        mend: "free memory, or receive the guest elsewhere".into(),
+        fix: "free memory, or receive the guest elsewhere".into(),
         available: kib << 10,
     })
 }
@@ -177,7 +177,7 @@ fn file_system(slot: &MemorySlot) -> Result<Option<Bound>> {
     let path = path.map_or_else(|_| slot.name.clone(), |path| path.display().to_string());
     Ok(Some(Bound {
         what: format!("the file system of {path}"),
-        mend: "make it larger (mount -o remount,size=...), or give the guest a mem-path elsewhere".into(),
+        fix: "make it larger (mount -o remount,size=...), or give the guest a mem-path elsewhere".into(),
         available: stat.f_bavail.saturating_mul(u64::try_from(stat.f_bsize).unwrap_or(0)),
     }))
 }
@@ -197,7 +197,7 @@ fn pool_at(directory: &Path, page_bytes: u64) -> Option<Bound> {
     let more = count("nr_overcommit_hugepages")?.saturating_sub(count("surplus_hugepages")?);
     Some(Bound {
         what: format!("the pool of huge pages of {} KiB", page_bytes >> 10),
-        mend: format!("reserve more of them in {}/nr_hugepages", directory.display()),
+        fix: format!("reserve more of them in {}/nr_hugepages", directory.display()),
         available: (free + more).saturating_mul(page_bytes),
     })
 }

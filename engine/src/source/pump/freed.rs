@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 impl Pump<'_> {
-    /// These pages are about to be read. Once the guest stands still nothing is taken away any
+    /// These pages are about to be read. Once the guest is paused nothing is taken away any
     /// more.
     #[inline]
     pub(super) fn note(&mut self, run: PageRun) -> Result<()> {
@@ -49,7 +49,7 @@ impl Pump<'_> {
         self.witness = Some(witness);
         let Freed { mut holes, mut back, .. } = freed;
         holes.runs(u64::MAX).for_each(|run| dirty.remove(run));
-        // What was posted since the last fence was posted in the blackout, when nothing is taken away any more. A lane may
+        // What was posted since the last fence was posted in the downtime, when nothing is taken away any more. A lane may
         // only not have read it yet.
         self.unfenced.runs(u64::MAX).for_each(|run| back.remove(run));
         back.runs(u64::MAX).for_each(|run| dirty.insert(run));

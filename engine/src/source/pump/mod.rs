@@ -57,7 +57,7 @@ pub struct Pump<'a> {
     pub(super) staging: Option<Staging>,
     /// If memory may be taken away from the guest.
     pub(super) witness: Option<Witness>,
-    /// Once the guest stands still: the registrations until then.
+    /// Once the guest is paused: the registrations until then.
     pub(super) registrations_before: Option<u64>,
     pub(super) pace: Option<Pace>,
     pub(super) in_flight: u64,
@@ -122,7 +122,7 @@ impl<'a> Pump<'a> {
         (self.sent.pages() - self.sent.count()) * PAGE_BYTES
     }
 
-    /// Gives it a place for pages whose memory is not registered when the guest stands still.
+    /// Gives it a place for pages whose memory is not registered when the guest is paused.
     #[must_use]
     pub fn with_staging(self, staging: Staging) -> Self {
         Self { staging: Some(staging), ..self }
@@ -134,14 +134,14 @@ impl<'a> Pump<'a> {
         Self { witness, ..self }
     }
 
-    /// From now on the guest stands still: nobody wants a longer blackout for the sake of bandwidth, and nothing is
+    /// From now on the guest is paused: nobody wants a longer downtime for the sake of bandwidth, and nothing is
     /// registered any more if there is another way.
-    pub fn stand_still(&mut self) {
+    pub fn guest_paused(&mut self) {
         self.pace = None;
         self.registrations_before = Some(self.link.registrations());
     }
 
-    /// Registrations since the guest stands still: of a device state that is far larger than expected, and of
+    /// Registrations since the guest is paused: of a device state that is far larger than expected, and of
     /// memory for which the staging region had no room.
     #[must_use]
     pub fn registrations_since(&self) -> u64 {

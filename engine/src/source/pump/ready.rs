@@ -11,9 +11,9 @@ use crate::watch::Watch;
 use std::sync::Arc;
 
 impl Pump<'_> {
-    /// Has the memory that the blackout will need registered at both ends: so much of the device state, and the
+    /// Has the memory that the downtime will need registered at both ends: so much of the device state, and the
     /// staging region. True if it is.
-    pub fn expect_blackout(&mut self, state_bytes: usize) -> Result<bool> {
+    pub fn expect_downtime(&mut self, state_bytes: usize) -> Result<bool> {
         let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
         let mut writes = self.writes(&local, remote, 0..state_bytes.min(local.len()))?;
         if let Some((local, remote)) =
@@ -25,9 +25,9 @@ impl Pump<'_> {
     }
 
     /// Waits until that is so.
-    pub fn wait_for_blackout(&mut self, state_bytes: usize, watch: &mut Watch<'_>) -> Result<()> {
+    pub fn wait_for_downtime(&mut self, state_bytes: usize, watch: &mut Watch<'_>) -> Result<()> {
         self.last_completion = clock::now();
-        while !self.expect_blackout(state_bytes)? {
+        while !self.expect_downtime(state_bytes)? {
             self.poll(watch)?;
         }
         Ok(())
@@ -63,7 +63,7 @@ impl Pump<'_> {
         Ok(ready)
     }
 
-    /// Once the guest stands still: sends what would have to be registered first by way of the staging region. What
+    /// Once the guest is paused: sends what would have to be registered first by way of the staging region. What
     /// is left goes the usual way.
     #[inline]
     pub(super) fn staged_first(&mut self, piece: Piece, watch: &mut Watch<'_>) -> Result<Option<Piece>> {

@@ -193,7 +193,7 @@ fn what_is_not_registered_when_the_guest_stands_still_is_staged_and_nothing_is_r
         let World { mut link, mut target, here, there, remote, state, staging } = world(seed, UNREADY);
         let mut pump = pump(&mut link, &here, remote, state)
             .with_staging(Staging::new(Arc::clone(&staging.0), staging.2));
-        pump.stand_still();
+        pump.guest_paused();
         let list = [2, 511, 512, 513, 700, 1023, 1024];
         for version in 1..3u64 {
             list.iter().for_each(|&page| set(page, &here, version * 10_000 + page));
@@ -217,7 +217,7 @@ fn what_the_staging_region_has_no_room_for_is_registered_and_what_was_staged_of_
     let World { mut link, mut target, here, there, remote, state, staging } = world(1, UNREADY);
     let mut pump =
         pump(&mut link, &here, remote, state).with_staging(Staging::new(Arc::clone(&staging.0), staging.2));
-    pump.stand_still();
+    pump.guest_paused();
     let slots = STAGING_BYTES as u64 / PAGE_BYTES;
     let mut version = 0;
     // Each turn takes a slot a page, until there are none.
@@ -239,7 +239,7 @@ fn memory_that_is_made_ready_ahead_is_not_staged() {
     let mut pump = pump(&mut link, &here, remote, state).with_staging(Staging::new(staging.0, staging.2));
     assert!(!pump.make_ready([PageRun::between(100, 600)], &mut watch).unwrap());
     assert!(pump.make_ready([PageRun::between(100, 600)], &mut watch).unwrap());
-    pump.stand_still();
+    pump.guest_paused();
     set(550, &here, 1);
     pump.push(&mut pages([550]), &mut watch, &mut |_| {}).unwrap();
     assert_eq!((pump.staged(), pump.registrations_since()), (Vec::new(), 0));

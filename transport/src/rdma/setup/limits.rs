@@ -72,10 +72,10 @@ pub(crate) fn check_device(id: &Id, options: &RdmaOptions) -> Result<()> {
         return Ok(());
     }
     let here = id.addresses().0.map_or_else(String::new, |address| format!(" ({})", address.ip()));
-    let mend = Port::new(wanted, wanted_port).addresses();
+    let fix = Port::new(wanted, wanted_port).addresses();
     Err(Error::NoPath {
         what: format!(
-            "the way leads by {device} port {port}{here}, not by {wanted} port {wanted_port} as asked: {mend}"
+            "the way leads by {device} port {port}{here}, not by {wanted} port {wanted_port} as asked: {fix}"
         ),
     })
 }

@@ -1,7 +1,8 @@
 //! The passive side's way to connected lanes: a thread takes those whose private data is right,
 //! refuses every other with a reason, and goes on until all are there.
 
-pub(crate) use super::connect::{Connections, Limits, check_device, check_lanes, libraries, path_of};
+use super::connect::Connections;
+use super::limits::{Limits, check_device, check_lanes, libraries, path_of};
 use super::path::RdmaOptions;
 use crate::error::{Error, Result};
 use crate::preamble::{PREAMBLE_BYTES, Preamble, Role, Token};

@@ -25,7 +25,7 @@ const RETRIES: u8 = 7;
 const RETRIES_NOT_READY: u8 = 7;
 
 /// Unacknowledged requests are repeated after 4.096 us * 2^17, half a second: with [`RETRIES`] a peer
-/// that is gone is noticed after four seconds (devices may take up to four times as long), and a
+/// that is gone is noticed after four seconds (devices may attach to four times as long), and a
 /// hiccup of the network is not.
 const ACK_TIMEOUT: u8 = 17;
 

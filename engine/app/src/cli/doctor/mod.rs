@@ -1,4 +1,4 @@
-//! `pageferry doctor`: what this host can do, one line a finding, with the mend.
+//! `pageferry doctor`: what this host can do, one line a finding, with the fix.
 
 mod kvm;
 mod rdma;
@@ -111,10 +111,10 @@ fn io_uring() -> Finding {
 fn tracing_permission() -> Finding {
     const TOPIC: &str = "ptrace";
     if rustix::process::geteuid().is_root() {
-        return good(TOPIC, "root may take up any QEMU");
+        return good(TOPIC, "root may attach any QEMU");
     }
     match read("/proc/sys/kernel/yama/ptrace_scope").as_deref() {
-        None | Some("0") => good(TOPIC, "you may take up QEMUs of your own"),
+        None | Some("0") => good(TOPIC, "you may attach QEMUs of your own"),
         Some("1") => note(
             TOPIC,
             "`run` works; `attach` needs root, CAP_SYS_PTRACE, or sysctl kernel.yama.ptrace_scope=0",

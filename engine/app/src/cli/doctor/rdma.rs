@@ -100,7 +100,7 @@ fn one_device(device: &Device) -> Finding {
 fn one_port(device: &Device, port: &Port) -> Finding {
     let name = format!("{}/{}", device.name, port.number);
     let interface = port.gids.iter().find_map(|gid| gid.netdev.as_deref()).unwrap_or("INTERFACE");
-    let mend = match (port.state, port.protocol) {
+    let fix = match (port.state, port.protocol) {
         (PortState::Active, _) => None,
         (PortState::Initializing | PortState::Armed, Protocol::InfiniBand) => {
             Some("start a subnet manager on this fabric: opensm, or the switch's own".to_owned())
@@ -110,8 +110,8 @@ fn one_port(device: &Device, port: &Port) -> Finding {
         }
         (_, _) => Some(format!("ip link set {interface} up, and look at cable and switch port")),
     };
-    if let Some(mend) = mend {
-        return note(PORT, format!("{name}: {}, {}: {mend}", port.protocol, port.state));
+    if let Some(fix) = fix {
+        return note(PORT, format!("{name}: {}, {}: {fix}", port.protocol, port.state));
     }
     let rate = port.rate.as_deref().unwrap_or("unknown rate");
     let mtu = port.mtu_bytes.map_or_else(|| "MTU unknown".to_owned(), |bytes| format!("MTU {bytes}"));
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_port_that_carries_nothing_is_noted_with_its_mend() {
-        for (state, protocol, gids, mend) in [
+        for (state, protocol, gids, fix) in [
             (
                 PortState::Down,
                 Protocol::Roce,
@@ -355,7 +355,7 @@ mod tests {
         ] {
             let (grade, text) = port_text(state, protocol, gids);
             assert_eq!(grade, Grade::Note, "{text}");
-            assert!(text.contains(mend), "{text}");
+            assert!(text.contains(fix), "{text}");
         }
     }
 

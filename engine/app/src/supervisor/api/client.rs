@@ -24,14 +24,14 @@ impl Client {
     ) -> Result<Self> {
         crate::supervisor::claim::check_name(name)?;
         let nobody = || {
-            let mend = match dir.record(name).filter(crate::supervisor::claim::Record::alive) {
+            let fix = match dir.record(name).filter(crate::supervisor::claim::Record::alive) {
                 Some(record) => format!(
-                    "its QEMU still runs (pid {}): take it up with `pageferry attach {name}`",
+                    "its QEMU still runs (pid {}): attach it with `pageferry attach {name}`",
                     record.pid
                 ),
                 None => "`pageferry list` shows those that are".into(),
             };
-            Error::refused(format!("no guest named {name} is supervised on this host; {mend}"))
+            Error::refused(format!("no guest named {name} is supervised on this host; {fix}"))
         };
         let mut stream = UnixStream::connect(dir.path(name, "sock")).map_err(|_| nobody())?;
         let talking = |e| Error::os(format!("talking to the supervisor of {name}"), e);

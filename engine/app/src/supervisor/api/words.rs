@@ -49,7 +49,7 @@ pub enum Reply {
     },
     /// It cannot be done.
     Refused {
-        /// Why, and the mend.
+        /// Why, and the fix.
         text: String,
     },
 }

@@ -2,7 +2,7 @@
 //! what an embedder writes, to be read from top to bottom; `vm.rs` is the monitor. See docs/embedding.md.
 //!
 //! ```text
-//!   cargo run -p pageferry --example embed
+//!   cargo run -p pageferry-microvm --example embed
 //!
 //!   Source         the engine's trait for a guest that leaves
 //!   Destination    the engine's trait for a machine that waits for one
@@ -12,8 +12,8 @@
 
 mod vm;
 
-use pageferry_engine::destination::listener::Doorway;
-use pageferry_engine::destination::{Reception, Served};
+use pageferry_engine::destination::listener::SessionListener;
+use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::dirty::kvm::KickVcpus;
 use pageferry_engine::dirty::log::LogSource;
@@ -76,13 +76,13 @@ impl SourceGuest for Source {
     fn state_bytes_max(&self) -> u64 {
         STATE_BYTES_MAX
     }
-    // A guess, from which the blackout is predicted.
+    // A guess, from which the downtime is predicted.
     fn state_bytes_expected(&self) -> u64 {
         12 << 10
     }
     // Measured once for your monitor, in microseconds; these are guesses.
     fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 100, harvest_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
+        FixedCosts { pause_us: 100, sync_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
     }
     // Asked between batches: fails once the guest has ended by itself.
     fn liveness(&self) -> Liveness {
@@ -105,7 +105,7 @@ impl SourceGuest for Source {
         })
     }
     // Wait for transfers of disks and NICs into guest memory that are under way.
-    fn settle_io(&mut self) -> Result<()> {
+    fn drain_io(&mut self) -> Result<()> {
         Ok(())
     }
     // What can be done before the pause: no more hot-plugging, buffers allocated.
@@ -202,18 +202,18 @@ impl DestinationGuest for Destination {
 }
 
 /// Takes in one guest.
-fn receive(doorway: Doorway) -> Result<Destination> {
+fn receive(listener: SessionListener) -> Result<Destination> {
     let mut guest = Destination { vm: Vm::new()?, discarded: false };
     // This memory is new. Where it was used before, this makes it zeros.
     guest.vm.memory.make_zero()?;
-    let mut reception = Reception::new(doorway, LinkChoice::default());
-    let incoming = reception
-        .doorway()
+    let mut receiver = Receiver::new(listener, LinkChoice::default());
+    let incoming = receiver
+        .listener()
         .next(Instant::now() + CONNECT_MAX)
         .ok_or_else(|| Error::Timeout { what: "waiting for the source".into() })?;
-    let served = reception.serve(incoming, &mut guest, &mut || Ok(()));
+    let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
     // A source that did not hear that the guest runs asks again.
-    reception.answer_afterwards();
+    receiver.answer_afterwards();
     match served {
         Served::Received(_) => Ok(guest),
         Served::Nothing => Err(Error::refused("the source's guest was refused")),
@@ -227,12 +227,12 @@ fn move_guest() -> Result<()> {
     println!("dirty pages by {}", if source.vm.rings.is_some() { "the rings" } else { "the log" });
     source.vm.wait_for_a_pass()?;
 
-    let doorway = Doorway::open(SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
-    let mut options = MigrateOptions::to(doorway.address.to_string());
+    let listener = SessionListener::open(SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    let mut options = MigrateOptions::to(listener.address.to_string());
     // For emulators of KVM; on hardware it takes a millisecond or two.
     options.downtime_us_max = 1_000_000;
     options.verify = true;
-    let receiver = std::thread::spawn(move || receive(doorway));
+    let receiver = std::thread::spawn(move || receive(listener));
     let report = migrate(&mut source, &options, &Monitor::default());
     let destination =
         receiver.join().unwrap_or_else(|_| Err(Error::Guest("the receiver's thread panicked".into())));

@@ -155,7 +155,7 @@ impl Vm {
             .map_err(|e| Error::Guest(format!("the state that arrived cannot be read: {e}")))?;
         let (fd, xsave) = (Arc::clone(&self.fd), self.host.xsave_area(self.host.xsave_bytes()));
         self.vcpus.ask(0, move |vcpu| {
-            // The guest's clocks go on by the time that it stood still.
+            // The guest's clocks go on by the time that it was paused.
             let target = clock.start(&fd, state.tsc_khz, vcpu)?;
             state.restore(vcpu, &[], target, xsave)
         })
@@ -171,7 +171,7 @@ impl Vm {
         })
     }
 
-    /// The counters of a guest that stands still, checked.
+    /// The counters of a guest that is paused, checked.
     pub fn counters(&self) -> Result<Vec<u32>> {
         let region = self.memory.slots()[0].region();
         let mut counters = Vec::new();

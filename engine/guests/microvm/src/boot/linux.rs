@@ -205,7 +205,7 @@ impl InitialDisk {
     }
 }
 
-/// Fails, with the mend, if a file to boot from is not there or not one.
+/// Fails, with the fix, if a file to boot from is not there or not one.
 pub fn check_file(what: &str, path: &Path) -> Result<()> {
     open_file(what, path).map(drop)
 }

@@ -27,7 +27,7 @@ const MODEM_CONTROL: u8 = 4;
 
 /// Where a guest's serial port writes to.
 pub struct Console {
-    /// Must not block: a vCPU waits for it. A [`pageferry::output::spool::Spool`] does not.
+    /// Must not block: a vCPU waits for it. A bounded buffer with a thread behind it does not.
     pub output: Box<dyn Write + Send>,
 }
 

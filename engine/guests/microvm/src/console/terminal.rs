@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// Bytes read at once.
 const PIECE_BYTES: usize = 4096;
-/// Between two offers of input to a guest that has no room for it, or stands still.
+/// Between two offers of input to a guest that has no room for it, or is paused.
 const OFFER_EVERY: Duration = Duration::from_millis(20);
 /// Between two looks whether a terminal in whose background we are has become ours.
 const FOREGROUND_EVERY: Duration = Duration::from_millis(250);

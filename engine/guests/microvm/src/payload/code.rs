@@ -7,7 +7,7 @@
 //!
 //!   step:   rbx = choose a page of the share
 //!           eax = content of the page in the generation that the ledger has (zeros in generation 0)
-//!           repe scasq: every word must be that, or the program ends with a cry
+//!           repe scasq: every word must be that, or the program ends by its failure port
 //!           rep stosq:  every word is made that of the next generation; then the ledger; then r14
 //!   clock:  note the longest gap between two readings of the time-stamp counter; wait until the next page is due
 //! ```
@@ -44,8 +44,8 @@ pub mod block {
     pub const HOLE_BYTES: usize = 0x70;
 }
 
-/// Where the program cries.
-pub const CRY_PORT: u16 = 0x5046;
+/// The port that the program writes to when a word is wrong.
+pub const FAILURE_PORT: u16 = 0x5046;
 
 /// What contents are made of: odd, so that different pages and generations differ.
 pub const PAGE_FACTOR: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -164,7 +164,7 @@ global_asm!(
     "jae 38f",
     "pause",
     "jmp 34b",
-    // Due. What was missed while the guest stood still is not made up for.
+    // Due. What was missed while the guest was paused is not made up for.
     "38:",
     "add rcx, [r15 + {DUE}]",
     "cmp rax, rcx",
@@ -176,7 +176,7 @@ global_asm!(
     // Corrupt.
     "44:",
     "mov [r15 + {CORRUPT}], r11",
-    "mov dx, {CRY_PORT}",
+    "mov dx, {FAILURE_PORT}",
     "mov eax, ebx",
     "out dx, eax",
     "jmp 44b",
@@ -196,7 +196,7 @@ global_asm!(
     HOLE_BYTES = const block::HOLE_BYTES,
     PAGE_FACTOR = const PAGE_FACTOR as i64,
     GENERATION_FACTOR = const GENERATION_FACTOR as i64,
-    CRY_PORT = const CRY_PORT,
+    FAILURE_PORT = const FAILURE_PORT,
 );
 
 unsafe extern "C" {

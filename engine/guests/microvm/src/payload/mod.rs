@@ -56,7 +56,7 @@ pub struct PayloadOptions {
     pub seed: u64,
 }
 
-/// What a payload guest knows of itself when it stands still.
+/// What a payload guest knows of itself when it is paused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LedgerReport {
     /// Pages written since it was born, by each vCPU.
@@ -160,7 +160,7 @@ impl PayloadPlan {
     }
 
     /// Compares all memory with the ledgers, and the ledgers with what the vCPUs, whose registers these are, have
-    /// counted. The guest stands still.
+    /// counted. The guest is paused.
     pub fn check(&self, memory: &GuestMemory, registers: &[kvm_regs]) -> Result<LedgerReport> {
         let mut report = LedgerReport { pages_written: Vec::new(), gap_ticks_max: Vec::new() };
         for (vcpu, (share, regs)) in self.shares.iter().zip(registers).enumerate() {

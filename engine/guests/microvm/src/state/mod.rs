@@ -21,7 +21,7 @@ const MAGIC: [u8; 8] = *b"PGFRYKVM";
 pub const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 24;
 
-/// The state of a machine that stands still.
+/// The state of a machine that is paused.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MachineState {
     /// Interrupt controllers and interval timer.

@@ -1,6 +1,6 @@
 //! What the vCPUs of a machine share: interrupt controllers, the interval timer, the clock.
 //!
-//! The guest's clocks go on through the blackout: how long it lasted is known from the hosts' wall clocks, and both
+//! The guest's clocks go on through the downtime: how long it lasted is known from the hosts' wall clocks, and both
 //! kvmclock and the time-stamp counters are put forward by that. Hosts whose wall clocks are apart make a leap of the
 //! same length; one that would be backwards is none, for time must not go back in a guest.
 

@@ -124,7 +124,7 @@ impl Vcpus {
         })
     }
 
-    /// Lets all of them run. `stood` if they stood still before: their guest is told, so that its watchdogs do not bark.
+    /// Lets all of them run. `stood` if they was paused before: their guest is told, so that its watchdogs do not bark.
     pub fn run(&self, stood: bool) -> Result<()> {
         // Looked at first: all of them run, or none.
         if self.vcpus.iter().any(|vcpu| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished)) {

@@ -22,7 +22,7 @@ pub type Task<T> = Box<dyn FnOnce(&mut VcpuFd) -> Result<T> + Send>;
 
 pub(crate) enum Order {
     /// Run, and first pass the order on to the next of the rest. Each thread wakes one other: if a caller woke all of them,
-    /// the first could take the processor from it, and the others would stand still for a time slice longer.
+    /// the first could take the processor from it, and the others would be paused for a time slice longer.
     Run {
         stood: bool,
         rest: Vec<Sender<Order>>,

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Why a file and not a memfd backend: see [`crate::memory::find`]. What cannot work is refused here, with
-//! the mend, before anything is started. [`rewrite`] is pure but for the files that it asks for.
+//! the fix, before anything is started. `rewrite.rs` is pure but for the files that it asks for.
 
 mod backend;
 mod memory_file;

@@ -72,7 +72,7 @@ const WITHOUT_VALUE: &[&str] = &[
 /// Rewrites a command for `role`; `memory` makes a file and says under which number QEMU inherits it.
 ///
 /// # Errors
-/// [`Error::Refused`] with the mend for what cannot be moved.
+/// [`Error::Refused`] with the fix for what cannot be moved.
 pub fn rewrite(
     words: &[OsString],
     role: Role,

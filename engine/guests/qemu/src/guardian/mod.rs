@@ -1,6 +1,6 @@
 //! A process that outlives its supervisor by a moment, to put the guest right if the supervisor dies.
 //!
-//! In the blackout the guest is stopped and only the supervisor knows why. If it is killed there, nobody
+//! In the downtime the guest is stopped and only the supervisor knows why. If it is killed there, nobody
 //! would ever let the guest run again. So before it stops the guest the first time the supervisor starts a
 //! guardian: this same program, in a process group of its own, which waits for the end of a pipe that only the
 //! supervisor holds open, and then acts on what they share.
@@ -19,7 +19,7 @@
 //! that is all that there is to do.
 //!
 //! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as they were,
-//! lie behind the two. All of it is shared memory, so sealing costs nothing in the blackout.
+//! lie behind the two. All of it is shared memory, so sealing costs nothing in the downtime.
 
 pub mod sentry;
 
@@ -179,7 +179,7 @@ impl Guardian {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => Err(Error::Guest(format!(
-                "the guardian process ended ({status}); without it the guest would be lost if this process died in the blackout"
+                "the guardian process ended ({status}); without it the guest would be lost if this process died in the downtime"
             ))),
             Err(e) => Err(Error::os("looking after the guardian process", e)),
         }

@@ -258,7 +258,7 @@ fn permitted(filters: &Filters, process: &Process<'_>, name: &str, call: Call) -
     )))
 }
 
-/// Why a process may not be traced, and so not be looked into either, with the mend.
+/// Why a process may not be traced, and so not be looked into either, with the fix.
 pub(super) fn seize_refused(pid: i32, errno: Errno) -> Error {
     if errno == Errno::SRCH {
         return Error::refused(format!("there is no process {pid}"));

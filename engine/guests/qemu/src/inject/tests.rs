@@ -63,7 +63,7 @@ impl Forked {
         let until = self.told().rounds.load(Ordering::SeqCst) + count;
         let deadline = Instant::now() + Duration::from_secs(30);
         while self.told().rounds.load(Ordering::SeqCst) < until {
-            assert!(Instant::now() < deadline, "the child stands still");
+            assert!(Instant::now() < deadline, "the child is paused");
             std::thread::sleep(Duration::from_micros(100));
         }
     }
@@ -264,7 +264,7 @@ fn writes_of_another_process_are_followed_and_its_death_is_noticed() {
     writer.write_all(b"ab").unwrap();
     done_reader.read_exact(&mut [0]).unwrap();
     let mut dirty = DirtyBitmap::new(64);
-    source.harvest(&mut dirty).unwrap();
+    source.sync(&mut dirty).unwrap();
     assert_eq!(dirty.runs(1).map(|r| r.first.0).collect::<Vec<_>>(), [10, 20]);
     child.kill(libc::SIGKILL);
     let pidfd = pidfd_open(Pid::from_raw(child.pid).unwrap(), PidfdFlags::empty()).unwrap();
@@ -273,7 +273,7 @@ fn writes_of_another_process_are_followed_and_its_death_is_noticed() {
         None,
     )
     .unwrap();
-    let error = source.harvest(&mut dirty).unwrap_err().to_string();
+    let error = source.sync(&mut dirty).unwrap_err().to_string();
     assert!(error.contains("not tracked any more"), "{error}");
     let _ = reader.read(&mut []);
 }
@@ -416,7 +416,7 @@ impl Injector {
         let this = std::env::current_exe().unwrap();
         let mut command = Command::new(this);
         command
-            .args(["--exact", "guest::qemu::inject::tests::injector", "--ignored", "--nocapture"])
+            .args(["--exact", "inject::tests::injector", "--ignored", "--nocapture"])
             .env("PAGEFERRY_TEST_PID", pid.to_string())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
@@ -698,7 +698,7 @@ fn a_filter_that_is_ours_too_is_tried_in_a_child() {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([
             "--exact",
-            "guest::qemu::inject::tests::trial_under_a_filter",
+            "inject::tests::trial_under_a_filter",
             "--ignored",
             "--nocapture",
         ]);

@@ -10,7 +10,7 @@
 //! A block that is shared **and** made by `memory-backend-file` is moved by the engine: QEMU leaves
 //! exactly those out of its own stream (capability `x-ignore-shared`). Until 8.0 shared was enough;
 //! since 8.1 (its flag `RAM_NAMED_FILE`) shared memory without a name, such as that of
-//! `memory-backend-memfd`, travels in QEMU's stream, in the blackout, and so is refused here.
+//! `memory-backend-memfd`, travels in QEMU's stream, in the downtime, and so is refused here.
 //! Everything small that is private (firmware, video memory) travels in that stream too. A shared file that QEMU
 //! maps read-only is left where it is ([`super::image`]).
 
@@ -57,7 +57,7 @@ const ADDRESSES_SINCE: (u32, u32) = (8, 0);
 /// Finds the memory of the guest that QEMU process `pid` runs, and opens the shared part.
 ///
 /// # Errors
-/// [`Error::Refused`] with the mend where some of the guest's memory cannot be moved.
+/// [`Error::Refused`] with the fix where some of the guest's memory cannot be moved.
 pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Result<GuestBlocks> {
     let version = qmp.version();
     if (version.major, version.minor) < ADDRESSES_SINCE {
@@ -132,7 +132,7 @@ fn judge(version: Version, block: &RamBlock, backend: Option<&str>, shared: bool
         true => ("ram0", " -machine memory-backend=ram0"),
         false => (id, ""),
     };
-    let mend = format!(
+    let fix = format!(
         "start QEMU under `pageferry run`, or with -object memory-backend-file,id={new_id},size={},\
          mem-path=/dev/shm/NAME,share=on{machine}",
         block.used_bytes
@@ -149,10 +149,10 @@ fn judge(version: Version, block: &RamBlock, backend: Option<&str>, shared: bool
         (Some(_), true) if !needs_name => Ok(Way::Engine),
         (Some(kind), true) => Err(Error::refused(format!(
             "memory block {id} is shared, but a {kind}: QEMU {version} would send all of it in its own stream, in \
-             the blackout: {mend}"
+             the downtime: {fix}"
         ))),
         (Some(_), false) => Err(Error::refused(format!(
-            "memory block {id} ({} MiB) is not shared, so pageferry cannot reach it: {mend}",
+            "memory block {id} ({} MiB) is not shared, so pageferry cannot reach it: {fix}",
             block.used_bytes >> 20
         ))),
     }

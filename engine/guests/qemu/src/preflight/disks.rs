@@ -15,7 +15,7 @@
 //! The mount tells the same file system as `fstatfs(2)` of the descriptor, but asks the kernel alone: a
 //! FUSE or network server that hangs cannot hold up who looks.
 //!
-//! What is not known to copy is drained ([`pageferry_engine::guest::SourceGuest::settle_io`]). Buffers that QEMU has
+//! What is not known to copy is drained ([`pageferry_engine::guest::SourceGuest::drain_io`]). Buffers that QEMU has
 //! registered with an io_uring are pinned for good, and no drain helps: [`registered_buffers`].
 
 use pageferry_engine::error::{Error, Result};

@@ -4,7 +4,7 @@
 //! physical addresses in the host: on Intel the virtual APIC page and posted-interrupt descriptors, with
 //! `hv-evmcs` the enlightened VMCS, on AMD the control block at an exit. KVM pins these pages when it maps
 //! them, and tells its own dirty log alone. Write-protection of page tables reports the pinning and nothing
-//! after it, so a page that was harvested in between goes stale at the destination.
+//! after it, so a page that was synced in between goes stale at the destination.
 //!
 //! ```text
 //!   query-kvm           no KVM: every write goes through QEMU's page tables, nested or not
@@ -19,7 +19,7 @@
 //! one the registers are asked: with virtualization switched off none runs now. The rest is refused, unless the operator says
 //! that no nested guest runs.
 //!
-//! Both are looked up at the preflight, after each harvest and before the pause; the count alone once more when the vCPUs
+//! Both are looked up at the preflight, after each sync and before the pause; the count alone once more when the vCPUs
 //! are stopped. If it has grown by then, a nested guest has run in between, and the move is aborted. Where QEMU tells no
 //! count (KVM has it since Linux 5.14), a nested guest that came and went between two looks is not seen.
 //!

@@ -27,7 +27,7 @@ const DRAIN_MAX: Duration = Duration::from_millis(200);
 /// How often a wait that is watched looks up.
 const LOOK_UP_EVERY: Duration = Duration::from_millis(20);
 
-/// A connection to one QEMU. See the [module](self).
+/// A connection to one QEMU. See the [module](crate::qmp).
 #[derive(Debug)]
 pub struct Qmp {
     socket: OwnedFd,
@@ -45,7 +45,7 @@ impl Qmp {
     /// Connects to a QMP socket and negotiates.
     ///
     /// # Errors
-    /// [`Error::Refused`] with the mend where there is no socket, nobody listens, or another client
+    /// [`Error::Refused`] with the fix where there is no socket, nobody listens, or another client
     /// holds it; [`Error::Guest`] if QEMU hangs up.
     pub fn connect(path: &Path, deadline: Instant) -> Result<Self> {
         let socket = socket_with(

@@ -1,10 +1,10 @@
 //! QEMU's own migration stream, used for the device state alone: the socket that holds it back, and its
 //! end.
 //!
-//! QEMU's migration is started **ahead** of the blackout into a socket that takes only a few KiB and
+//! QEMU's migration is started **ahead** of the downtime into a socket that takes only a few KiB and
 //! that nobody reads. QEMU does its set-up, writes until the socket is full, and waits there with the
 //! guest running. When the guest has been stopped the socket is opened wide and read to its end: what is
-//! left for the blackout is the device state and the few blocks that are not shared.
+//! left for the downtime is the device state and the few blocks that are not shared.
 
 pub mod settings;
 

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!   serve_full   own ring: lock, take -> pending, unlock, reset          a vCPU's thread
-//!   relieve      rings that are half full: the same                      the migration's thread, in mid-round
-//!   harvest      lock all, take all, reset, pending -> report, unlock    the migration's thread
+//!   drain_early      rings that are half full: the same                      the migration's thread, in mid-round
+//!   sync      lock all, take all, reset, pending -> report, unlock    the migration's thread
 //! ```
 //!
 //! Locks are taken in the order of the rings, and the lock of the reset last.
@@ -45,7 +45,7 @@ pub struct Rings<M, K> {
     /// One reset at a time: the kernel flushes the processors' address caches after it has let go of its own
     /// lock, so a second reset could return before the first has taken effect.
     resetting: Mutex<()>,
-    /// What the next harvest must report instead of pages; the first such thing.
+    /// What the next sync must report instead of pages; the first such thing.
     fault: Mutex<Option<String>>,
     full_exits: AtomicU64,
 }
@@ -76,7 +76,7 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
     }
 
     /// Empties the ring of a vCPU that has stopped because it is full; its own thread calls this. The other
-    /// vCPUs run on. An entry that makes no sense is told by the next harvest: the guest is not to blame for it.
+    /// vCPUs run on. An entry that makes no sense is told by the next sync: the guest is not to blame for it.
     ///
     /// # Errors
     /// [`Error::Guest`] if there is no such vCPU, or the kernel goes on about a ring that is empty.
@@ -103,7 +103,7 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
     }
 
     /// Empties rings that are at least half full, so that vCPUs need not stop for it.
-    pub fn relieve(&self) -> Result<()> {
+    pub fn drain_early(&self) -> Result<()> {
         for ring in &self.rings {
             // Whoever has the lock is emptying it.
             let Some(mut reader) = ring.ring.try_lock() else { continue };
@@ -120,7 +120,7 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
     ///
     /// # Errors
     /// [`Error::Guest`] if an entry made no sense, or a reset did not do its work. It stays so until [`Self::discard`].
-    pub fn harvest(&self, into: &mut DirtyBitmap) -> Result<u64> {
+    pub fn sync(&self, into: &mut DirtyBitmap) -> Result<u64> {
         let readers = self.take_all()?;
         let pages = self.pending.drain(into);
         drop(readers);
