@@ -1,5 +1,5 @@
-//! A record of migrations that were made elsewhere: of the reports that `pageferry migrate --json` printed. For moves
-//! between two hosts, which this program cannot make by itself.
+//! A record of migrations that were made elsewhere: of the reports that `pageferry migrate --json`
+//! printed. For moves between two hosts, which this program cannot make by itself.
 
 use crate::downtime::engine_figures;
 use crate::record::ratio::compare_groups;
@@ -53,7 +53,11 @@ pub fn collect(options: &CollectOptions) -> Result<Record> {
         if report.outcome == Outcome::Completed {
             engine_figures(&mut record, &group, turn, &report);
         } else {
-            record.fail(&group, turn, report.reason.clone().unwrap_or_else(|| "no reason was given".into()));
+            record.fail(
+                &group,
+                turn,
+                report.reason.clone().unwrap_or_else(|| "no reason was given".into()),
+            );
         }
         record.migrations.push(Migration { group, turn, report });
     }
@@ -98,12 +102,17 @@ mod tests {
             std::fs::write(&path, serde_json::to_vec(&report).unwrap()).unwrap();
             reports.push(path);
         }
-        let record = collect(&CollectOptions { title: "a test".into(), reports: reports.clone() }).unwrap();
+        let record =
+            collect(&CollectOptions { title: "a test".into(), reports: reports.clone() }).unwrap();
         assert_eq!(record.figure("pageferry tcp", "total").unwrap().samples.0, [8.0, 8.0]);
         assert_eq!(record.figure("pageferry rdma", "total").unwrap().samples.0, [4.0]);
-        assert_eq!((record.failures[0].turn, record.failures[0].why.as_str()), (1, "the cable was pulled"));
+        assert_eq!(
+            (record.failures[0].turn, record.failures[0].why.as_str()),
+            (1, "the cable was pulled")
+        );
         std::fs::write(&reports[0], "junk").unwrap();
-        let error = collect(&CollectOptions { title: String::new(), reports }).unwrap_err().to_string();
+        let error =
+            collect(&CollectOptions { title: String::new(), reports }).unwrap_err().to_string();
         assert!(error.contains("0.json"), "{error}");
     }
 }

@@ -1,5 +1,5 @@
-//! What the test guest says on its console: lines, and between them the heartbeats of a guest that has no other port
-//! for them.
+//! What the test guest says on its console: lines, and between them the heartbeats of a guest that
+//! has no other port for them.
 
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry_workload::heartbeat::{GapMeter, SHARED_BEAT};
@@ -27,8 +27,13 @@ impl std::fmt::Debug for Console {
 }
 
 impl Console {
-    /// Reads `output` from now on, in a thread of its own that ends with it. Beats among the lines go to `beats`.
-    pub fn open(output: impl Read + Send + 'static, input: Box<dyn Write + Send>, beats: Beats) -> Self {
+    /// Reads `output` from now on, in a thread of its own that ends with it. Beats among the lines
+    /// go to `beats`.
+    pub fn open(
+        output: impl Read + Send + 'static,
+        input: Box<dyn Write + Send>,
+        beats: Beats,
+    ) -> Self {
         let (sender, lines) = channel();
         std::thread::spawn(move || listen(output, &beats, &sender));
         Self { lines, input }
@@ -61,7 +66,9 @@ impl Console {
                     Ok(()) => continue,
                     Err(e) => e,
                 },
-                Err(RecvTimeoutError::Timeout) => anyhow!("the guest did not say {text:?} within {wait:?}"),
+                Err(RecvTimeoutError::Timeout) => {
+                    anyhow!("the guest did not say {text:?} within {wait:?}")
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     let closed = anyhow!("the guest's console closed before it said {text:?}");
                     sense().err().unwrap_or(closed)
@@ -154,7 +161,8 @@ mod tests {
 
     #[test]
     fn damage_ends_every_wait() {
-        let error = console(b"WORKLOAD CORRUPT page=7\nWORKLOAD t=1\n").0.wait("t=", LONG).unwrap_err();
+        let error =
+            console(b"WORKLOAD CORRUPT page=7\nWORKLOAD t=1\n").0.wait("t=", LONG).unwrap_err();
         assert!(error.to_string().contains("page=7"));
     }
 

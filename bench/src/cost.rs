@@ -1,10 +1,10 @@
-//! What a page costs on our side of the NIC: from the dirty set through the pump, the link's checks, keys, credits
-//! and work requests to completions and the last fence, on one thread. The device is one that has done everything
-//! as soon as it is told.
+//! What a page costs on our side of the NIC: from the dirty set through the pump, the link's
+//! checks, keys, credits and work requests to completions and the last fence, on one thread. The
+//! device is one that has done everything as soon as it is told.
 //!
-//! Scattered is every second page, so nothing can be merged; contiguous is every page, merged into writes of a
-//! stripe. The first round looks at each page once to see whether it is zero (here it never is, which its first
-//! word says); later rounds do not, for these pages were sent before.
+//! Scattered is every second page, so nothing can be merged; contiguous is every page, merged into
+//! writes of a stripe. The first round looks at each page once to see whether it is zero (here it
+//! never is, which its first word says); later rounds do not, for these pages were sent before.
 //!
 //! Two rows more are of the way into the dirty set where KVM's rings fill it ([`ring`]).
 
@@ -69,15 +69,21 @@ pub struct Push {
 
 impl Row {
     fn all() -> Vec<Self> {
-        let with = |(scattered, first)| [1, 4].map(|lanes| Self::Push(Push { scattered, first, lanes }));
-        let pushed = [(true, false), (true, true), (false, false), (false, true)].into_iter().flat_map(with);
+        let with =
+            |(scattered, first)| [1, 4].map(|lanes| Self::Push(Push { scattered, first, lanes }));
+        let pushed =
+            [(true, false), (true, true), (false, false), (false, true)].into_iter().flat_map(with);
         pushed.chain([true, false].map(|scattered| Self::Ring { scattered })).collect()
     }
 }
 
 impl Push {
     fn dirty(self, pages: u64) -> DirtyBitmap {
-        if self.scattered { crate::memory::every_second(pages, 1) } else { crate::memory::every(pages) }
+        if self.scattered {
+            crate::memory::every_second(pages, 1)
+        } else {
+            crate::memory::every(pages)
+        }
     }
 }
 
@@ -111,7 +117,8 @@ const INSTRUCTIONS: Spec = Spec::headline("instructions a page", "");
 /// Measures every row in turns, the order rotating, or until `progress` hears of an interruption.
 pub fn run(options: CostOptions, progress: &Progress) -> Result<Record> {
     let guest = Guest::new(options.memory_mib)?;
-    let title = format!("a page on our side of the NIC, {} MiB of guest memory", options.memory_mib);
+    let title =
+        format!("a page on our side of the NIC, {} MiB of guest memory", options.memory_mib);
     let mut record = Record::begin("cost", title, &options)?;
     record.notes = notes();
     let rows = Row::all();
@@ -181,7 +188,8 @@ impl Guest {
     }
 
     fn push(&self, row: Push) -> Result<(u64, f64)> {
-        let mut link = RdmaInitiator::without_device(row.lanes, &[self.remote], &RdmaOptions::default())?;
+        let mut link =
+            RdmaInitiator::without_device(row.lanes, &[self.remote], &RdmaOptions::default())?;
         let region = self.memory.slots()[0].region();
         link.register(region)?;
         link.expect(region, std::slice::from_ref(&(0..region.len())))?;
@@ -194,7 +202,8 @@ impl Guest {
         timed(&mut pump, &mut row.dirty(self.memory.pages()))
     }
 
-    /// Until every stripe can be posted from: as in a migration, where that is done ahead of the data.
+    /// Until every stripe can be posted from: as in a migration, where that is done ahead of the
+    /// data.
     fn wait_until_ready(&self, link: &mut RdmaInitiator) -> Result<()> {
         let region = self.memory.slots()[0].region();
         let deadline = Instant::now() + READY_MAX;
@@ -213,7 +222,10 @@ impl Guest {
         }
         while done < stripes {
             done += link.poll(&mut out, deadline)?;
-            ensure!(Instant::now() < deadline, "the link did not complete a write within {READY_MAX:?}");
+            ensure!(
+                Instant::now() < deadline,
+                "the link did not complete a write within {READY_MAX:?}"
+            );
         }
         Ok(())
     }
@@ -246,13 +258,20 @@ fn transfer(pump: &mut Pump<'_>, dirty: &mut DirtyBitmap) -> Result<u64> {
 fn instructions(row: Row) -> Result<f64> {
     let (row, memory) = (row.to_string(), COUNTED_MIB.to_string());
     let said = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*counted_transfer*"])
+        .args([
+            "--tool=callgrind",
+            "--callgrind-out-file=/dev/null",
+            "--toggle-collect=*counted_transfer*",
+        ])
         .arg(std::env::current_exe()?)
         .args(["cost", "--once", &row, "--memory", &memory])
         .stdin(Stdio::null())
         .output()
-        .map_err(|e| anyhow!("valgrind cannot be started ({e}): install it, or leave out --instructions"))?;
-    let (stdout, stderr) = (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+        .map_err(|e| {
+            anyhow!("valgrind cannot be started ({e}): install it, or leave out --instructions")
+        })?;
+    let (stdout, stderr) =
+        (String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
     ensure!(said.status.success(), "{row} under valgrind: {}: {stderr}", said.status);
     collected(&stdout, &stderr)
         .with_context(|| format!("{row} under valgrind said {stdout:?} and {stderr:?}"))
@@ -280,7 +299,8 @@ mod tests {
 
     #[test]
     fn valgrinds_count_is_divided_by_the_pages() {
-        let said = "==7== Callgrind, a call-graph generating profiler\n==7== \n==7== Collected : 8192\n";
+        let said =
+            "==7== Callgrind, a call-graph generating profiler\n==7== \n==7== Collected : 8192\n";
         assert_eq!(collected("64 pages\n", said), Some(128.0));
         for (stdout, stderr) in
             [("", said), ("0 pages\n", said), ("64 pages\n", ""), ("64 pages", "Collected : 0")]

@@ -1,9 +1,9 @@
 //! CPU time of processes over a stretch of time, without the guest's own.
 //!
-//! The CPU clock of each process (all its threads, also those that have ended), less the threads that run
-//! the guest (QEMU names them `CPU n/...` with `-name debug-threads=on`, the built-in monitor `vcpu n`): what the workload
-//! burns is not the migration's. Sampled while it lasts, because a source ends at the end of its migration and takes its
-//! clock along.
+//! The CPU clock of each process (all its threads, also those that have ended), less the threads
+//! that run the guest (QEMU names them `CPU n/...` with `-name debug-threads=on`, the built-in
+//! monitor `vcpu n`): what the workload burns is not the migration's. Sampled while it lasts,
+//! because a source ends at the end of its migration and takes its clock along.
 
 use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often clocks are read, at the cost of a microsecond each. What a process burns in its last moments is
-/// lost, for every way alike.
+/// How often clocks are read, at the cost of a microsecond each. What a process burns in its last
+/// moments is lost, for every way alike.
 const SAMPLE_EVERY: Duration = Duration::from_millis(4);
 
 /// How the names of threads begin that run a guest: in QEMU, and in the built-in monitor.
@@ -67,8 +67,10 @@ impl Meter {
         self.stop.store(true, Ordering::Relaxed);
         let _ = self.thread.join();
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let spent: u64 =
-            last.iter().map(|(pid, ns)| ns.saturating_sub(self.first.get(pid).copied().unwrap_or(0))).sum();
+        let spent: u64 = last
+            .iter()
+            .map(|(pid, ns)| ns.saturating_sub(self.first.get(pid).copied().unwrap_or(0)))
+            .sum();
         spent as f64 / 1e9
     }
 }
@@ -81,14 +83,17 @@ impl Process {
             fs::read_to_string(task.join("comm"))
                 .is_ok_and(|name| GUEST_THREADS.iter().any(|prefix| name.starts_with(prefix)))
         };
-        let guest = tasks.map(|task| task.path()).filter(runs_guest).map(|task| task.join("schedstat"));
+        let guest =
+            tasks.map(|task| task.path()).filter(runs_guest).map(|task| task.join("schedstat"));
         Some(Self { pid, clock, guest: guest.collect() })
     }
 
     fn spent_ns(&self) -> Option<u64> {
         let now = self.clock.now().ok()?;
-        let all = u64::try_from(now.tv_sec()).ok()? * 1_000_000_000 + u64::try_from(now.tv_nsec()).ok()?;
-        let of = |path: &PathBuf| fs::read_to_string(path).ok()?.split(' ').next()?.parse::<u64>().ok();
+        let all = u64::try_from(now.tv_sec()).ok()? * 1_000_000_000
+            + u64::try_from(now.tv_nsec()).ok()?;
+        let of =
+            |path: &PathBuf| fs::read_to_string(path).ok()?.split(' ').next()?.parse::<u64>().ok();
         Some(all.saturating_sub(self.guest.iter().filter_map(of).sum()))
     }
 }

@@ -1,5 +1,5 @@
-//! The floor under every downtime between two QEMUs: stop, save, load, cont, with no memory to move. The
-//! destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
+//! The floor under every downtime between two QEMUs: stop, save, load, cont, with no memory to
+//! move. The destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
 
 use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, TestBed};
 use crate::ways::{AFTERMATH, STEADY, Sample, downtime_ms, status_of};
@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 /// Moves the guest to a new QEMU on the same memory, which is put in its place.
 pub fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
-    let mut destination = bed.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
+    let mut destination =
+        bed.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
     source.console.settle(STEADY, START_MAX)?;
     let deadline = Instant::now() + GUEST_MAX;
-    let capabilities = ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
+    let capabilities =
+        ["events", "x-ignore-shared"].map(|name| json!({ "capability": name, "state": true }));
     let off = ["multifd", "zero-copy-send", "postcopy-ram"]
         .map(|name| json!({ "capability": name, "state": false }));
     for qmp in [&mut source.qmp, &mut destination.qmp] {
@@ -25,7 +27,8 @@ pub fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
         json!({ "max-bandwidth": 1u64 << 40, "downtime-limit": 300 }),
         deadline,
     )?;
-    let uri = format!("unix:{}", bed.directory.join(format!("{}.floor", destination.name)).display());
+    let uri =
+        format!("unix:{}", bed.directory.join(format!("{}.floor", destination.name)).display());
     destination.qmp.execute("migrate-incoming", json!({ "uri": uri }), deadline)?;
     source.qmp.drain_events()?;
     destination.qmp.drain_events()?;
@@ -34,8 +37,9 @@ pub fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
     source.qmp.execute("stop", json!({}), deadline)?;
     source.qmp.execute("migrate", json!({ "uri": uri }), deadline)?;
     for qmp in [&mut source.qmp, &mut destination.qmp] {
-        let end =
-            qmp.wait_event(deadline, |e| status_of(e).is_some_and(|s| matches!(s, "completed" | "failed")))?;
+        let end = qmp.wait_event(deadline, |e| {
+            status_of(e).is_some_and(|s| matches!(s, "completed" | "failed"))
+        })?;
         if status_of(&end) != Some("completed") {
             bail!("handing over without memory failed");
         }

@@ -1,12 +1,13 @@
-//! How long a guest is paused *outside* the switchover: when a migration begins, in its rounds, when it is cancelled,
-//! when it is aborted, when the supervisor is killed.
+//! How long a guest is paused *outside* the switchover: when a migration begins, in its rounds,
+//! when it is cancelled, when it is aborted, when the supervisor is killed.
 //!
 //! ```text
 //!   a turn:  idle | start, rounds, cancel | start, the receiver is killed | start, the supervisor is killed
 //! ```
 //!
-//! A Linux guest in QEMU sends a heartbeat a millisecond; each figure is the longest time between two. The migration never
-//! switches over: its round 0 is held to a rate at which it lasts longer than the turn.
+//! A Linux guest in QEMU sends a heartbeat a millisecond; each figure is the longest time between
+//! two. The migration never switches over: its round 0 is held to a rate at which it lasts longer
+//! than the turn.
 
 use crate::downtime::linux::made;
 use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, TestBed};
@@ -50,7 +51,8 @@ pub struct GapsArgs {
     /// Turns.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     turns: u32,
-    /// Processor that the guest has for itself; pageferry and the heartbeats' reader have the others.
+    /// Processor that the guest has for itself; pageferry and the heartbeats' reader have the
+    /// others.
     #[arg(long, value_name = "CPU")]
     guest_cpu: Option<usize>,
     /// Directory for the record and its page.
@@ -62,7 +64,10 @@ pub struct GapsArgs {
 /// Boots the guest once and takes it through all turns.
 pub fn run(args: &GapsArgs, progress: &Progress) -> Result<Record> {
     if args.touched + args.working + 128 > args.memory {
-        bail!("--touched and --working do not fit --memory {} beside the guest's kernel", args.memory);
+        bail!(
+            "--touched and --working do not fit --memory {} beside the guest's kernel",
+            args.memory
+        );
     }
     let title = format!(
         "gaps of a guest of {} MiB, {} of them touched, outside the switchover",
@@ -106,7 +111,9 @@ impl Cpus {
     fn new(guest_cpu: usize) -> Result<Self> {
         let mut others = sched_getaffinity(None).context("asking for this process' processors")?;
         if guest_cpu >= CpuSet::MAX_CPU || !others.is_set(guest_cpu) || others.count() < 2 {
-            bail!("--guest-cpu {guest_cpu}: this process may not use that processor and another one");
+            bail!(
+                "--guest-cpu {guest_cpu}: this process may not use that processor and another one"
+            );
         }
         others.unset(guest_cpu);
         let mut guest = CpuSet::new();
@@ -127,7 +134,9 @@ fn guest(args: &GapsArgs) -> Result<GuestOptions> {
         kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
         initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
         pageferry: made(
-            &std::env::current_exe().context("the path of this program")?.with_file_name("pageferry"),
+            &std::env::current_exe()
+                .context("the path of this program")?
+                .with_file_name("pageferry"),
             "cargo build --release -p pageferry",
         )?,
         lanes: 1,
@@ -213,7 +222,9 @@ impl Moving {
     fn end(self) -> Result<()> {
         let ended = self.0.end(GUEST_MAX)?;
         if ended.status.success() {
-            bail!("the guest was moved, so round 0 was over before the turn: less --rate or more --touched");
+            bail!(
+                "the guest was moved, so round 0 was over before the turn: less --rate or more --touched"
+            );
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! The downtime harness: the same guest moved in several ways, and the same bytes, in turns within one run.
+//! The downtime harness: the same guest moved in several ways, and the same bytes, in turns within
+//! one run.
 
 pub mod bulk;
 pub mod collect;

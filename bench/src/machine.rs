@@ -1,5 +1,5 @@
-//! One QEMU with the test guest, started by hand or under `pageferry receive`, and what the host sees of
-//! its guest: console lines, heartbeats, QMP events.
+//! One QEMU with the test guest, started by hand or under `pageferry receive`, and what the host
+//! sees of its guest: console lines, heartbeats, QMP events.
 
 use crate::console::{Beats, Console};
 use crate::downtime::network::Network;
@@ -63,20 +63,21 @@ pub struct GuestOptions {
 }
 
 impl GuestOptions {
-    /// The guest kernel's command line. Under KVM the guest may be held for minutes while another is measured, which its
-    /// watchdogs would take for a fault.
+    /// The guest kernel's command line. Under KVM the guest may be held for minutes while another
+    /// is measured, which its watchdogs would take for a fault.
     #[must_use]
     pub fn command_line(&self) -> String {
-        // No line that nobody asked for: beats on the console wait for it, some 40 ms in the lab, and a line of its own
-        // accord could be taken for an answer.
+        // No line that nobody asked for: beats on the console wait for it, some 40 ms in the lab,
+        // and a line of its own accord could be taken for an answer.
         let common = format!(
             "console=ttyS0 quiet panic=-1 tsc=reliable pf.status_s=0 pf.mib={} pf.touch={} pf.rate={}",
             self.working_mib, self.touched_mib, self.rate_mb
         );
         match self.accel {
             Accel::Tcg => common,
-            // The same way for the beats in every monitor; and under KVM inside an emulator no program may use ports.
-            // The pulse ticks no faster than it beats: a tick is dear there too.
+            // The same way for the beats in every monitor; and under KVM inside an emulator no
+            // program may use ports. The pulse ticks no faster than it beats: a tick is dear there
+            // too.
             Accel::Kvm => format!(
                 "{common} nowatchdog rcupdate.rcu_cpu_stall_suppress=1 pf.ports=0 pf.beat_us={beat} pf.tick_us={beat}",
                 beat = self.beat.as_micros()
@@ -168,16 +169,24 @@ pub struct TestBed {
 impl TestBed {
     /// An empty one.
     pub fn new(options: GuestOptions) -> Result<Self> {
-        let directory =
-            std::env::temp_dir().join(format!("pageferry-bench-{}-{}", std::process::id(), next_name()));
+        let directory = std::env::temp_dir().join(format!(
+            "pageferry-bench-{}-{}",
+            std::process::id(),
+            next_name()
+        ));
         std::fs::create_dir_all(&directory)?;
         std::fs::set_permissions(&directory, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
         Ok(Self { beats: options.beats(), options, directory, network: None })
     }
 
-    /// Starts one more QEMU. `memory` is the file to use as its memory; none makes a new one. `prealloc`
-    /// has QEMU touch all of it first.
-    pub fn start(&self, begin: Begin, memory: Option<Arc<MemoryFile>>, prealloc: bool) -> Result<Machine> {
+    /// Starts one more QEMU. `memory` is the file to use as its memory; none makes a new one.
+    /// `prealloc` has QEMU touch all of it first.
+    pub fn start(
+        &self,
+        begin: Begin,
+        memory: Option<Arc<MemoryFile>>,
+        prealloc: bool,
+    ) -> Result<Machine> {
         let name = next_name();
         let at = |what: &str| self.directory.join(format!("{name}.{what}"));
         let memory = memory.unwrap_or_else(|| {
@@ -217,11 +226,16 @@ impl TestBed {
         let mut starting = Starting { process: Some(process), supervised, qemu: None };
         let process = starting.process.as_mut().context("it was started")?;
         let said = Said::of(process.stderr.take().context("its errors were piped")?);
-        let listens = if supervised { Some(said.wait("waits for a guest on ", START_MAX)?) } else { None };
+        let listens =
+            if supervised { Some(said.wait("waits for a guest on ", START_MAX)?) } else { None };
         let deadline = Instant::now() + START_MAX;
-        let mut qmp = Qmp::over(connect(&at("qmp1"), process, &said)?.into(), &at("qmp1"), deadline)?;
-        let pid =
-            if supervised { qemu_of(&self.directory, &name, &self.options.pageferry)? } else { process.id() };
+        let mut qmp =
+            Qmp::over(connect(&at("qmp1"), process, &said)?.into(), &at("qmp1"), deadline)?;
+        let pid = if supervised {
+            qemu_of(&self.directory, &name, &self.options.pageferry)?
+        } else {
+            process.id()
+        };
         starting.qemu = supervised.then_some(pid);
         let process = starting.process.as_mut().context("it was started")?;
         qmp.execute(
@@ -254,7 +268,9 @@ impl TestBed {
         let o = &self.options;
         let at = |what: &str| self.directory.join(format!("{name}.{what}")).display().to_string();
         let mut words: Vec<String> =
-            ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot"].map(Into::into).into();
+            ["qemu-system-x86_64", "-nodefaults", "-display", "none", "-no-reboot"]
+                .map(Into::into)
+                .into();
         let mut add = |a: &str, b: String| words.extend([a.to_owned(), b]);
         let serial: &[_] = match o.accel {
             Accel::Tcg => {
@@ -301,7 +317,10 @@ impl TestBed {
         std::thread::spawn(move || {
             let mut bytes = [0; 256];
             while let Ok(n @ 1..) = stream.read(&mut bytes) {
-                beats.lock().unwrap_or_else(PoisonError::into_inner).observe(Instant::now(), &bytes[..n]);
+                beats
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .observe(Instant::now(), &bytes[..n]);
             }
         });
         Ok(())
@@ -313,8 +332,8 @@ impl TestBed {
         self.largest_gap().map_or(f64::NAN, |gap| gap.length.as_secs_f64() * 1e3)
     }
 
-    /// How long after this moment that gap began, in milliseconds. A gap that began long before the end of a move is not
-    /// its downtime.
+    /// How long after this moment that gap began, in milliseconds. A gap that began long before the
+    /// end of a move is not its downtime.
     #[must_use]
     pub fn gap_began_ms(&self, begun: Instant) -> f64 {
         self.largest_gap()
@@ -353,7 +372,11 @@ impl Machine {
             }
             let status = qmp.execute("query-status", json!({}), Instant::now() + START_MAX)?;
             if status["running"] != json!(true) {
-                bail!("QEMU says that it is not running any more: {}{}", status["status"], said.first());
+                bail!(
+                    "QEMU says that it is not running any more: {}{}",
+                    status["status"],
+                    said.first()
+                );
             }
             sense()
         })?;
@@ -389,7 +412,8 @@ impl Drop for Starting {
     fn drop(&mut self) {
         let Some(process) = &mut self.process else { return };
         if self.supervised && self.qemu.is_none() {
-            // Told to end, a supervisor without a guest ends its QEMU, which nobody else here knows.
+            // Told to end, a supervisor without a guest ends its QEMU, which nobody else here
+            // knows.
             terminate(process);
         }
         end(process, self.qemu);
@@ -417,12 +441,15 @@ fn terminate(process: &mut Child) {
 fn end(process: &mut Child, qemu: Option<u32>) {
     let _ = process.kill();
     let _ = process.wait();
-    if let Some(pid) = qemu.and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw) {
+    if let Some(pid) =
+        qemu.and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw)
+    {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
 
-/// Connects to a socket that QEMU is about to open: the path appears an instant before anybody listens.
+/// Connects to a socket that QEMU is about to open: the path appears an instant before anybody
+/// listens.
 fn connect(path: &Path, process: &mut Child, said: &Said) -> Result<UnixStream> {
     let deadline = Instant::now() + START_MAX;
     loop {

@@ -43,15 +43,19 @@ enum Command {
     Rdma(RdmaArgs),
     /// What a page costs on its way from the dirty set to the RDMA device, which is none here.
     Cost(CostArgs),
-    /// One guest moved back and forth: the downtime, its slices, and what guest and client saw of it.
+    /// One guest moved back and forth: the downtime, its slices, and what guest and client saw of
+    /// it.
     Downtime(DowntimeArgs),
-    /// The engine's policy against modelled guests, hosts and cables; with --check beside real migrations.
+    /// The engine's policy against modelled guests, hosts and cables; with --check beside real
+    /// migrations.
     Simulate(SimulateArgs),
-    /// Dirty rate against bandwidth: where a guest stops converging, over shaped cables and by the model.
+    /// Dirty rate against bandwidth: where a guest stops converging, over shaped cables and by the
+    /// model.
     Sweep(SweepArgs),
     /// What following a guest's writes costs, for the migration and for the guest.
     Dirty(DirtyArgs),
-    /// How long a guest is paused outside the switchover: start, rounds, cancel, abort, a killed supervisor.
+    /// How long a guest is paused outside the switchover: start, rounds, cancel, abort, a killed
+    /// supervisor.
     Gaps(GapsArgs),
     /// What changed between two records beyond noise.
     Compare(CompareArgs),
@@ -120,7 +124,8 @@ struct DowntimeArgs {
     /// Where the payload guest writes.
     #[arg(long, value_enum, default_value = "random")]
     pattern: Pattern,
-    /// How writes of the payload guest are followed; for more than one, each has a guest of its own, in turns.
+    /// How writes of the payload guest are followed; for more than one, each has a guest of its
+    /// own, in turns.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
     tracking: Vec<Tracking>,
     /// Threads that write; vCPUs of the payload guest.
@@ -148,7 +153,8 @@ struct DowntimeArgs {
 
 #[derive(Debug, clap::Args)]
 struct RdmaArgs {
-    /// Address of this host that the writes come from. The default is the lab machine's, as is --to.
+    /// Address of this host that the writes come from. The default is the lab machine's, as is
+    /// --to.
     #[arg(long, value_name = "IP", default_value = "10.77.0.1")]
     from: IpAddr,
     /// Address of this host that is written to.
@@ -169,7 +175,8 @@ struct RdmaArgs {
     /// MiB of memory at each end of the link.
     #[arg(long, default_value_t = 64)]
     memory: u32,
-    /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best counts.
+    /// A way to run ib_write_bw, as on its command line; may be given more than once, and the best
+    /// counts.
     #[arg(long, value_name = "FLAGS", allow_hyphen_values = true, default_values = ["", "-Q 16", "-l 16 -Q 16"])]
     perftest: Vec<String>,
     /// Directory for the record and its page.
@@ -205,8 +212,8 @@ fn main() -> ExitCode {
 }
 
 impl Command {
-    /// Whether it may start processes that must not outlive it. One repetition for a tool that counts does not, and would
-    /// be lost to that tool if it were executed anew.
+    /// Whether it may start processes that must not outlive it. One repetition for a tool that
+    /// counts does not, and would be lost to that tool if it were executed anew.
     fn measures(&self) -> bool {
         match self {
             Self::Compare(_) | Self::Collect(_) | Self::Summary(_) | Self::Sweeper { .. } => false,
@@ -236,7 +243,9 @@ fn run(command: Command) -> Result<()> {
         Command::Simulate(args) => run_simulate(args),
         Command::Sweep(args) => run_sweep(args),
         Command::Dirty(args) => run_dirty(args),
-        Command::Gaps(args) => measure("gaps", &args.out.clone(), |progress| gaps::run(&args, progress)),
+        Command::Gaps(args) => {
+            measure("gaps", &args.out.clone(), |progress| gaps::run(&args, progress))
+        }
         Command::Compare(args) => run_compare(&args),
         Command::Collect(args) => run_collect(args),
         Command::Summary(args) => run_summary(&args),
@@ -244,7 +253,8 @@ fn run(command: Command) -> Result<()> {
     }
 }
 
-/// Moves of a run that is not quick, and of one that is. The Linux guest is left alone for some seconds between two.
+/// Moves of a run that is not quick, and of one that is. The Linux guest is left alone for some
+/// seconds between two.
 const MOVES: [u32; 2] = [200, 20];
 const MOVES_LINUX: [u32; 2] = [100, 10];
 
@@ -313,15 +323,20 @@ fn measure(what: &str, out: &Path, run: impl FnOnce(&Progress) -> Result<Record>
     finish(&record, out)
 }
 
-/// Shows a record and writes it. A run of which nothing succeeded, or that was interrupted, is a failure, with its record kept all the same.
+/// Shows a record and writes it. A run of which nothing succeeded, or that was interrupted, is a
+/// failure, with its record kept all the same.
 fn finish(record: &Record, out: &Path) -> Result<()> {
     // Kept first, whoever reads: it may have taken an hour.
     let json = save::save(record, out)?;
     let page = json.with_extension("html");
     tell(&format!("{}{} and, to look at, {}\n", record.show(), json.display(), page.display()))?;
     match record.failures.first() {
-        Some(failure) if record.figures.is_empty() => bail!("nothing could be measured: {}", failure.why),
-        _ if record.interrupted => bail!("it was interrupted; what was measured until then is kept"),
+        Some(failure) if record.figures.is_empty() => {
+            bail!("nothing could be measured: {}", failure.why)
+        }
+        _ if record.interrupted => {
+            bail!("it was interrupted; what was measured until then is kept")
+        }
         _ => Ok(()),
     }
 }
@@ -350,8 +365,11 @@ fn run_cost(args: &CostArgs) -> Result<()> {
     if let Some(row) = args.once {
         return tell(&format!("{} pages\n", cost::once(row, args.memory)?));
     }
-    let options =
-        CostOptions { repeat: args.repeat, memory_mib: args.memory, instructions: args.instructions };
+    let options = CostOptions {
+        repeat: args.repeat,
+        memory_mib: args.memory,
+        instructions: args.instructions,
+    };
     measure("cost", &args.out, |progress| cost::run(options, progress))
 }
 

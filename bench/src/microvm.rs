@@ -1,5 +1,5 @@
-//! One `pageferry microvm` with the test guest: the same kernel, initramfs, memory and workload as in QEMU, in pageferry's
-//! own monitor.
+//! One `pageferry microvm` with the test guest: the same kernel, initramfs, memory and workload as
+//! in QEMU, in pageferry's own monitor.
 
 use crate::console::Console;
 use crate::machine::{GUEST_MAX, START_MAX, TestBed, next_name};
@@ -27,7 +27,8 @@ pub struct Microvm {
 }
 
 impl Microvm {
-    /// Starts one, with all of its memory taken first if `preallocated`; one that waits at `listen` if there is an address, and else boots.
+    /// Starts one, with all of its memory taken first if `preallocated`; one that waits at `listen`
+    /// if there is an address, and else boots.
     pub fn start(
         bed: &TestBed,
         tracking: TrackingChoice,
@@ -36,7 +37,14 @@ impl Microvm {
     ) -> Result<Self> {
         let (options, name) = (&bed.options, next_name());
         let mut command = Command::new(&options.pageferry);
-        command.args(["microvm", &name, "--memory", &format!("{}M", options.memory_mib), "--cpus", "1"]);
+        command.args([
+            "microvm",
+            &name,
+            "--memory",
+            &format!("{}M", options.memory_mib),
+            "--cpus",
+            "1",
+        ]);
         if preallocated {
             command.arg("--preallocate");
         }
@@ -101,7 +109,8 @@ impl Microvm {
     /// Whether its guest runs and writes.
     #[must_use]
     pub fn is_well(&mut self) -> bool {
-        matches!(self.process.try_wait(), Ok(None)) && self.console.settle(Duration::ZERO, START_MAX).is_ok()
+        matches!(self.process.try_wait(), Ok(None))
+            && self.console.settle(Duration::ZERO, START_MAX).is_ok()
     }
 }
 

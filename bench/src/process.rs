@@ -58,7 +58,11 @@ impl Process {
         while !self.said.stdout.contains(text) {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => self.said.add(line),
-                Err(e) => bail!("{} did not say {text:?} ({e}), it said {}", self.program, self.said.all()),
+                Err(e) => bail!(
+                    "{} did not say {text:?} ({e}), it said {}",
+                    self.program,
+                    self.said.all()
+                ),
             }
         }
         Ok(())
@@ -77,7 +81,11 @@ impl Process {
                 Ok(line) => self.said.add(line),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    bail!("{} did not end within {wait:?}, it said {}", self.program, self.said.all())
+                    bail!(
+                        "{} did not end within {wait:?}, it said {}",
+                        self.program,
+                        self.said.all()
+                    )
                 }
             }
         }
@@ -124,9 +132,10 @@ fn read(from: impl Read + Send + 'static, to: Sender<Line>, line: fn(String) -> 
         let mut text = Vec::new();
         // Nobody listens any more once it is over.
         while from.read_until(b'\n', &mut text).is_ok_and(|n| n > 0)
-            && to.send(line(String::from_utf8_lossy(&std::mem::take(&mut text)).into_owned())).is_ok()
-        {
-        }
+            && to
+                .send(line(String::from_utf8_lossy(&std::mem::take(&mut text)).into_owned()))
+                .is_ok()
+        {}
     });
 }
 
@@ -144,7 +153,10 @@ mod tests {
         let ended = process.end(LONG).unwrap();
         assert_eq!(ended.stdout, "ready\n");
         let error = ended.check().unwrap_err().to_string();
-        assert!(error.contains("why") && error.contains('3') && error.lines().count() == 1, "{error}");
+        assert!(
+            error.contains("why") && error.contains('3') && error.lines().count() == 1,
+            "{error}"
+        );
     }
 
     #[test]

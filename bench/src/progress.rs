@@ -16,12 +16,14 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// From now on Ctrl-C, or the end of the terminal, ends the run after the step that goes on, with all that was measured kept. A second one changes
-    /// nothing: to end at once would leave QEMUs behind, and every wait of a step has a deadline.
+    /// From now on Ctrl-C, or the end of the terminal, ends the run after the step that goes on,
+    /// with all that was measured kept. A second one changes nothing: to end at once would leave
+    /// QEMUs behind, and every wait of a step has a deadline.
     pub fn begin(what: &str) -> Result<Self> {
         let interrupted = Arc::new(AtomicBool::new(false));
         for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::flag::register(signal, Arc::clone(&interrupted)).context("listening for Ctrl-C")?;
+            signal_hook::flag::register(signal, Arc::clone(&interrupted))
+                .context("listening for Ctrl-C")?;
         }
         let bar = ProgressBar::new(0);
         let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}, {eta} left")

@@ -1,4 +1,5 @@
-//! What a monitor says on its standard error: waited for while it starts, and the reason when it ends.
+//! What a monitor says on its standard error: waited for while it starts, and the reason when it
+//! ends.
 
 use anyhow::{Result, bail};
 use std::io::{BufRead, BufReader};
@@ -65,7 +66,8 @@ impl Said {
             if left.is_zero() {
                 bail!("it did not say {text:?} within {wait:?}");
             }
-            words = self.0.changed.wait_timeout(words, left).unwrap_or_else(PoisonError::into_inner).0;
+            words =
+                self.0.changed.wait_timeout(words, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -110,7 +112,10 @@ mod tests {
         assert_eq!(said.wait("waits on ", LONG).unwrap(), "here");
         let error = said.wait("runs", LONG).unwrap_err().to_string();
         assert!(error.contains("no memory"), "{error}");
-        assert_eq!((said.first().as_str(), said.last().as_str()), (" (it waits on here)", " (no memory)"));
+        assert_eq!(
+            (said.first().as_str(), said.last().as_str()),
+            (" (it waits on here)", " (no memory)")
+        );
         child.wait().unwrap();
     }
 }

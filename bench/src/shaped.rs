@@ -1,5 +1,6 @@
-//! Two hosts on a cable of a known rate, on this one host: the namespaces that `scripts/shaped` makes, and threads in
-//! them. Root only. What it made is removed when it is dropped, and what a killed run left behind by the next run.
+//! Two hosts on a cable of a known rate, on this one host: the namespaces that `scripts/shaped`
+//! makes, and threads in them. Root only. What it made is removed when it is dropped, and what a
+//! killed run left behind by the next run.
 
 use anyhow::{Context, Result, bail};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -18,8 +19,8 @@ const SCRIPT: &str = include_str!("../../scripts/shaped");
 /// Where iproute2 keeps namespaces by name.
 const NAMESPACES: &str = "/run/netns";
 
-/// What of a cable's rate is payload: of each 1514 bytes of an Ethernet frame 1448 remain without its header (14) and
-/// those of IP (20) and TCP (20, and 12 of time stamps).
+/// What of a cable's rate is payload: of each 1514 bytes of an Ethernet frame 1448 remain without
+/// its header (14) and those of IP (20) and TCP (20, and 12 of time stamps).
 const PAYLOAD_SHARE: f64 = 1448.0 / 1514.0;
 
 /// A rate in bits a second, or none.
@@ -75,11 +76,12 @@ fn new_name() -> String {
     format!("bench-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Moves the calling thread to a namespace, for good: sockets that it makes from now on are there, and so are threads
-/// and processes that it starts.
+/// Moves the calling thread to a namespace, for good: sockets that it makes from now on are there,
+/// and so are threads and processes that it starts.
 fn enter(namespace: &str) -> Result<()> {
     let path = format!("{NAMESPACES}/{namespace}");
-    let file = File::open(&path).with_context(|| format!("opening the network namespace {path}"))?;
+    let file =
+        File::open(&path).with_context(|| format!("opening the network namespace {path}"))?;
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         .with_context(|| format!("moving a thread into {path}"))
 }
@@ -121,7 +123,8 @@ impl Drop for Shaped {
     }
 }
 
-/// A namespace with a bridge that guests in QEMU can join by taps: one switch, of which a guest that moves changes the port.
+/// A namespace with a bridge that guests in QEMU can join by taps: one switch, of which a guest
+/// that moves changes the port.
 #[derive(Debug)]
 pub struct Bridge {
     name: String,
@@ -140,7 +143,8 @@ impl Bridge {
         Ok(Self { name })
     }
 
-    /// Moves the calling thread to the bridge, for good; threads and processes that it starts follow it.
+    /// Moves the calling thread to the bridge, for good; threads and processes that it starts
+    /// follow it.
     pub fn enter(&self) -> Result<()> {
         enter(&format!("pf-{}-a", self.name))
     }
@@ -166,7 +170,8 @@ pub fn made_by(run: u32) -> bool {
     entries.into_iter().any(|entry| entry.file_name().to_string_lossy().starts_with(&start))
 }
 
-/// Removes what runs left behind that were killed. Fails where namespaces cannot be made at all, with the fix.
+/// Removes what runs left behind that were killed. Fails where namespaces cannot be made at all,
+/// with the fix.
 pub fn sweep() -> Result<()> {
     script(&["sweep"])
 }
@@ -182,14 +187,20 @@ fn script(arguments: &[&str]) -> Result<()> {
         .process_group(0)
         .spawn()
         .context("starting bash")?;
-    // Read as a whole before it does anything, as its last lines call what stands above; its pipe holds all of it.
+    // Read as a whole before it does anything, as its last lines call what stands above; its pipe
+    // holds all of it.
     let fed = child.stdin.take().context("its input was piped")?.write_all(SCRIPT.as_bytes());
     let output = child.wait_with_output().context("waiting for scripts/shaped")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         match said.lines().rfind(|line| line.starts_with("shaped: ")) {
             Some(line) => bail!("scripts/{line}"),
-            None => bail!("scripts/shaped {} failed ({}): {:?}", arguments.join(" "), output.status, said),
+            None => bail!(
+                "scripts/shaped {} failed ({}): {:?}",
+                arguments.join(" "),
+                output.status,
+                said
+            ),
         }
     }
     fed.context("handing scripts/shaped to bash")

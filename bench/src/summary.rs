@@ -25,8 +25,10 @@ pub fn summary(records: &[Record]) -> String {
         text += "| what | figure | median | 95 % of medians | range | turns |\n| --- | --- | --- | --- | --- | --- |\n";
         for f in record.figures.iter().filter(|f| f.headline) {
             let s = &f.samples;
-            let interval = bootstrap::median(s, LEVEL)
-                .map_or_else(|| "too few".into(), |i| format!("{} to {}", digits(i.low), digits(i.high)));
+            let interval = bootstrap::median(s, LEVEL).map_or_else(
+                || "too few".into(),
+                |i| format!("{} to {}", digits(i.low), digits(i.high)),
+            );
             let _ = writeln!(
                 text,
                 "| {} | {} | {} {} | {interval} | {} to {} | {} |",
@@ -54,10 +56,12 @@ pub fn summary(records: &[Record]) -> String {
         }
         text += "| figure | of | to | ratio | 95 % |\n| --- | --- | --- | --- | --- |\n";
         for r in &record.ratios {
-            let interval =
-                r.interval.map_or_else(String::new, |i| format!("{} to {}", digits(i.low), digits(i.high)));
+            let interval = r
+                .interval
+                .map_or_else(String::new, |i| format!("{} to {}", digits(i.low), digits(i.high)));
             let (of, to) = (cell(&r.of), cell(&r.to));
-            let _ = writeln!(text, "| {} | {of} | {to} | {} | {interval} |", r.figure, digits(r.ratio));
+            let _ =
+                writeln!(text, "| {} | {of} | {to} | {} | {interval} |", r.figure, digits(r.ratio));
         }
         text += "\n";
     }
@@ -80,7 +84,10 @@ mod tests {
         (0..3).for_each(|turn| record.sample("a|b", Spec::headline("total", "ms"), turn, 12.5));
         record.fail("c", 0, "two\nlines");
         let text = summary(&[record]);
-        assert!(text.contains("| a\\|b | total | 12.5 ms | 12.5 to 12.5 | 12.5 to 12.5 | 3 |"), "{text}");
+        assert!(
+            text.contains("| a\\|b | total | 12.5 ms | 12.5 to 12.5 | 12.5 to 12.5 | 3 |"),
+            "{text}"
+        );
         assert!(text.contains("| c | FAILED in turn 1 | two lines |"), "{text}");
     }
 }

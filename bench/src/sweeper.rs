@@ -1,5 +1,5 @@
-//! Nothing outlives a run, however it ends: a process of its own waits for the run's death, ends whatever it had started,
-//! and takes away memory files, directories and namespaces.
+//! Nothing outlives a run, however it ends: a process of its own waits for the run's death, ends
+//! whatever it had started, and takes away memory files, directories and namespaces.
 //!
 //! ```text
 //!   pageferry-bench --pipe--> pageferry-bench sweeper     reads to the end of the pipe, which a SIGKILL closes, too
@@ -7,9 +7,9 @@
 //!        +-- pageferry receive -- QEMU, guardian ...      all have it, whoever their parents are
 //! ```
 //!
-//! QEMUs and supervisors are in process groups of their own, so that Ctrl-C is the run's alone, and a death signal
-//! (PR_SET_PDEATHSIG) would follow the thread that started them and stop at the first of them. So they are
-//! known by their environment.
+//! QEMUs and supervisors are in process groups of their own, so that Ctrl-C is the run's alone, and
+//! a death signal (PR_SET_PDEATHSIG) would follow the thread that started them and stop at the
+//! first of them. So they are known by their environment.
 
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
@@ -24,11 +24,12 @@ const RUN_VARIABLE: &str = "PAGEFERRY_BENCH_RUN";
 const SWEEP_MAX: Duration = Duration::from_secs(60);
 /// Pause between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// As many looks in a row must find nothing: a process that executes a program has no environment for an instant.
+/// As many looks in a row must find nothing: a process that executes a program has no environment
+/// for an instant.
 const EMPTY_LOOKS: u32 = 5;
 
-/// Has this process, and so all that it will start, known by its environment. Executes itself once, since that is
-/// the one way to change it before there are threads.
+/// Has this process, and so all that it will start, known by its environment. Executes itself once,
+/// since that is the one way to change it before there are threads.
 pub fn mark() -> Result<()> {
     let id = std::process::id().to_string();
     if std::env::var(RUN_VARIABLE).is_ok_and(|run| run == id) {
@@ -39,7 +40,8 @@ pub fn mark() -> Result<()> {
     if let Some(name) = words.next() {
         command.arg0(name);
     }
-    Err(command.args(words).env(RUN_VARIABLE, id).exec()).context("starting anew with a marked environment")
+    Err(command.args(words).env(RUN_VARIABLE, id).exec())
+        .context("starting anew with a marked environment")
 }
 
 /// Starts the sweeper of this run.
@@ -60,7 +62,8 @@ pub fn start() -> Result<()> {
     Ok(())
 }
 
-/// The sweeper's whole life: waits for the end of the run with this process id, and clears up after it.
+/// The sweeper's whole life: waits for the end of the run with this process id, and clears up after
+/// it.
 pub fn main(run: u32) -> Result<()> {
     // Nothing is ever written.
     let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
@@ -71,7 +74,11 @@ fn sweep(run: u32) -> Result<()> {
     let deadline = Instant::now() + SWEEP_MAX;
     let processes = end_processes(run, deadline);
     for path in left_behind(run) {
-        let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        let _ = if path.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else {
+            std::fs::remove_file(&path)
+        };
     }
     if crate::shaped::made_by(run) {
         crate::shaped::sweep()?;
@@ -85,7 +92,10 @@ fn end_processes(run: u32, deadline: Instant) -> Result<()> {
     while empty_looks < EMPTY_LOOKS {
         let left = processes_of(run);
         empty_looks = if left.is_empty() { empty_looks + 1 } else { 0 };
-        anyhow::ensure!(left.is_empty() || Instant::now() < deadline, "processes do not end: {left:?}");
+        anyhow::ensure!(
+            left.is_empty() || Instant::now() < deadline,
+            "processes do not end: {left:?}"
+        );
         for pid in left {
             let _ = kill_process(pid, Signal::KILL);
         }
@@ -104,7 +114,9 @@ fn processes_of(run: u32) -> Vec<Pid> {
     };
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
-    pids.filter(|pid| pid.as_raw_nonzero().get() != std::process::id().cast_signed()).filter(has_it).collect()
+    pids.filter(|pid| pid.as_raw_nonzero().get() != std::process::id().cast_signed())
+        .filter(has_it)
+        .collect()
 }
 
 /// Directories and memory files with the run's name, which is followed by a dash or nothing.
@@ -113,7 +125,8 @@ fn left_behind(run: u32) -> Vec<PathBuf> {
     let of_run = |path: &Path| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         names.iter().any(|start| {
-            name.strip_prefix(start.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+            name.strip_prefix(start.as_str())
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
         })
     };
     [std::env::temp_dir(), "/dev/shm".into()]

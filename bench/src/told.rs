@@ -1,4 +1,5 @@
-//! What a command prints: its reader may have gone (`| head`), which is no reason to end as if it had failed.
+//! What a command prints: its reader may have gone (`| head`), which is no reason to end as if it
+//! had failed.
 
 use anyhow::{Context, Result};
 use std::io::{ErrorKind, Write};

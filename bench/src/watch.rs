@@ -63,24 +63,28 @@ impl Watch {
             mb_per_s: bytes as f64 / elapsed.unwrap_or(watched).as_secs_f64() / 1e6,
             cpu_s_per_gib: ours_s * f64::from(1 << 30) / bytes as f64,
             // Ticks of the kernel against nanoseconds of ours: never below nothing.
-            elsewhere_cores: (after.busy_s - before.busy_s - ours_s).max(0.0) / watched.as_secs_f64(),
+            elsewhere_cores: (after.busy_s - before.busy_s - ours_s).max(0.0)
+                / watched.as_secs_f64(),
             stolen_cores: (after.stolen_s - before.stolen_s) / watched.as_secs_f64(),
         })
     }
 }
 
 impl Counters {
-    /// Of this process with the children that it has waited for (those in ticks), and of the machine.
+    /// Of this process with the children that it has waited for (those in ticks), and of the
+    /// machine.
     fn read() -> Result<Self> {
         let here = clock_gettime(ClockId::ProcessCPUTime);
         let own = std::fs::read_to_string("/proc/self/stat").context("reading /proc/self/stat")?;
-        // Behind the name, which may hold anything; cutime and cstime are the 16th and 17th of proc(5).
+        // Behind the name, which may hold anything; cutime and cstime are the 16th and 17th of
+        // proc(5).
         let own = numbers(own.rsplit(')').next().unwrap_or_default());
         let machine = std::fs::read_to_string("/proc/stat").context("reading /proc/stat")?;
         let machine = numbers(machine.lines().next().unwrap_or_default());
         let tick_s = 1.0 / rustix::param::clock_ticks_per_second() as f64;
-        let ticks =
-            |of: &[f64], which: &[usize]| which.iter().filter_map(|&i| of.get(i)).sum::<f64>() * tick_s;
+        let ticks = |of: &[f64], which: &[usize]| {
+            which.iter().filter_map(|&i| of.get(i)).sum::<f64>() * tick_s
+        };
         Ok(Self {
             ours_s: here.tv_sec as f64 + here.tv_nsec as f64 / 1e9 + ticks(&own, &[13, 14]),
             // user, nice, system, irq, softirq: not idle, not iowait.
@@ -103,8 +107,9 @@ mod tests {
     #[test]
     fn the_time_of_a_child_is_counted_once_it_has_ended() {
         let watch = Watch::start().unwrap();
-        let ended =
-            Command::new("sh").args(["-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"]).status();
+        let ended = Command::new("sh")
+            .args(["-c", "i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done"])
+            .status();
         assert!(ended.unwrap().success());
         let sample = watch.stop(1 << 30, Some(Duration::from_secs(2))).unwrap();
         assert!(sample.cpu_s_per_gib > 0.03, "{sample:?}");

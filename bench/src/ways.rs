@@ -38,17 +38,19 @@ pub enum Way {
     QemuPostcopy,
     /// QEMU by RDMA, one queue pair, no bound on bandwidth.
     QemuRdma,
-    /// QEMU's stop, save, load and cont between two that have the same memory: what is under every way of a QEMU.
+    /// QEMU's stop, save, load and cont between two that have the same memory: what is under every
+    /// way of a QEMU.
     Floor,
 }
 
 /// What one migration took.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Sample {
-    /// From the request until the guest runs at the destination and has all its memory there, in seconds.
+    /// From the request until the guest runs at the destination and has all its memory there, in
+    /// seconds.
     pub total_s: f64,
-    /// From QEMU's STOP event at the source to its RESUME event at the destination, in milliseconds; for a microvm as
-    /// the engine has it.
+    /// From QEMU's STOP event at the source to its RESUME event at the destination, in
+    /// milliseconds; for a microvm as the engine has it.
     pub downtime_ms: f64,
     /// Longest time between two heartbeats of the guest (one a millisecond) as the host saw them.
     pub gap_ms: f64,
@@ -110,8 +112,8 @@ impl Way {
     }
 }
 
-/// Lets the guest reach its steady state and moves it. `source` is then the one that has it; after an error, whatever
-/// is left of it.
+/// Lets the guest reach its steady state and moves it. `source` is then the one that has it; after
+/// an error, whatever is left of it.
 pub fn migrate(bed: &TestBed, source: &mut Machine, way: Way, terms: &Terms) -> Result<Moved> {
     if way == Way::Floor {
         return Ok((floor::hand_over(bed, source)?, None));
@@ -122,7 +124,8 @@ pub fn migrate(bed: &TestBed, source: &mut Machine, way: Way, terms: &Terms) -> 
     source.console.settle(STEADY, START_MAX)?;
     let begun = Instant::now();
     let (mut sample, report) = if way.is_ours() {
-        let (sample, report) = by_pageferry(bed, source, &mut destination, way, terms.downtime_max)?;
+        let (sample, report) =
+            by_pageferry(bed, source, &mut destination, way, terms.downtime_max)?;
         (sample, Some(report))
     } else {
         (by_qemu(bed, source, &mut destination, way, address)?, None)
@@ -135,7 +138,8 @@ pub fn migrate(bed: &TestBed, source: &mut Machine, way: Way, terms: &Terms) -> 
     Ok((sample, report))
 }
 
-/// Moves the guest by pageferry over loopback, which is allowed this downtime; with the engine's report.
+/// Moves the guest by pageferry over loopback, which is allowed this downtime; with the engine's
+/// report.
 pub fn ferry(
     bed: &TestBed,
     source: &mut Machine,
@@ -157,7 +161,8 @@ fn by_pageferry(
     way: Way,
     downtime_max: Duration,
 ) -> Result<(Sample, MigrationReport)> {
-    let to = destination.listens.clone().ok_or_else(|| anyhow!("the destination does not listen"))?;
+    let to =
+        destination.listens.clone().ok_or_else(|| anyhow!("the destination does not listen"))?;
     let supervisor = if source.listens.is_some() { None } else { Some(attach(bed, source)?) };
     let mut pids = [source.pids(), destination.pids()].concat();
     pids.extend(supervisor.as_ref().map(|s| s.0.id()));
@@ -167,7 +172,8 @@ fn by_pageferry(
     let meter = Meter::start(pids);
     let report = request(bed, &source.name, &to, way == Way::PageferryRdma, downtime_max)?;
     let cpu_s = meter.stop();
-    let sample = Sample { downtime_ms: downtime_ms(source, destination)?, ..of_report(&report, cpu_s) };
+    let sample =
+        Sample { downtime_ms: downtime_ms(source, destination)?, ..of_report(&report, cpu_s) };
     Ok((sample, report))
 }
 
@@ -213,7 +219,8 @@ fn of_report(report: &MigrationReport, cpu_s: f64) -> Sample {
     }
 }
 
-/// Moves a guest of pageferry's own monitor to another one, over loopback. `source` is then the one that has it.
+/// Moves a guest of pageferry's own monitor to another one, over loopback. `source` is then the one
+/// that has it.
 pub fn move_microvm(
     bed: &TestBed,
     source: &mut Microvm,
@@ -294,7 +301,11 @@ fn by_qemu(
             capability("zero-copy-send", sends && way == Way::QemuMultifdZeroCopy),
             capability("postcopy-ram", way == Way::QemuPostcopy),
         ];
-        machine.qmp.execute("migrate-set-capabilities", json!({ "capabilities": wanted }), deadline)?;
+        machine.qmp.execute(
+            "migrate-set-capabilities",
+            json!({ "capabilities": wanted }),
+            deadline,
+        )?;
         let mut parameters = json!({ "multifd-channels": 2 });
         if sends {
             parameters["max-bandwidth"] = json!(1u64 << 40);
@@ -362,9 +373,12 @@ pub fn status_of(event: &Event) -> Option<&str> {
 /// STOP at one end to RESUME at the other, by QEMU's own time stamps on this one host.
 pub fn downtime_ms(source: &mut Machine, destination: &mut Machine) -> Result<f64> {
     let deadline = Instant::now() + START_MAX;
-    let stopped = source.qmp.wait_event(deadline, |e| e.name == "STOP").context("STOP of the source")?;
-    let resumed =
-        destination.qmp.wait_event(deadline, |e| e.name == "RESUME").context("RESUME of the destination")?;
+    let stopped =
+        source.qmp.wait_event(deadline, |e| e.name == "STOP").context("STOP of the source")?;
+    let resumed = destination
+        .qmp
+        .wait_event(deadline, |e| e.name == "RESUME")
+        .context("RESUME of the destination")?;
     Ok(resumed.at_us.saturating_sub(stopped.at_us) as f64 / 1e3)
 }
 

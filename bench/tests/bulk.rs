@@ -1,5 +1,5 @@
-//! `pageferry-bench bulk`, small: that every way moves its bytes and shows in table and samples. The figures
-//! mean nothing here.
+//! `pageferry-bench bulk`, small: that every way moves its bytes and shows in table and samples.
+//! The figures mean nothing here.
 
 use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
@@ -25,10 +25,12 @@ fn link_pump_and_iperf3_take_turns() {
     let small = ["--lanes", "2", "--sizes", "65536", "--scatter", "gaps,random", "--repeat", "2"];
     let little = ["--total", "33554432", "--region", "8388608"];
     let mut command = bulk(&[&small[..], &little].concat());
-    let Output { status, stdout, stderr } = command.arg("--out").arg(directory.path()).output().unwrap();
+    let Output { status, stdout, stderr } =
+        command.arg("--out").arg(directory.path()).output().unwrap();
     assert!(status.success(), "{}", text(&stderr));
     let files = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
-    let json = files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
+    let json =
+        files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
     let record = Record::read(&json).unwrap();
     assert_eq!(record.failures, []);
     let wanted = [
@@ -41,10 +43,15 @@ fn link_pump_and_iperf3_take_turns() {
         "iperf3 -P 2 -l 1M",
     ];
     for group in wanted {
-        let figure = record.figure(group, "goodput").unwrap_or_else(|| panic!("{group} is missing"));
+        let figure =
+            record.figure(group, "goodput").unwrap_or_else(|| panic!("{group} is missing"));
         assert_eq!(figure.samples.0.len(), 2, "{group}");
         assert!(figure.samples.min() > 1.0, "{group}: {figure:?}");
-        assert!(text(&stdout).lines().any(|line| line.starts_with(group)), "{group}: {}", text(&stdout));
+        assert!(
+            text(&stdout).lines().any(|line| line.starts_with(group)),
+            "{group}: {}",
+            text(&stdout)
+        );
     }
     assert!(json.with_extension("html").exists());
 }

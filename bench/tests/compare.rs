@@ -8,12 +8,16 @@ fn bench() -> Command {
     Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
 }
 
-/// The record of nine moves with a pause in each downtime, so long that the machine's noise is small beside it.
+/// The record of nine moves with a pause in each downtime, so long that the machine's noise is
+/// small beside it.
 fn measured(directory: &Path, pause: &str) -> PathBuf {
     let out = tempfile::tempdir_in(directory).unwrap().keep();
     let small = ["downtime", "--memory", "64", "--working", "16", "--rate", "200", "--moves", "9"];
     let mut command = bench();
-    command.args(small).args(["--downtime-max", "100ms", "--plant-pause", pause, "--out"]).arg(&out);
+    command
+        .args(small)
+        .args(["--downtime-max", "100ms", "--plant-pause", pause, "--out"])
+        .arg(&out);
     let Output { status, stderr, .. } = command.output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     let mut files = std::fs::read_dir(out).unwrap().map(|entry| entry.unwrap().path());
@@ -22,17 +26,27 @@ fn measured(directory: &Path, pause: &str) -> PathBuf {
 
 /// What is said of the downtime as a whole.
 fn verdict(before: &Path, after: &Path) -> String {
-    let Output { status, stdout, stderr } = bench().arg("compare").args([before, after]).output().unwrap();
+    let Output { status, stdout, stderr } =
+        bench().arg("compare").args([before, after]).output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     let table = String::from_utf8(stdout).unwrap();
-    table.lines().find(|line| line.starts_with("pageferry tcp, downtime")).expect("a row").to_owned()
+    table
+        .lines()
+        .find(|line| line.starts_with("pageferry tcp, downtime"))
+        .expect("a row")
+        .to_owned()
 }
 
 #[test]
 fn a_slow_down_of_a_tenth_is_found_and_a_repetition_is_no_change() {
     let directory = tempfile::tempdir().unwrap();
-    let [first, again, slower] = ["400ms", "400ms", "440ms"].map(|pause| measured(directory.path(), pause));
-    assert!(verdict(&first, &again).ends_with("no change beyond noise"), "{}", verdict(&first, &again));
+    let [first, again, slower] =
+        ["400ms", "400ms", "440ms"].map(|pause| measured(directory.path(), pause));
+    assert!(
+        verdict(&first, &again).ends_with("no change beyond noise"),
+        "{}",
+        verdict(&first, &again)
+    );
     assert!(verdict(&first, &slower).ends_with("WORSE"), "{}", verdict(&first, &slower));
     assert!(verdict(&slower, &first).ends_with("BETTER"), "{}", verdict(&slower, &first));
 }

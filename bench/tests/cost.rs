@@ -1,4 +1,5 @@
-//! `pageferry-bench cost`, small: that every row is measured, in table and samples. The figures mean nothing here.
+//! `pageferry-bench cost`, small: that every row is measured, in table and samples. The figures
+//! mean nothing here.
 
 use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
@@ -21,7 +22,8 @@ fn record(arguments: &[&str]) -> (String, Record) {
         cost(arguments).arg("--out").arg(directory.path()).output().unwrap();
     assert!(status.success(), "{}", text(&stderr));
     let files = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
-    let json = files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
+    let json =
+        files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
     (text(&stdout).into(), Record::read(&json).unwrap())
 }
 
@@ -40,7 +42,10 @@ fn every_row_costs_something() {
 #[test]
 fn instructions_are_counted_and_a_merged_page_needs_fewer() {
     if let Err(e) = Command::new("valgrind").arg("--version").output() {
-        return not_run("instructions_are_counted_and_a_merged_page_needs_fewer", &format!("valgrind: {e}"));
+        return not_run(
+            "instructions_are_counted_and_a_merged_page_needs_fewer",
+            &format!("valgrind: {e}"),
+        );
     }
     let (table, record) = record(&["--repeat", "1", "--instructions"]);
     let count = |name: &str| record.figure(name, "instructions a page").unwrap().samples.median();

@@ -1,4 +1,5 @@
-//! `pageferry-bench downtime` measures itself: a pause of known length is found wherever it must show.
+//! `pageferry-bench downtime` measures itself: a pause of known length is found wherever it must
+//! show.
 
 use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
@@ -7,7 +8,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// Small, so that moves take some milliseconds; allowed to be paused for longer than what is planted.
+/// Small, so that moves take some milliseconds; allowed to be paused for longer than what is
+/// planted.
 const SMALL: [&str; 7] = ["downtime", "--memory", "64", "--working", "16", "--rate", "200"];
 
 fn downtime(out: &Path, arguments: &[&str]) -> Command {
@@ -18,7 +20,8 @@ fn downtime(out: &Path, arguments: &[&str]) -> Command {
 
 fn the_record(directory: &Path) -> Record {
     let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let json: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
+    let json: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
     assert_eq!(json.len(), 1, "{json:?}");
     Record::read(&json[0]).unwrap()
 }
@@ -42,10 +45,16 @@ fn a_planted_pause_is_found_by_engine_guest_and_client_within_5_percent() {
         let off = found.percentiles_ms[0] / PLANTED_MS - 1.0;
         assert!((0.0..0.05).contains(&off), "{name}: {found:?}");
     }
-    // One wait in two thousand is the longest, and every tick of the pause has its own: no coordinated omission.
-    let requests = record.distributions.iter().find(|d| d.name == "every request of the client").unwrap();
-    let long: u64 = requests.counts_us.iter().filter(|(us, _)| *us >= 250_000).map(|(_, count)| count).sum();
-    assert!((7 * 240..7 * 290).contains(&long), "{long} waits of 250 ms and more in 7 pauses of 500 ms");
+    // One wait in two thousand is the longest, and every tick of the pause has its own: no
+    // coordinated omission.
+    let requests =
+        record.distributions.iter().find(|d| d.name == "every request of the client").unwrap();
+    let long: u64 =
+        requests.counts_us.iter().filter(|(us, _)| *us >= 250_000).map(|(_, count)| count).sum();
+    assert!(
+        (7 * 240..7 * 290).contains(&long),
+        "{long} waits of 250 ms and more in 7 pauses of 500 ms"
+    );
 }
 
 #[test]
@@ -63,11 +72,14 @@ fn interrupted_by(signal: Signal) {
         .spawn()
         .unwrap();
     let pid = Pid::from_raw(child.id().cast_signed()).unwrap();
-    // The first signal that is heard ends it; before it listens, nothing was measured and the default ends it.
+    // The first signal that is heard ends it; before it listens, nothing was measured and the
+    // default ends it.
     let deadline = Instant::now() + Duration::from_secs(60);
     let listens = || {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let caught =
+            status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
         // SIGHUP is the last that it begins to listen for, and the first bit.
         u64::from_str_radix(caught.trim(), 16).is_ok_and(|caught| caught & 1 != 0)
     };
@@ -87,7 +99,9 @@ fn processes_of(run: u32) -> usize {
     let mark = format!("PAGEFERRY_BENCH_RUN={run}");
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let environments = entries.filter_map(|entry| std::fs::read(entry.path().join("environ")).ok());
-    environments.filter(|all| all.split(|byte| *byte == 0).any(|word| word == mark.as_bytes())).count()
+    environments
+        .filter(|all| all.split(|byte| *byte == 0).any(|word| word == mark.as_bytes()))
+        .count()
 }
 
 /// The files of a run in this directory.
@@ -109,8 +123,14 @@ fn a_run_that_is_killed_leaves_nothing_behind() {
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
-    command.current_dir(repository).args(["downtime", "--guest", "linux", "--moves", "50", "--out"]);
-    command.arg(directory.path()).env("TMPDIR", directory.path()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .current_dir(repository)
+        .args(["downtime", "--guest", "linux", "--moves", "50", "--out"]);
+    command
+        .arg(directory.path())
+        .env("TMPDIR", directory.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
     let run = child.id();
     let found = || {
@@ -165,18 +185,24 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
     for (gap, downtime) in figure("guest gap").samples.0.iter().zip(&figure("downtime").samples.0) {
         assert!(*gap > 1.0 && *downtime > 0.5, "{gap} {downtime}");
     }
-    // A client asks over a bridge where one may be made; where not, the run says why, and goes on without.
+    // A client asks over a bridge where one may be made; where not, the run says why, and goes on
+    // without.
     match record.figure("pageferry tcp", "client gap") {
         Some(gaps) => {
             assert!(geteuid().is_root() && gaps.samples.0.len() == 2);
             for (gap, downtime) in gaps.samples.0.iter().zip(&figure("downtime").samples.0) {
-                // The engine's downtime ends when the source hears of it, the client's perhaps a little before.
+                // The engine's downtime ends when the source hears of it, the client's perhaps a
+                // little before.
                 assert!(*gap > downtime / 2.0 && *gap < 10_000.0, "{gap} {downtime}");
             }
         }
         None => {
             assert!(!geteuid().is_root());
-            assert!(record.notes.iter().any(|note| note.contains("No client asks")), "{:?}", record.notes);
+            assert!(
+                record.notes.iter().any(|note| note.contains("No client asks")),
+                "{:?}",
+                record.notes
+            );
         }
     }
 }
@@ -186,7 +212,10 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let wrong: [(&[&str], &str); 7] = [
         (&["--guest", "linux", "--threads", "2"], "--guest synthetic"),
-        (&["--guest", "microvm", "--transport", "rdma", "--address", "127.0.0.2"], "--transport rdma"),
+        (
+            &["--guest", "microvm", "--transport", "rdma", "--address", "127.0.0.2"],
+            "--transport rdma",
+        ),
         (&["--guest", "microvm", "--threads", "2"], "--guest microvm"),
         (&["--pattern", "hot-cold"], "--guest payload"),
         (&["--working", "65"], "--memory 64"),
@@ -211,7 +240,8 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
 fn a_downtime_of_nothing_is_bad_usage() {
     for command in ["downtime", "peers", "sweep"] {
         let mut bench = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
-        let Output { status, stderr, .. } = bench.args([command, "--downtime-max", "0ms"]).output().unwrap();
+        let Output { status, stderr, .. } =
+            bench.args([command, "--downtime-max", "0ms"]).output().unwrap();
         assert_eq!(status.code(), Some(2), "{command}");
         assert!(text(&stderr).contains("paused for some milliseconds"), "{}", text(&stderr));
     }

@@ -1,5 +1,5 @@
-//! `pageferry-bench peers`, small: every way has its turn, one that cannot be is a failed row, and nothing is left behind.
-//! The figures mean nothing here.
+//! `pageferry-bench peers`, small: every way has its turn, one that cannot be is a failed row, and
+//! nothing is left behind. The figures mean nothing here.
 
 use pageferry_bench::record::Record;
 use pageferry_tests::not_run;
@@ -37,8 +37,18 @@ fn ways_take_turns_and_one_that_cannot_be_is_a_failed_row() {
         return not_run("ways_take_turns_and_one_that_cannot_be_is_a_failed_row", &why);
     }
     let directory = tempfile::tempdir().unwrap();
-    let small =
-        ["--memory", "192", "--working", "8", "--touched", "16", "--rate", "10", "--downtime-max", "1s"];
+    let small = [
+        "--memory",
+        "192",
+        "--working",
+        "8",
+        "--touched",
+        "16",
+        "--rate",
+        "10",
+        "--downtime-max",
+        "1s",
+    ];
     let ways = ["--repetitions", "1", "--ways", "floor,pageferry,qemu-postcopy,qemu-rdma"];
     let mut command = peers(&[&small[..], &ways].concat());
     let mut child = command.arg("--out").arg(directory.path()).spawn().unwrap();
@@ -46,19 +56,25 @@ fn ways_take_turns_and_one_that_cannot_be_is_a_failed_row() {
     assert!(child.wait().unwrap().success());
 
     let files = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
-    let json = files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
+    let json =
+        files.into_iter().find(|path| path.extension().is_some_and(|e| e == "json")).unwrap();
     let record = Record::read(&json).unwrap();
     assert_eq!(record.groups(), ["floor", "pageferry", "qemu-postcopy", "qemu-rdma"]);
     let [failure] = record.failures.as_slice() else { panic!("{:?}", record.failures) };
     assert!(failure.group == "qemu-rdma" && failure.why.contains("--rdma-address"), "{failure:?}");
     for group in ["floor", "pageferry", "qemu-postcopy"] {
         for name in ["total", "downtime", "guest gap"] {
-            let figure = record.figure(group, name).unwrap_or_else(|| panic!("{group} has no {name}"));
-            assert!(figure.samples.0.len() == 1 && figure.samples.median() > 0.1, "{group}: {figure:?}");
+            let figure =
+                record.figure(group, name).unwrap_or_else(|| panic!("{group} has no {name}"));
+            assert!(
+                figure.samples.0.len() == 1 && figure.samples.median() > 0.1,
+                "{group}: {figure:?}"
+            );
         }
     }
     let total = |group| record.figure(group, "total").unwrap().samples.median();
-    let ratio = record.ratios.iter().find(|r| r.figure == "total" && r.to == "the best of QEMU's").unwrap();
+    let ratio =
+        record.ratios.iter().find(|r| r.figure == "total" && r.to == "the best of QEMU's").unwrap();
     assert!((ratio.ratio - total("pageferry") / total("qemu-postcopy")).abs() < 1e-9, "{ratio:?}");
     let page = std::fs::read_to_string(json.with_extension("html")).unwrap();
     assert!(page.contains("Side by side") && page.contains("--rdma-address"));

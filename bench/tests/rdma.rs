@@ -1,5 +1,5 @@
-//! `pageferry-bench rdma` where it cannot measure: one line says why. What it measures needs an RDMA device, as in
-//! the lab machine.
+//! `pageferry-bench rdma` where it cannot measure: one line says why. What it measures needs an
+//! RDMA device, as in the lab machine.
 
 use std::process::{Command, Output};
 

@@ -1,4 +1,5 @@
-//! `pageferry-bench simulate` and the shaped cables under it: what it makes is gone afterwards, whatever happened.
+//! `pageferry-bench simulate` and the shaped cables under it: what it makes is gone afterwards,
+//! whatever happened.
 
 use pageferry_bench::record::{CellEnding, Record};
 use pageferry_tests::not_run;
@@ -37,7 +38,8 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 
 fn the_record(directory: &Path) -> Record {
     let entries = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let json: Vec<_> = entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
+    let json: Vec<_> =
+        entries.filter(|path| path.extension().is_some_and(|e| e == "json")).collect();
     assert_eq!(json.len(), 1, "{json:?}");
     Record::read(&json[0]).unwrap()
 }
@@ -70,7 +72,8 @@ fn two_checks_at_a_time_show_every_point_and_leave_nothing_behind() {
         let [check, scale] = record.tables.as_slice() else { panic!("{:?}", record.tables) };
         assert_eq!((check.rows.len(), record.model.as_ref().unwrap().points), (3, 3));
         assert!(scale.rows.iter().all(|row| row.iter().any(|cell| cell.contains("MODEL"))));
-        // 64 MiB over 1 Gb/s take half a second, whatever else this host does: the cable was shaped.
+        // 64 MiB over 1 Gb/s take half a second, whatever else this host does: the cable was
+        // shaped.
         for group in record.groups() {
             let figure = |name| record.figure(group, name).unwrap().samples.median();
             assert!(figure("total") > 500.0 && figure("total by the model") > 500.0, "{group}");
@@ -137,7 +140,8 @@ fn a_record_that_is_none_of_a_model_is_refused_in_one_line() {
     let path = directory.path().join("other.json");
     let record = Record::begin("downtime", "another".into(), &1).unwrap();
     std::fs::write(&path, serde_json::to_vec(&record).unwrap()).unwrap();
-    let output = simulate(directory.path(), &["--from", path.to_str().unwrap()]).wait_with_output().unwrap();
+    let output =
+        simulate(directory.path(), &["--from", path.to_str().unwrap()]).wait_with_output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && said.contains("no record of simulate"), "{said}");
     assert_eq!(said.trim().lines().count(), 1, "{said}");
@@ -150,17 +154,36 @@ fn a_sweep_fills_its_map_with_real_moves_and_the_model_beside_them() {
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
-    command.args(["sweep", "--quick", "--gbit", "1", "--rates", "10,1000", "--working", "32", "--out"]);
+    command.args([
+        "sweep",
+        "--quick",
+        "--gbit",
+        "1",
+        "--rates",
+        "10,1000",
+        "--working",
+        "32",
+        "--out",
+    ]);
     let output = command.arg(directory.path()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let record = the_record(directory.path());
     assert_eq!(record.failures, []);
     let [real, model, large @ ..] = record.maps.as_slice() else { panic!("{:?}", record.maps) };
     for map in [real, model] {
-        // A gigabit carries 120 MB/s: one of these guests writes a tenth of that, the other eight times as much.
+        // A gigabit carries 120 MB/s: one of these guests writes a tenth of that, the other eight
+        // times as much.
         let ending = |row| map.cells.iter().find(|cell| cell.at == (0, row)).unwrap().ending;
-        assert_eq!((map.rows.as_slice(), map.cells.len()), (["1000".to_owned(), "10".into()].as_slice(), 2));
-        assert_eq!((ending(0), ending(1)), (CellEnding::Forced, CellEnding::Converged), "{}", map.title);
+        assert_eq!(
+            (map.rows.as_slice(), map.cells.len()),
+            (["1000".to_owned(), "10".into()].as_slice(), 2)
+        );
+        assert_eq!(
+            (ending(0), ending(1)),
+            (CellEnding::Forced, CellEnding::Converged),
+            "{}",
+            map.title
+        );
     }
     assert!(large.len() == 2 && large.iter().all(|map| map.title.contains("MODEL, not measured")));
 }
@@ -177,7 +200,9 @@ fn qemu_s_own_ways_are_swept_over_the_same_cable() {
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
-    command.current_dir(repository).args(["sweep", "--qemu", "--gbit", "2", "--rates", "10", "--moves", "1"]);
+    command
+        .current_dir(repository)
+        .args(["sweep", "--qemu", "--gbit", "2", "--rates", "10", "--moves", "1"]);
     let output = command.arg("--out").arg(directory.path()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let record = the_record(directory.path());
@@ -185,9 +210,13 @@ fn qemu_s_own_ways_are_swept_over_the_same_cable() {
     for title in ["QEMU, measured", "QEMU multifd, measured"] {
         let map = record.maps.iter().find(|map| map.title == title).unwrap();
         // 2 Gb/s carry twenty times what this guest writes.
-        assert_eq!(map.cells.iter().map(|cell| cell.ending).collect::<Vec<_>>(), [CellEnding::Converged]);
+        assert_eq!(
+            map.cells.iter().map(|cell| cell.ending).collect::<Vec<_>>(),
+            [CellEnding::Converged]
+        );
     }
-    // What a booted Linux has touched takes 2 Gb/s a tenth of a second at least, so the cable was shaped for QEMU, too.
+    // What a booted Linux has touched takes 2 Gb/s a tenth of a second at least, so the cable was
+    // shaped for QEMU, too.
     for group in ["QEMU, 2 Gb/s, 10 MB/s", "QEMU multifd, 2 Gb/s, 10 MB/s"] {
         assert!(record.figure(group, "total").unwrap().samples.median() > 100.0, "{group}");
     }

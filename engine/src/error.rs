@@ -24,7 +24,8 @@ pub enum Error {
     /// The lanes failed.
     #[error("the data lanes failed")]
     Transport(#[source] pageferry_transport::Error),
-    /// What lanes need of this host failed: memory, an io_uring, a way by RDMA. The text is that of the transport.
+    /// What lanes need of this host failed: memory, an io_uring, a way by RDMA. The text is that of
+    /// the transport.
     #[error(transparent)]
     LocalTransport(pageferry_transport::Error),
     /// QEMU refused a command.
@@ -73,8 +74,8 @@ pub enum Error {
     /// The guest writes faster than the link carries, and the user did not allow a longer downtime.
     #[error("{0}")]
     NotConverging(String),
-    /// Who runs the guest is not known here: Commit was sent and no answer came, QEMU did not say whether it
-    /// obeyed, or a supervisor was lost.
+    /// Who runs the guest is not known here: Commit was sent and no answer came, QEMU did not say
+    /// whether it obeyed, or a supervisor was lost.
     #[error("{0}")]
     Unknown(String),
 }
@@ -117,8 +118,8 @@ impl Error {
         }
     }
 
-    /// The whole chain of causes on one line, for reports, for the operator and for the peer. Whatever words of a peer,
-    /// a guest or QEMU are in it: it is cut and escaped.
+    /// The whole chain of causes on one line, for reports, for the operator and for the peer.
+    /// Whatever words of a peer, a guest or QEMU are in it: it is cut and escaped.
     #[must_use]
     pub fn chain(&self) -> String {
         chain(self)
@@ -144,8 +145,10 @@ mod tests {
     #[test]
     fn the_lanes_are_blamed_for_what_is_theirs_alone() {
         let chain = |error: pageferry_transport::Error| Error::from(error).chain();
-        let memory =
-            pageferry_transport::Error::os("mapping memory", io::Error::from_raw_os_error(libc::ENOMEM));
+        let memory = pageferry_transport::Error::os(
+            "mapping memory",
+            io::Error::from_raw_os_error(libc::ENOMEM),
+        );
         assert_eq!(chain(memory), "mapping memory: Cannot allocate memory (os error 12)");
         let lane = pageferry_transport::Error::Closed { lane: 1 };
         assert_eq!(chain(lane), "the data lanes failed: lane 1: the peer closed the connection");

@@ -7,11 +7,12 @@
 //!                    +----+ nothing that settles it: ask again
 //! ```
 //!
-//! Only a destination that has said something settles it. A refused connection, silence, or a receiver that
-//! does not know the session say nothing. The destination answers a session's token for its whole life, so
-//! asking goes on for as long as the guest is in doubt: by [`crate::source::migrate`] at first, then by the
-//! supervisor or whoever embeds the engine ([`crate::report::progress::Monitor::take_inquiry`]), also after the death of
-//! the process that began ([`Keeper`]).
+//! Only a destination that has said something settles it. A refused connection, silence, or a
+//! receiver that does not know the session say nothing. The destination answers a session's token
+//! for its whole life, so asking goes on for as long as the guest is in doubt: by
+//! [`crate::source::migrate`] at first, then by the supervisor or whoever embeds the engine
+//! ([`crate::report::progress::Monitor::take_inquiry`]), also after the death of the process that
+//! began ([`Keeper`]).
 
 use crate::clock;
 use crate::error::{Error, Result};
@@ -27,8 +28,9 @@ use std::time::{Duration, Instant};
 
 /// For the destination to resume the vCPUs, and for one answer when asked again.
 pub const RUNNING_MAX: Duration = Duration::from_secs(20);
-/// How often a guest in doubt is asked about once the migration itself has ended. Long enough to be no
-/// load on anybody for days, short enough that the guest does not wait long once the network is back.
+/// How often a guest in doubt is asked about once the migration itself has ended. Long enough to be
+/// no load on anybody for days, short enough that the guest does not wait long once the network is
+/// back.
 pub const ASK_LATER_EVERY: Duration = Duration::from_secs(10);
 /// For the rest of a message whose beginning lies in the old connection.
 const REST_MAX: Duration = Duration::from_secs(1);
@@ -47,15 +49,16 @@ pub enum Answer {
 pub struct Inquiry {
     to: Address,
     token: Token,
-    /// The connection that Commit went over. An answer may lie in it, or come yet, although nobody is to be
-    /// reached any more on a new one.
+    /// The connection that Commit went over. An answer may lie in it, or come yet, although nobody
+    /// is to be reached any more on a new one.
     old: Option<Control>,
     /// Messages of that connection.
     messages: u64,
 }
 
 impl Inquiry {
-    /// About the session of this token, whose Commit went over the connection `old`, if it is still here.
+    /// About the session of this token, whose Commit went over the connection `old`, if it is still
+    /// here.
     #[must_use]
     pub fn new(to: Address, token: Token, old: Option<Control>) -> Self {
         let messages = old.as_ref().map_or(0, Control::messages);
@@ -86,8 +89,9 @@ impl Inquiry {
         Self::new(self.to.clone(), self.token, None)
     }
 
-    /// Asks once, for an operator who is about to let the guest run here. It is no Commit but an Abort: a destination that
-    /// still waits for Commit must not become the guest's owner by this, and gives its copy up.
+    /// Asks once, for an operator who is about to let the guest run here. It is no Commit but an
+    /// Abort: a destination that still waits for Commit must not become the guest's owner by this,
+    /// and gives its copy up.
     #[must_use]
     pub fn ask_before_running(&self, network: &dyn Network) -> Option<Answer> {
         let ask = || {
@@ -105,16 +109,16 @@ impl Inquiry {
         let old = self.old.as_mut()?;
         let heard = old.receive("Running", deadline);
         self.messages = old.messages();
-        // A connection that is silent may speak yet; one that failed will not, and one that was left in the
-        // middle of a message says nothing that can be understood.
+        // A connection that is silent may speak yet; one that failed will not, and one that was
+        // left in the middle of a message says nothing that can be understood.
         if old.is_torn() || !matches!(heard, Ok(_) | Err(Error::Timeout { .. })) {
             self.old = None;
         }
         settles(heard)
     }
 
-    /// Asks once: looks into the old connection, then sends Commit on a new one, which the destination
-    /// answers like the first. `None`: nothing was heard that settles it.
+    /// Asks once: looks into the old connection, then sends Commit on a new one, which the
+    /// destination answers like the first. `None`: nothing was heard that settles it.
     pub fn ask(&mut self, network: &dyn Network) -> Option<Answer> {
         if let Some(answer) = self.look() {
             return Some(answer);
@@ -156,8 +160,8 @@ impl Inquiry {
     }
 }
 
-/// An open question in a form that outlives its process. To ask it is to say Commit: it may be asked only of a
-/// guest that was sealed for it and has not run since.
+/// An open question in a form that outlives its process. To ask it is to say Commit: it may be
+/// asked only of a guest that was sealed for it and has not run since.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub struct Question {
@@ -165,7 +169,8 @@ pub struct Question {
     pub to: Address,
     /// The session whose Commit it is.
     pub token: Token,
-    /// Whether the vCPUs ran before they were stopped for it, and so run again if the copy was discarded.
+    /// Whether the vCPUs ran before they were stopped for it, and so run again if the copy was
+    /// discarded.
     pub was_running: bool,
 }
 
@@ -195,8 +200,9 @@ impl TryFrom<Written> for Question {
     }
 }
 
-/// Keeps the question of a migration where it is found after the death of this process, for guests that outlive it
-/// ([`crate::report::progress::Monitor::keep_question_with`]). A question that is found may be asked, so the order is strict:
+/// Keeps the question of a migration where it is found after the death of this process, for guests
+/// that outlive it ([`crate::report::progress::Monitor::keep_question_with`]). A question that is
+/// found may be asked, so the order is strict:
 ///
 /// ```text
 ///   forget -> the guest runs, rounds -> write_ahead -> pause .. Ready, seal -> reveal -> Commit
@@ -216,8 +222,8 @@ pub trait Keeper: std::fmt::Debug + Send + Sync {
     /// They cost nothing but the question: nothing must be revealed then.
     fn write_ahead(&self, question: &Question) -> Result<()>;
 
-    /// The guest is sealed, and Commit is sent next: what was written ahead is found from here on. Called in the
-    /// downtime, so it must be one quick step that is done or not done.
+    /// The guest is sealed, and Commit is sent next: what was written ahead is found from here on.
+    /// Called in the downtime, so it must be one quick step that is done or not done.
     ///
     /// # Errors
     /// They cost nothing but the question.
@@ -270,8 +276,11 @@ mod tests {
     #[test]
     fn a_question_is_read_as_it_was_written() {
         for to in ["127.0.0.1:1", "[fe80::1%3]:1", "unix:/run/ferry.sock"] {
-            for token in [[0; 16], [0xfe; 16], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]] {
-                let question = Question { to: to.parse().unwrap(), token: Token(token), was_running: true };
+            for token in
+                [[0; 16], [0xfe; 16], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
+            {
+                let question =
+                    Question { to: to.parse().unwrap(), token: Token(token), was_running: true };
                 let text = serde_json::to_string(&question).unwrap();
                 assert_eq!(serde_json::from_str::<Question>(&text).unwrap(), question, "{text}");
             }
@@ -287,7 +296,8 @@ mod tests {
         let inquiry = Inquiry::new(listener.address.clone(), Token([1; 16]), None);
         let asking = std::thread::spawn(move || inquiry.apart().ask_before_running(&System));
         let soon = || clock::now() + Duration::from_secs(10);
-        let Some(Incoming::Control { token, mut control, first, .. }) = listener.next(soon()) else {
+        let Some(Incoming::Control { token, mut control, first, .. }) = listener.next(soon())
+        else {
             panic!("it comes")
         };
         assert_eq!(token, Token([1; 16]));
@@ -304,7 +314,9 @@ mod tests {
         let soon = || clock::now() + Duration::from_secs(10);
         let mut old = reopen(&System, &listener.address, Token([1; 16])).unwrap();
         old.send(&Message::Commit, soon()).unwrap();
-        let Some(Incoming::Control { mut control, .. }) = listener.next(soon()) else { panic!("it comes") };
+        let Some(Incoming::Control { mut control, .. }) = listener.next(soon()) else {
+            panic!("it comes")
+        };
         // A port where nobody listens.
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut inquiry = Inquiry::new(nobody.into(), Token([1; 16]), Some(old));

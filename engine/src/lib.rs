@@ -18,24 +18,25 @@
 //! ```
 //!
 //! [`source::migrate`] and [`destination::Receiver::serve`] read as the protocol does: eight control
-//! messages ([`protocol`]) over one connection ([`net`]), opened by the source's [`source::session`] and
-//! heard by the destination's [`destination::listener`]. [`net::choice`] says what the lanes may be, RDMA
-//! or TCP; both ends tell them ahead what will be written, so that memory is pinned beside the data and
-//! not in the downtime. Who may run the guest at each moment is decided by two small state machines
-//! without I/O ([`protocol::phase`]); what a Commit without an answer leaves open, [`inquiry`] goes on
-//! asking.
+//! messages ([`protocol`]) over one connection ([`net`]), opened by the source's
+//! [`source::session`] and heard by the destination's [`destination::listener`]. [`net::choice`]
+//! says what the lanes may be, RDMA or TCP; both ends tell them ahead what will be written, so that
+//! memory is pinned beside the data and not in the downtime. Who may run the guest at each moment
+//! is decided by two small state machines without I/O ([`protocol::phase`]); what a Commit without
+//! an answer leaves open, [`inquiry`] goes on asking.
 //!
 //! # Who runs the guest
 //!
 //! [`guest`] has the two traits that a virtual machine monitor (VMM) implements: [`guest::SourceGuest`]
-//! and [`guest::DestinationGuest`]. This crate names no VMM. Beside it stand `pageferry-qemu`, for an
-//! unmodified, running QEMU, `pageferry-microvm`, a small VMM of our own, and `pageferry-synthetic`,
-//! threads that write memory and check it. The program `pageferry` holds guests of all of them.
+//! and [`guest::DestinationGuest`]. This crate names no VMM. Beside it stand `pageferry-qemu`, for
+//! an unmodified, running QEMU, `pageferry-microvm`, a small VMM of our own, and
+//! `pageferry-synthetic`, threads that write memory and check it. The program `pageferry` holds
+//! guests of all of them.
 //!
 //! # What it says
 //!
-//! By its report ([`report`]) and by `tracing`. What an operator has to hear has a target of its own
-//! ([`notice`]). It writes to no terminal.
+//! By its report ([`report`]) and by `tracing`. What an operator has to hear has a target of its
+//! own ([`notice`]). It writes to no terminal.
 
 // Whoever embeds the engine owns stdout and stderr.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]

@@ -1,5 +1,5 @@
-//! What the operator must hear of, as events of `tracing` with a target of their own: the program that embeds the
-//! engine shows them whatever level it logs at. The engine itself writes nowhere.
+//! What the operator must hear of, as events of `tracing` with a target of their own: the program
+//! that embeds the engine shows them whatever level it logs at. The engine itself writes nowhere.
 
 use crate::clock;
 

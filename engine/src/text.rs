@@ -1,5 +1,6 @@
-//! Words that others say: a peer, a guest, QEMU. They end in reports, in the log and on the operator's terminal,
-//! so they are cut, and what a terminal would obey or a log would take for a line of its own is escaped.
+//! Words that others say: a peer, a guest, QEMU. They end in reports, in the log and on the
+//! operator's terminal, so they are cut, and what a terminal would obey or a log would take for a
+//! line of its own is escaped.
 
 /// A name, a version, a device: longer ones are not for people.
 pub const NAME_CHARS_MAX: usize = 128;
@@ -27,9 +28,9 @@ pub fn foreign(theirs: &str, chars_max: usize) -> String {
     }
 }
 
-/// One line of visible characters: line ends, tabs, control characters (also those of eight bits), marks that
-/// turn the direction of writing, invisible and unassigned characters become escapes such as `\n` and
-/// `\u{1b}`. A text that was escaped stays as it is.
+/// One line of visible characters: line ends, tabs, control characters (also those of eight bits),
+/// marks that turn the direction of writing, invisible and unassigned characters become escapes
+/// such as `\n` and `\u{1b}`. A text that was escaped stays as it is.
 #[must_use]
 pub fn escape(text: &str) -> String {
     let mut line = String::with_capacity(text.len());

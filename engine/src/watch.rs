@@ -2,5 +2,6 @@
 
 use crate::error::Result;
 
-/// Fails if what is under way should stop: the operator cancelled, the peer aborted, the guest's process ended.
+/// Fails if what is under way should stop: the operator cancelled, the peer aborted, the guest's
+/// process ended.
 pub type Watch<'w> = dyn FnMut() -> Result<()> + 'w;

@@ -1,5 +1,5 @@
-//! The Linux guest of docs/guest.md: it writes memory, checks every value that it reads back, and says so
-//! on its serial console. Two QEMUs may run it in turn; each has a console of its own.
+//! The Linux guest of docs/guest.md: it writes memory, checks every value that it reads back, and
+//! says so on its serial console. Two QEMUs may run it in turn; each has a console of its own.
 
 use crate::stage::Stage;
 use crate::words::Words;
@@ -9,7 +9,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// For the guest to boot, or to check all of its memory, under software emulation on a busy machine.
+/// For the guest to boot, or to check all of its memory, under software emulation on a busy
+/// machine.
 pub const BOOT_MAX: Duration = Duration::from_secs(300);
 
 /// How the guest is to be.
@@ -48,8 +49,10 @@ impl Linux {
             "{} lacks the guest: run scripts/guest-image",
             images.display()
         );
-        let chardev =
-            format!("socket,id=console,path={},server=on,wait=off", console_path(stage, name).display());
+        let chardev = format!(
+            "socket,id=console,path={},server=on,wait=off",
+            console_path(stage, name).display()
+        );
         // The stage splits at spaces, and the kernel's command line has some: tabs do as well.
         let append = format!(
             "console=ttyS0\tquiet\tpanic=-1\ttsc=reliable\tpf.mib={}\tpf.touch={}\tpf.rate={}\t{}",
@@ -69,13 +72,15 @@ impl Linux {
         )
     }
 
-    /// The arguments of `pageferry microvm` for a guest with two vCPUs; one to be waited for if there is an address.
+    /// The arguments of `pageferry microvm` for a guest with two vCPUs; one to be waited for if
+    /// there is an address.
     ///
     /// # Panics
     /// If the guest's images are missing.
     #[must_use]
     pub fn microvm(&self, listen: Option<&str>) -> Vec<String> {
-        let mut words = vec!["--memory".into(), format!("{}M", self.memory_mib), "--cpus".into(), "2".into()];
+        let mut words =
+            vec!["--memory".into(), format!("{}M", self.memory_mib), "--cpus".into(), "2".into()];
         if let Some(listen) = listen {
             words.extend(["--listen".into(), listen.into(), "--insecure".into()]);
             return words;
@@ -127,7 +132,8 @@ impl Console {
     #[must_use]
     pub fn open(stage: &Stage, name: &str) -> Self {
         let path = console_path(stage, name);
-        let writer = eventually(&format!("the console of {name}"), SOON, || UnixStream::connect(&path).ok());
+        let writer =
+            eventually(&format!("the console of {name}"), SOON, || UnixStream::connect(&path).ok());
         Self::of(Words::of(writer.try_clone().expect("a second handle")), Box::new(writer))
     }
 
@@ -144,7 +150,8 @@ impl Console {
     #[must_use]
     pub fn wait(&self, mark: usize, text: &str, wait: Duration) -> (String, usize) {
         let found = self.words.wait_after(mark, text, wait);
-        let damage = self.words.lines().into_iter().find(|l| l.contains("CORRUPT") || l.contains("FAILED"));
+        let damage =
+            self.words.lines().into_iter().find(|l| l.contains("CORRUPT") || l.contains("FAILED"));
         assert_eq!(damage, None, "the guest found damage");
         found
     }
@@ -154,8 +161,8 @@ impl Console {
         let _ = self.wait(0, "WORKLOAD READY", BOOT_MAX);
     }
 
-    /// Waits for the guest's next status line, in which it must have written more than `before` pages and
-    /// found no error. Returns what it has written so far.
+    /// Waits for the guest's next status line, in which it must have written more than `before`
+    /// pages and found no error. Returns what it has written so far.
     ///
     /// # Panics
     /// If it has not.
@@ -167,7 +174,8 @@ impl Console {
         written
     }
 
-    /// Pages that the guest has read from its disk and written to it, as its next status line has them.
+    /// Pages that the guest has read from its disk and written to it, as its next status line has
+    /// them.
     ///
     /// # Panics
     /// If it has no disk, or has found an error.

@@ -31,7 +31,12 @@ fn program(stage: &Stage) -> PathBuf {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/ledger.c");
         let built = Command::new("cc")
             .args(["-m32", "-O1", "-ffreestanding", "-fno-pic", "-fno-stack-protector"])
-            .args(["-fno-asynchronous-unwind-tables", "-fno-toplevel-reorder", "-nostdlib", "-static"])
+            .args([
+                "-fno-asynchronous-unwind-tables",
+                "-fno-toplevel-reorder",
+                "-nostdlib",
+                "-static",
+            ])
             // Multiboot wants its header near the start of the file.
             .args(["-Wl,-Ttext=0x100000,-n,--build-id=none,--no-warn-rwx-segments", "-o"])
             .args([&program, &source])

@@ -14,8 +14,8 @@
 //!   console      the Linux guest of docs/guest.md, through its serial port
 //! ```
 //!
-//! Every wait has a deadline and panics with everything that was said until then. A test that cannot run
-//! here says so through [`not_run`].
+//! Every wait has a deadline and panics with everything that was said until then. A test that
+//! cannot run here says so through [`not_run`].
 
 pub mod console;
 pub mod huge_pages;
@@ -35,8 +35,8 @@ use std::time::{Duration, Instant};
 
 /// For anything that takes milliseconds on an idle machine.
 pub const SOON: Duration = Duration::from_secs(60);
-/// For anything that ends at a deadline of the engine's own: the longest is asking again after Commit
-/// (20 s for the first answer, 60 s of asking, 20 s for the last one).
+/// For anything that ends at a deadline of the engine's own: the longest is asking again after
+/// Commit (20 s for the first answer, 60 s of asking, 20 s for the last one).
 pub const IN_THE_END: Duration = Duration::from_secs(150);
 /// Pause between two looks at something that tells of itself in no other way.
 pub const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -45,8 +45,11 @@ pub const LOOK_EVERY: Duration = Duration::from_millis(10);
 pub fn not_run(name: &str, why: &str) {
     eprintln!("NOT RUN: {name}: {why}");
     if let Some(path) = std::env::var_os("PAGEFERRY_NOT_RUN") {
-        let mut file =
-            std::fs::File::options().create(true).append(true).open(path).expect("a file to say so");
+        let mut file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .expect("a file to say so");
         writeln!(file, "NOT RUN: {name}: {why}").expect("written");
     }
 }
@@ -87,7 +90,8 @@ pub fn eventually<T>(what: &str, wait: Duration, mut ask: impl FnMut() -> Option
 #[must_use]
 pub fn binary() -> PathBuf {
     let test = std::env::current_exe().expect("the test has a path");
-    let directory = test.parent().and_then(std::path::Path::parent).expect("target/PROFILE/deps/TEST");
+    let directory =
+        test.parent().and_then(std::path::Path::parent).expect("target/PROFILE/deps/TEST");
     let release = if directory.ends_with("release") { " --release" } else { "" };
     let binary = directory.join("pageferry");
     let build = format!("build it first: cargo build{release} -p pageferry");

@@ -15,7 +15,9 @@ const ONE_LOOK: Duration = Duration::from_secs(3);
 #[must_use]
 pub fn alive(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
     // A process whose first thread has ended looks like a zombie while others are still ending.
     let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     match state.as_deref() {
@@ -39,9 +41,11 @@ pub fn vcpu_time(pid: u32) -> Option<Duration> {
     let mut total = Duration::ZERO;
     for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
         let read = |file: &str| fs::read_to_string(thread.path().join(file)).ok();
-        // Nanoseconds on a processor are the first of its figures (Linux, Documentation/scheduler/sched-stats.rst).
+        // Nanoseconds on a processor are the first of its figures (Linux,
+        // Documentation/scheduler/sched-stats.rst).
         if read("comm").is_some_and(|name| name.starts_with("vcpu "))
-            && let Some(ns) = read("schedstat").and_then(|text| text.split(' ').next()?.parse().ok())
+            && let Some(ns) =
+                read("schedstat").and_then(|text| text.split(' ').next()?.parse().ok())
         {
             total += Duration::from_nanos(ns);
         }
@@ -56,8 +60,8 @@ pub fn signal(pid: u32, signal: Signal) {
     }
 }
 
-/// The state that QEMU itself reports (`running`, `paused`, `inmigrate`...), asked on the test's own
-/// monitor; nothing if no QEMU answers there.
+/// The state that QEMU itself reports (`running`, `paused`, `inmigrate`...), asked on the test's
+/// own monitor; nothing if no QEMU answers there.
 #[must_use]
 pub fn guest_state(monitor: &Path) -> Option<String> {
     let answer = ask(monitor, "query-status", json!({}))?;
@@ -89,7 +93,9 @@ pub fn memory_file(pid: u32, bytes: u64) -> File {
         .expect("QEMU runs")
         .flatten()
         .map(|fd| fd.path())
-        .filter(|fd| fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().contains("memfd:pageferry-")))
+        .filter(|fd| {
+            fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().contains("memfd:pageferry-"))
+        })
         .filter_map(|fd| File::options().read(true).write(true).open(fd).ok())
         .find(|file| file.metadata().is_ok_and(|of| of.len() == bytes))
         .expect("a memory file of that size")
@@ -98,10 +104,12 @@ pub fn memory_file(pid: u32, bytes: u64) -> File {
 /// Number of connections to a local socket, also those that nobody has accepted yet.
 #[must_use]
 pub fn connections(socket: &Path) -> usize {
-    let (table, path) = (fs::read_to_string("/proc/net/unix").unwrap_or_default(), socket.to_string_lossy());
+    let (table, path) =
+        (fs::read_to_string("/proc/net/unix").unwrap_or_default(), socket.to_string_lossy());
     let mut count = 0;
     for line in table.lines() {
-        // Number, references, protocol, flags (a listener's have one of their own), type, state, inode, path.
+        // Number, references, protocol, flags (a listener's have one of their own), type, state,
+        // inode, path.
         let fields: Vec<_> = line.split_whitespace().collect();
         if let [_, _, _, flags, _, _, _, at] = fields[..] {
             count += usize::from(at == path && flags != "00010000");

@@ -1,5 +1,5 @@
-//! A TCP proxy between a source and a destination that can cut and stall what goes through it. It tells
-//! the control connection from the lanes by their first bytes.
+//! A TCP proxy between a source and a destination that can cut and stall what goes through it. It
+//! tells the control connection from the lanes by their first bytes.
 
 use pageferry_transport::preamble::{PREAMBLE_BYTES, Preamble, Role};
 use std::collections::HashMap;
@@ -78,7 +78,8 @@ impl Proxy {
     /// Cuts every such connection, at both ends. Returns how many.
     #[must_use]
     pub fn cut(&self, which: Which) -> usize {
-        let mut connections = self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connections =
+            self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
         let before = connections.len();
         connections.retain(|_, (kind, source, target)| {
             if *kind == which {
@@ -136,7 +137,9 @@ impl Shared {
                 Ok(0) => break,
                 Ok(n) => {
                     // After the read: what came while it was waiting is swallowed too.
-                    while self.stalled.load(Ordering::Acquire) && !self.ended.load(Ordering::Acquire) {
+                    while self.stalled.load(Ordering::Acquire)
+                        && !self.ended.load(Ordering::Acquire)
+                    {
                         std::thread::sleep(LOOK_EVERY);
                     }
                     if to.write_all(&piece[..n]).is_err() {

@@ -1,11 +1,11 @@
-//! A file system in user space with one file on it, which answers each read after a while. Opened with
-//! `FOPEN_DIRECT_IO` it has the kernel pin the memory of a plain read until the answer comes, as sshfs,
-//! GlusterFS and others do; without, reads go through the page cache.
+//! A file system in user space with one file on it, which answers each read after a while. Opened
+//! with `FOPEN_DIRECT_IO` it has the kernel pin the memory of a plain read until the answer comes,
+//! as sshfs, GlusterFS and others do; without, reads go through the page cache.
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyWrite, Request, WriteFlags,
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
 use std::ffi::OsStr;
 use std::fs::File;
@@ -29,8 +29,8 @@ pub struct SlowFs {
 }
 
 impl SlowFs {
-    /// Shows `file` under another path, where each read takes `delay`, past the page cache if `direct`. Needs root
-    /// and /dev/fuse.
+    /// Shows `file` under another path, where each read takes `delay`, past the page cache if
+    /// `direct`. Needs root and /dev/fuse.
     ///
     /// # Errors
     /// If this host cannot do that, with the reason.
@@ -54,7 +54,8 @@ impl SlowFs {
 
 impl Drop for SlowFs {
     fn drop(&mut self) {
-        // The directory is removed after it. Whoever still has the file open is answered with errors.
+        // The directory is removed after it. Whoever still has the file open is answered with
+        // errors.
         if let Some(session) = self.session.take() {
             let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
             drop(session);
@@ -98,7 +99,9 @@ impl Server {
 impl Filesystem for Server {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.attributes(FILE) {
-            Some(file) if parent == INodeNo::ROOT && name == NAME => reply.entry(&TTL, &file, Generation(0)),
+            Some(file) if parent == INodeNo::ROOT && name == NAME => {
+                reply.entry(&TTL, &file, Generation(0))
+            }
             _ => reply.error(Errno::ENOENT),
         }
     }
@@ -111,7 +114,8 @@ impl Filesystem for Server {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let flags = if self.direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
+        let flags =
+            if self.direct { FopenFlags::FOPEN_DIRECT_IO } else { FopenFlags::FOPEN_KEEP_CACHE };
         reply.opened(FileHandle(0), flags);
     }
 

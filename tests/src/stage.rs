@@ -65,7 +65,8 @@ impl Stage {
         stage
     }
 
-    /// Has what it starts give up asking after Commit within a second, and ask on twice a second from then on.
+    /// Has what it starts give up asking after Commit within a second, and ask on twice a second
+    /// from then on.
     #[must_use]
     pub fn impatient(self) -> Self {
         self.limited("ask-again:1000,ask-later:500")
@@ -78,7 +79,8 @@ impl Stage {
         self
     }
 
-    /// Starts everything through a shell that runs `before` first, as root in a mount namespace of its own.
+    /// Starts everything through a shell that runs `before` first, as root in a mount namespace of
+    /// its own.
     ///
     /// # Panics
     /// If the script cannot be written.
@@ -87,10 +89,12 @@ impl Stage {
         let script = self.path("behind");
         let binary = self.binary.display();
         let unshare = if geteuid().is_root() { "unshare --mount -- " } else { "" };
-        let text =
-            format!("#!/bin/sh\nexec {unshare}sh -c '{before} && exec {binary} \"$@\"' pageferry \"$@\"\n");
+        let text = format!(
+            "#!/bin/sh\nexec {unshare}sh -c '{before} && exec {binary} \"$@\"' pageferry \"$@\"\n"
+        );
         std::fs::write(&script, text).expect("a script");
-        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700)).expect("executable");
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700))
+            .expect("executable");
         self.binary = script;
         self
     }
@@ -110,7 +114,8 @@ impl Stage {
         if point.contains(':') {
             command.env("PAGEFERRY_HOLD", point);
         } else if !point.is_empty() {
-            command.env("PAGEFERRY_HOLD", format!("{point}:{HOLD_MS}:{}", self.hold_file().display()));
+            command
+                .env("PAGEFERRY_HOLD", format!("{point}:{HOLD_MS}:{}", self.hold_file().display()));
         }
     }
 
@@ -132,7 +137,10 @@ impl Stage {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
         command.args(arguments).env("PAGEFERRY_RUNTIME_DIR", self.directory.path());
-        command.env_remove("PAGEFERRY_HOLD").env_remove("PAGEFERRY_LOG").env_remove("PAGEFERRY_LIMIT");
+        command
+            .env_remove("PAGEFERRY_HOLD")
+            .env_remove("PAGEFERRY_LOG")
+            .env_remove("PAGEFERRY_LIMIT");
         command.envs(self.limits.map(|limits| ("PAGEFERRY_LIMIT", limits)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -165,7 +173,8 @@ impl Stage {
         self.start(arguments).end(SOON)
     }
 
-    /// Starts moving a guest. The downtime is not what most tests are about: it is allowed to be long.
+    /// Starts moving a guest. The downtime is not what most tests are about: it is allowed to be
+    /// long.
     #[must_use]
     pub fn migrate(&self, name: &str, to: SocketAddr, more: &[&str]) -> Running {
         let to = to.to_string();
@@ -194,7 +203,14 @@ impl Stage {
 
     /// `pageferry receive` at this address, once it waits.
     #[must_use]
-    pub fn receive_at(&self, listen: &str, name: &str, qemu: &str, hold: &str, more: &[&str]) -> Supervisor {
+    pub fn receive_at(
+        &self,
+        listen: &str,
+        name: &str,
+        qemu: &str,
+        hold: &str,
+        more: &[&str],
+    ) -> Supervisor {
         let mut arguments = vec!["receive", name, "--listen", listen];
         arguments.extend(more);
         let supervisor = self.supervise(name, &arguments, Some(qemu), hold);
@@ -221,8 +237,8 @@ impl Stage {
         supervisor
     }
 
-    /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin and stdout are the
-    /// guest's serial port. `hold` names a point, or none.
+    /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin
+    /// and stdout are the guest's serial port. `hold` names a point, or none.
     ///
     /// # Panics
     /// If it does not start.
@@ -230,7 +246,8 @@ impl Stage {
     pub fn microvm(&self, name: &str, arguments: &[&str], hold: &str) -> (Supervisor, Console) {
         let mut command = self.command(&["microvm", name]);
         self.hold_at(hold, &mut command);
-        let mut child = command.args(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
+        let mut child =
+            command.args(arguments).stdin(Stdio::piped()).spawn().expect("the binary starts");
         let words = Words::of(child.stderr.take().expect("piped"));
         let shown = Words::of(child.stdout.take().expect("piped"));
         let console = Console::of(shown, Box::new(child.stdin.take().expect("piped")));
@@ -241,19 +258,28 @@ impl Stage {
             monitor: self.path(&format!("{name}.look")),
             directory: self.directory.path().into(),
         };
-        let ready =
-            if arguments.contains(&"--listen") { "waits for a guest on" } else { "runs in this process" };
+        let ready = if arguments.contains(&"--listen") {
+            "waits for a guest on"
+        } else {
+            "runs in this process"
+        };
         supervisor.words.wait(&format!("{name} {ready}"), SOON);
         (supervisor, console)
     }
 
-    /// A supervisor, whatever becomes of it. The QEMU command is split at spaces; the test's own monitor
-    /// is added to it.
+    /// A supervisor, whatever becomes of it. The QEMU command is split at spaces; the test's own
+    /// monitor is added to it.
     ///
     /// # Panics
     /// If it does not start.
     #[must_use]
-    pub fn supervise(&self, name: &str, arguments: &[&str], qemu: Option<&str>, hold: &str) -> Supervisor {
+    pub fn supervise(
+        &self,
+        name: &str,
+        arguments: &[&str],
+        qemu: Option<&str>,
+        hold: &str,
+    ) -> Supervisor {
         self.supervise_into(name, arguments, qemu, hold, Stdio::piped())
     }
 
@@ -277,7 +303,8 @@ impl Stage {
             command.args(monitor_options(&monitor));
         }
         self.hold_at(hold, &mut command);
-        let mut child = command.stdout(Stdio::null()).stderr(stderr).spawn().expect("the binary starts");
+        let mut child =
+            command.stdout(Stdio::null()).stderr(stderr).spawn().expect("the binary starts");
         let words = child.stderr.take().map_or_else(|| Words::of(std::io::empty()), Words::of);
         let name = name.to_owned();
         Supervisor { name, child, words, monitor, directory: self.directory.path().into() }
@@ -286,8 +313,8 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        // Supervisors, QEMUs and guardians all have the directory in their command line or are children
-        // of one that has it.
+        // Supervisors, QEMUs and guardians all have the directory in their command line or are
+        // children of one that has it.
         let directory = self.directory.path().display().to_string();
         look::sweep(&directory);
     }
@@ -379,9 +406,11 @@ impl Supervisor {
 
     /// Waits until `status` says this.
     pub fn wait_state(&self, state: State) {
-        eventually(&format!("{} is {state:?}; it said:\n{}", self.name, self.words.text()), SOON, || {
-            self.status().filter(|status| status.state == state).map(drop)
-        });
+        eventually(
+            &format!("{} is {state:?}; it said:\n{}", self.name, self.words.text()),
+            SOON,
+            || self.status().filter(|status| status.state == state).map(drop),
+        );
     }
 
     /// The process id of its QEMU.
@@ -419,9 +448,11 @@ impl Supervisor {
 
     /// Waits until its guest runs.
     pub fn wait_guest_runs(&self) {
-        eventually(&format!("the guest {} runs; it said:\n{}", self.name, self.words.text()), SOON, || {
-            self.guest_runs().then_some(())
-        });
+        eventually(
+            &format!("the guest {} runs; it said:\n{}", self.name, self.words.text()),
+            SOON,
+            || self.guest_runs().then_some(()),
+        );
     }
 
     /// Whether it lives.

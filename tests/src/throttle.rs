@@ -1,5 +1,5 @@
-//! A bound on the speed of a disk for everything that a test starts. The kernel holds a direct transfer back
-//! after it has pinned the memory for it, so transfers are under way for long.
+//! A bound on the speed of a disk for everything that a test starts. The kernel holds a direct
+//! transfer back after it has pinned the memory for it, so transfers are under way for long.
 
 use rustix::fs::{major, minor, stat};
 use std::fs;
@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 
-/// A control group with that bound, removed in the end; the processes in it must have ended by then.
+/// A control group with that bound, removed in the end; the processes in it must have ended by
+/// then.
 #[derive(Debug)]
 pub struct Throttle {
     group: PathBuf,
 }
 
 impl Throttle {
-    /// Bounds reads and writes of the disk on which `file` lies, each to so many bytes a second. Needs root, and a
-    /// mounted controller: blkio, or io where it is switched on.
+    /// Bounds reads and writes of the disk on which `file` lies, each to so many bytes a second.
+    /// Needs root, and a mounted controller: blkio, or io where it is switched on.
     ///
     /// # Errors
     /// If this host cannot do that, with the reason.
@@ -34,14 +35,18 @@ impl Throttle {
             let line = format!("{disk} rbps={bytes_per_second} wbps={bytes_per_second}");
             (root.join(name), vec![("io.max".into(), line)])
         } else {
-            return Err("no control group for block I/O (blkio, or io in the root's subtree_control)".into());
+            return Err(
+                "no control group for block I/O (blkio, or io in the root's subtree_control)"
+                    .into(),
+            );
         };
         fs::create_dir_all(&group).map_err(|e| format!("making {}: {e}", group.display()))?;
         // From here on it is removed again.
         let throttle = Self { group };
         for (file, line) in bounds {
             let path = throttle.group.join(file);
-            fs::write(&path, &line).map_err(|e| format!("writing {line:?} into {}: {e}", path.display()))?;
+            fs::write(&path, &line)
+                .map_err(|e| format!("writing {line:?} into {}: {e}", path.display()))?;
         }
         Ok(throttle)
     }

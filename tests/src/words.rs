@@ -62,7 +62,8 @@ impl Words {
         let deadline = Instant::now() + wait;
         let mut heard = self.heard.0.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let found = heard.lines.iter().enumerate().skip(mark).find(|(_, line)| line.contains(text));
+            let found =
+                heard.lines.iter().enumerate().skip(mark).find(|(_, line)| line.contains(text));
             if let Some((at, line)) = found {
                 return (line.clone(), at + 1);
             }
@@ -73,7 +74,8 @@ impl Words {
                 drop(heard);
                 panic!("{why} before {text:?}; said until then:\n  {said}");
             }
-            heard = self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+            heard =
+                self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -88,7 +90,8 @@ impl Words {
         while !heard.ended {
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "the speaker goes on; said until now: {:?}", heard.lines);
-            heard = self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+            heard =
+                self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         heard.lines.join("\n")
     }

@@ -1,5 +1,5 @@
-//! What cannot work is refused: exit status 2, one clear line with the fix, and nothing is touched. What
-//! was tried and given up ends with 1, and the guest runs on.
+//! What cannot work is refused: exit status 2, one clear line with the fix, and nothing is touched.
+//! What was tried and given up ends with 1, and the guest runs on.
 
 use pageferry::supervisor::api::State;
 use pageferry_qemu::qmp::Qmp;
@@ -42,17 +42,25 @@ fn refused(ended: &Ended, texts: &[&str]) {
 #[track_caller]
 fn move_refused(stage: &Stage, to: SocketAddr, more: &[&str], texts: &[&str]) {
     refused(&stage.migrate("src", to, more).end(SOON), texts);
-    assert!(look::guest_state(&stage.path("src.look")).as_deref() == Some("running"), "the guest runs on");
+    assert!(
+        look::guest_state(&stage.path("src.look")).as_deref() == Some("running"),
+        "the guest runs on"
+    );
 }
 
 #[test]
 fn an_unknown_name() {
     let stage = Stage::new();
-    for arguments in [&["status", "nobody"][..], &["cancel", "nobody"], &["settle", "nobody", "--run"]] {
+    for arguments in
+        [&["status", "nobody"][..], &["cancel", "nobody"], &["settle", "nobody", "--run"]]
+    {
         refused(&stage.done(arguments), &["no guest named nobody", "pageferry list"]);
     }
     refused(&stage.done(&["migrate", "nobody", "--to", "127.0.0.1:1"]), &["no guest named nobody"]);
-    refused(&stage.done(&["attach", "nobody"]), &["no running guest named nobody", "--pid", "--qmp"]);
+    refused(
+        &stage.done(&["attach", "nobody"]),
+        &["no running guest named nobody", "--pid", "--qmp"],
+    );
     refused(&stage.done(&["status", "../etc"]), &["cannot be a guest's name", "letters"]);
 }
 
@@ -164,7 +172,10 @@ fn another_protocol_version_is_named_on_both_sides() {
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
     let answer = String::from_utf8_lossy(&answer);
-    assert!(answer.contains("protocol version 9") && answer.contains("same pageferry release"), "{answer}");
+    assert!(
+        answer.contains("protocol version 9") && answer.contains("same pageferry release"),
+        "{answer}"
+    );
     destination.words.wait("protocol version 9", SOON);
     destination.wait_state(State::Waiting);
 }
@@ -187,7 +198,12 @@ fn a_destination_that_differs() {
     for (index, (qemu, texts)) in differing.iter().enumerate() {
         let destination = stage.receive(&format!("dst{index}"), qemu, "");
         let before = destination.qemu();
-        move_refused(&stage, destination.address(), &[], &[texts[0], texts[1], "same QEMU options"]);
+        move_refused(
+            &stage,
+            destination.address(),
+            &[],
+            &[texts[0], texts[1], "same QEMU options"],
+        );
         destination.wait_state(State::Waiting);
         assert_eq!(destination.qemu(), before, "its QEMU was not touched");
     }
@@ -265,7 +281,8 @@ fn a_migration_of_qemus_own_stands_against_it() {
     let path = stage.path("own");
     let _listener = UnixListener::bind(&path).unwrap();
     let uri = json!({ "uri": format!("unix:{}", path.display()) });
-    look::ask(&source.monitor, "migrate-set-parameters", json!({ "max-bandwidth": 4096 })).expect("slow");
+    look::ask(&source.monitor, "migrate-set-parameters", json!({ "max-bandwidth": 4096 }))
+        .expect("slow");
     look::ask(&source.monitor, "migrate", uri).expect("QEMU takes the command");
     eventually("QEMU's own migration is active", SOON, || {
         let status = look::ask(&source.monitor, "query-migrate", json!({}))?;
@@ -342,7 +359,9 @@ fn qemu_commands_that_cannot_be_moved() {
     let ended = stage.done(&["run", "vm", "--", "qemu-system-x86_64", "-machine", "abacus"]);
     refused(&ended, &["ended while it started"]);
     assert!(ended.stderr.contains("abacus"), "{}", ended.stderr);
-    assert!(look::processes_with(&["qemu-system", &stage.path("vm").display().to_string()]).is_empty());
+    assert!(
+        look::processes_with(&["qemu-system", &stage.path("vm").display().to_string()]).is_empty()
+    );
 }
 
 /// A QEMU that somebody else started.
@@ -469,7 +488,9 @@ fn attach_without_the_permission_to_trace() {
     let binary = public.path().join("pageferry");
     std::fs::copy(pageferry_tests::binary(), &binary).unwrap();
     let runtime = public.path().join("run");
-    for (path, mode) in [(public.path(), "777"), (&binary, "755"), (stage.path("").as_path(), "711")] {
+    for (path, mode) in
+        [(public.path(), "777"), (&binary, "755"), (stage.path("").as_path(), "711")]
+    {
         open(path, mode);
     }
     open(&foreign.qmp, "777");
@@ -509,7 +530,10 @@ fn a_runtime_directory_that_cannot_serve() {
     std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o755)).unwrap();
     refused(&run(&open), &["not yours alone", "mode 755", "chmod 700"]);
     assert_eq!(std::fs::read_dir(&open).unwrap().count(), 0, "nothing was made in it");
-    refused(&run(&stage.path(&"long".repeat(25))), &["is too long", "107", "PAGEFERRY_RUNTIME_DIR"]);
+    refused(
+        &run(&stage.path(&"long".repeat(25))),
+        &["is too long", "107", "PAGEFERRY_RUNTIME_DIR"],
+    );
 }
 
 #[test]
@@ -616,9 +640,18 @@ fn a_receiver_that_may_not_use_io_uring() {
     std::fs::write(&text, WITHOUT_IO_URING).unwrap();
     assert!(Command::new("cc").arg("-o").args([&filter, &text]).status().unwrap().success());
     let binary = pageferry_tests::binary();
-    let stage = Stage::new().behind(&format!("exec {} {} \"$@\"", filter.display(), binary.display()));
-    let receive =
-        ["receive", "dst", "--listen", "127.0.0.1:0", "--transport", "tcp", "--", "qemu-system-x86_64"];
+    let stage =
+        Stage::new().behind(&format!("exec {} {} \"$@\"", filter.display(), binary.display()));
+    let receive = [
+        "receive",
+        "dst",
+        "--listen",
+        "127.0.0.1:0",
+        "--transport",
+        "tcp",
+        "--",
+        "qemu-system-x86_64",
+    ];
     refused(&stage.done(&receive), &["io_uring is forbidden", "seccomp", "io_uring_setup"]);
     // One that may get a guest by RDMA waits, says so, and tells a source that cannot.
     let destination = stage.receive("dst", BARE, "");
@@ -640,8 +673,8 @@ fn a_guest_that_has_moved_is_not_said_to_be_here() {
     }
 }
 
-/// The least that a vhost-user back end must answer for QEMU to take it: one message of the protocol (QEMU,
-/// docs/interop/vhost-user.rst). Its only feature is VIRTIO_F_VERSION_1.
+/// The least that a vhost-user back end must answer for QEMU to take it: one message of the
+/// protocol (QEMU, docs/interop/vhost-user.rst). Its only feature is VIRTIO_F_VERSION_1.
 fn answer_vhost_user(peer: &mut UnixStream) -> std::io::Result<()> {
     let mut header = [0; 12];
     peer.read_exact(&mut header)?;
@@ -670,13 +703,18 @@ fn devices_that_write_memory_from_outside_are_refused() {
             std::thread::spawn(move || while answer_vhost_user(&mut peer).is_ok() {});
         }
     });
-    let qemu =
-        format!("{BARE} -chardev socket,id=vu,path={} -netdev vhost-user,id=net0,chardev=vu", path.display());
+    let qemu = format!(
+        "{BARE} -chardev socket,id=vu,path={} -netdev vhost-user,id=net0,chardev=vu",
+        path.display()
+    );
     let supervisor = stage.run("src", &qemu, "");
     supervisor.wait_guest_runs();
     let destination = stage.receive("dst", BARE, "");
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
-    refused(&ended, &["vhost-user", "outside QEMU's process", "Unplug", "--allow-device vhost-user"]);
+    refused(
+        &ended,
+        &["vhost-user", "outside QEMU's process", "Unplug", "--allow-device vhost-user"],
+    );
     assert!(supervisor.guest_runs());
 }
 
@@ -744,11 +782,16 @@ fn the_operator_may_vouch_for_a_device_by_its_type() {
     let source = stage.run("src", &qemu, "");
     source.wait_guest_runs();
     let destination = stage.receive("dst", &qemu, "");
-    let words = ["virtio-9p-pci (share)", "QEMU does not wait for its reads", "--allow-device virtio-9p-pci"];
+    let words = [
+        "virtio-9p-pci (share)",
+        "QEMU does not wait for its reads",
+        "--allow-device virtio-9p-pci",
+    ];
     move_refused(&stage, destination.address(), &[], &words);
     move_refused(&stage, destination.address(), &["--allow-device", "virtio-9p"], &words);
     assert_eq!(tracked_mappings(source.qemu()), 0);
-    let ended = stage.migrate("src", destination.address(), &["--allow-device", "virtio-9p-pci"]).end(SOON);
+    let ended =
+        stage.migrate("src", destination.address(), &["--allow-device", "virtio-9p-pci"]).end(SOON);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
 }
 
@@ -767,8 +810,10 @@ fn a_device_that_comes_and_goes_in_the_rounds_aborts_before_the_pause() {
     let stick = json!({ "driver": "usb-tablet", "id": "stick", "bus": "usb.0" });
     qmp.execute("device_add", stick, deadline).unwrap();
     qmp.execute("device_del", json!({ "id": "stick" }), deadline).unwrap();
-    qmp.wait_event(deadline, |event| event.name == "DEVICE_DELETED" && event.data["device"] == "stick")
-        .unwrap();
+    qmp.wait_event(deadline, |event| {
+        event.name == "DEVICE_DELETED" && event.data["device"] == "stick"
+    })
+    .unwrap();
     drop(qmp);
     stage.release();
     let ended = moving.end(SOON);
@@ -808,7 +853,10 @@ fn block_jobs_and_exports_are_refused_with_what_ends_them() {
     source.wait_guest_runs();
     let destination = stage.receive("dst", &qemu, "");
     let do_it = |command, arguments| look::ask(&source.monitor, command, arguments).expect(command);
-    do_it("blockdev-mirror", json!({ "job-id": "m", "device": "a", "target": "b", "sync": "none" }));
+    do_it(
+        "blockdev-mirror",
+        json!({ "job-id": "m", "device": "a", "target": "b", "sync": "none" }),
+    );
     move_refused(&stage, destination.address(), &[], &["the block job m (mirror)", "job-cancel"]);
     do_it("job-cancel", json!({ "id": "m" }));
     eventually("the job is over", SOON, || {
@@ -818,7 +866,12 @@ fn block_jobs_and_exports_are_refused_with_what_ends_them() {
     do_it("nbd-server-start", json!({ "addr": { "type": "unix", "data": { "path": path } } }));
     let export = json!({ "type": "nbd", "id": "e", "node-name": "a", "writable": true });
     do_it("block-export-add", export);
-    move_refused(&stage, destination.address(), &[], &["the disk a is exported by nbd", "block-export-del"]);
+    move_refused(
+        &stage,
+        destination.address(),
+        &[],
+        &["the disk a is exported by nbd", "block-export-del"],
+    );
     do_it("block-export-del", json!({ "id": "e" }));
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);

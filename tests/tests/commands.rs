@@ -1,5 +1,5 @@
-//! A user's own QEMU command works as it is. Every guest here gets a pattern over all of its memory before
-//! it is moved, and the test itself looks for it at the destination, besides `--verify`.
+//! A user's own QEMU command works as it is. Every guest here gets a pattern over all of its memory
+//! before it is moved, and the test itself looks for it at the destination, besides `--verify`.
 
 use pageferry_tests::huge_pages::HugePages;
 use pageferry_tests::look;
@@ -12,12 +12,13 @@ use std::sync::Arc;
 
 const QEMU: &str = "qemu-system-x86_64 -accel tcg -nodefaults -display none";
 const PAGE: u64 = 4096;
-/// The firmware writes below and near the end of memory (on q35 below the 16 MiB set aside for SMM).
+/// The firmware writes below and near the end of memory (on q35 below the 16 MiB set aside for
+/// SMM).
 const LOW_BYTES: u64 = 2 << 20;
 const HIGH_BYTES: u64 = 24 << 20;
 
-/// The memory files of a QEMU that have one of these texts in their path, mapped (files of huge pages can be
-/// neither read nor written), in order of their paths.
+/// The memory files of a QEMU that have one of these texts in their path, mapped (files of huge
+/// pages can be neither read nor written), in order of their paths.
 fn memory_files(qemu: u32, texts: &[&str]) -> Vec<Arc<MemoryRegion>> {
     let mut found: Vec<(String, File, u64)> = std::fs::read_dir(format!("/proc/{qemu}/fd"))
         .unwrap()
@@ -52,7 +53,8 @@ fn pattern(bytes: u64) -> impl Iterator<Item = (u64, [u8; PAGE as usize])> {
     })
 }
 
-/// Moves a guest of this command and looks at its memory. `blocks` are the sizes of its memory files in MiB.
+/// Moves a guest of this command and looks at its memory. `blocks` are the sizes of its memory
+/// files in MiB.
 fn moves(source: &str, destination: &str, texts: &[&str], blocks: &[u64]) {
     let stage = Stage::new();
     let mut from = stage.run("src", &format!("{QEMU} {source}"), "");
@@ -117,7 +119,10 @@ fn a_video_card_and_a_serial_port() {
 #[test]
 fn an_own_backend_is_rewritten() {
     for kind in ["memory-backend-ram", "memory-backend-memfd"] {
-        moves_as_it_is(&format!("-machine q35,memory-backend=m -m 64 -object {kind},id=m,size=64M"), &[64]);
+        moves_as_it_is(
+            &format!("-machine q35,memory-backend=m -m 64 -object {kind},id=m,size=64M"),
+            &[64],
+        );
     }
 }
 

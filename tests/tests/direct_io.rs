@@ -1,7 +1,7 @@
-//! Direct disk reads into tracked memory: the kernel reports the pages when a transfer begins, and the disk
-//! writes them later. What `SourceGuest::drain_io` promises (no transfer that was under way at the call is
-//! any more) makes a sync safe to read; these tests show it on the real kernel, with a reader that can be
-//! settled in place of QEMU's `stop`.
+//! Direct disk reads into tracked memory: the kernel reports the pages when a transfer begins, and
+//! the disk writes them later. What `SourceGuest::drain_io` promises (no transfer that was under
+//! way at the call is any more) makes a sync safe to read; these tests show it on the real kernel,
+//! with a reader that can be settled in place of QEMU's `stop`.
 
 use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::dirty::pagemap::{PagemapSource, TrackedRange, own_userfaultfd};
@@ -42,8 +42,9 @@ fn disk(path: &Path) -> Option<OwnedFd> {
     open(path, OFlags::RDONLY | OFlags::DIRECT, Mode::empty()).ok()
 }
 
-/// Reads the disk into `guest` over and over while syncs send pages to a copy; returns how many pages of
-/// the copy differ in the end. Memory is wiped before it is read into, so that every read changes its pages.
+/// Reads the disk into `guest` over and over while syncs send pages to a copy; returns how many
+/// pages of the copy differ in the end. Memory is wiped before it is read into, so that every read
+/// changes its pages.
 fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
     let guest = MemoryRegion::anonymous((PAGES * PAGE_BYTES) as usize).unwrap();
     let copy = MemoryRegion::anonymous((PAGES * PAGE_BYTES) as usize).unwrap();
@@ -54,7 +55,8 @@ fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
         first_page: 0,
         backing_page_bytes: PAGE_BYTES,
     };
-    let mut source = PagemapSource::new(own_userfaultfd().unwrap(), std::process::id(), vec![range]).unwrap();
+    let mut source =
+        PagemapSource::new(own_userfaultfd().unwrap(), std::process::id(), vec![range]).unwrap();
     // Held for reading by each transfer; whoever holds it for writing has settled them all.
     let transfers = RwLock::new(());
     let done = AtomicBool::new(false);
@@ -71,8 +73,8 @@ fn pages_lost(disk: &OwnedFd, settled: bool) -> u64 {
                             let len = (READ_PAGES * PAGE_BYTES) as usize;
                             let transfer = transfers.read().unwrap();
                             guest.write(at as usize, &vec![0; len]).unwrap();
-                            // SAFETY: within the region, which outlives the scope; no reference to its bytes
-                            // exists, and the other threads have pieces of their own.
+                            // SAFETY: within the region, which outlives the scope; no reference to
+                            // its bytes exists, and the other threads have pieces of their own.
                             let memory = unsafe {
                                 std::slice::from_raw_parts_mut(guest.as_ptr().add(at as usize), len)
                             };
@@ -130,15 +132,17 @@ fn direct_reads_lose_no_page_once_they_are_settled_between_sync_and_copy() {
     for _ in 0..5 {
         assert_eq!(pages_lost(&disk, true), 0);
     }
-    // That the danger is real: without settling, pages are lost. Not asserted, for a quick disk may hide it.
+    // That the danger is real: without settling, pages are lost. Not asserted, for a quick disk may
+    // hide it.
     let lost: u64 = (0..5).map(|_| pages_lost(&disk, false)).sum();
     println!("without settling, {lost} pages were lost");
 }
 
-/// What the drain rests on: whether a read copies through the page tables is the file system's doing, and not
-/// the reader's, who opens its file alike each time.
+/// What the drain rests on: whether a read copies through the page tables is the file system's
+/// doing, and not the reader's, who opens its file alike each time.
 #[test]
-fn a_file_system_that_pins_plain_reads_loses_pages_unless_they_are_settled_and_one_that_copies_does_not() {
+fn a_file_system_that_pins_plain_reads_loses_pages_unless_they_are_settled_and_one_that_copies_does_not()
+ {
     let name = "a_file_system_that_pins_plain_reads_loses_pages_unless_they_are_settled_and_one_that_copies_does_not";
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = directory.path().join("disk");

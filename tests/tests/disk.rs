@@ -1,8 +1,9 @@
-//! A Linux guest that reads and writes a disk of QEMU's, opened past the host's page cache, without a pause and
-//! with many transfers under way, and checks every sector: moved many times, the image shared by both sides.
-//! A page that a transfer filled while a move read it would show as what was there before (bench/workload,
-//! disk.rs). So that transfers are under way for long, the disk is slowed down below QEMU where this host can do
-//! that: without the drain between sync and read, pages are then lost in nearly every move.
+//! A Linux guest that reads and writes a disk of QEMU's, opened past the host's page cache, without
+//! a pause and with many transfers under way, and checks every sector: moved many times, the image
+//! shared by both sides. A page that a transfer filled while a move read it would show as what was
+//! there before (bench/workload, disk.rs). So that transfers are under way for long, the disk is
+//! slowed down below QEMU where this host can do that: without the drain between sync and read,
+//! pages are then lost in nearly every move.
 
 use pageferry_tests::console::{Console, Linux};
 use pageferry_tests::not_run;

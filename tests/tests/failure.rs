@@ -1,10 +1,10 @@
-//! The failure table, with real processes: in each phase, on each side, something dies, is cut off or
-//! stops answering. Each case is one line: where the migration is held, what happens there, and what must
-//! have come of it. See engine/src/protocol/phase.rs for the rules.
+//! The failure table, with real processes: in each phase, on each side, something dies, is cut off
+//! or stops answering. Each case is one line: where the migration is held, what happens there, and
+//! what must have come of it. See engine/src/protocol/phase.rs for the rules.
 //!
-//! After every case: never two guests ran; the guest runs at exactly the one place that the table names;
-//! where that is the source, its memory is not followed any more, no process and no descriptor is left
-//! behind, and a second attempt succeeds.
+//! After every case: never two guests ran; the guest runs at exactly the one place that the table
+//! names; where that is the source, its memory is not followed any more, no process and no
+//! descriptor is left behind, and a second attempt succeeds.
 
 use pageferry::supervisor::api::State;
 use pageferry::supervisor::claim::RuntimeDir;
@@ -95,8 +95,8 @@ impl Pair {
         runtime.record("src")?.doubt
     }
 
-    /// Never two. The destination is looked at first: once the guest runs there, it must not run at the
-    /// source at any later time.
+    /// Never two. The destination is looked at first: once the guest runs there, it must not run at
+    /// the source at any later time.
     fn look(&self) -> (bool, bool) {
         let destination = self.destination.guest_runs();
         let source = self.source.guest_runs();
@@ -124,15 +124,17 @@ impl Pair {
                 self.destination.kill();
             }
             CutLanes => assert!(self.proxy.cut(Which::Lanes) > 0, "a lane was cut"),
-            CutControl => assert_eq!(self.proxy.cut(Which::Control), 1, "the control connection was cut"),
+            CutControl => {
+                assert_eq!(self.proxy.cut(Which::Control), 1, "the control connection was cut")
+            }
             FreezeSource => self.source.signal(Signal::STOP),
             FreezeDestination => self.destination.signal(Signal::STOP),
             Stall => self.proxy.stall(true),
         }
     }
 
-    /// Follows the migration to its end, and never sees two guests. Whoever was frozen is thawed once the
-    /// other side has done what it does without an answer.
+    /// Follows the migration to its end, and never sees two guests. Whoever was frozen is thawed
+    /// once the other side has done what it does without an answer.
     fn follow(&self, mut moving: Running, mut frozen: bool, thaw: impl Fn(&Self) -> bool) -> Ended {
         let deadline = Instant::now() + IN_THE_END;
         let mut ended = None;
@@ -161,7 +163,9 @@ impl Pair {
     /// The guest runs here, undisturbed: no tracking, no process, no descriptor left behind.
     fn check_source_is_as_before(&self) {
         let supervised = self.source.alive();
-        eventually("the tracking ends", SOON, || (tracked_mappings(self.source_qemu) == 0).then_some(()));
+        eventually("the tracking ends", SOON, || {
+            (tracked_mappings(self.source_qemu) == 0).then_some(())
+        });
         eventually("the guardian ends", SOON, || self.source.guardians().is_empty().then_some(()));
         eventually("QEMU has no more descriptors than before", SOON, || {
             (descriptors(self.source_qemu) <= self.descriptors.1).then_some(())
@@ -171,8 +175,8 @@ impl Pair {
                 (descriptors(self.source.pid()) <= self.descriptors.0).then_some(())
             });
         }
-        let migration =
-            look::ask(&self.source.monitor, "query-migrate", serde_json::json!({})).expect("an answer");
+        let migration = look::ask(&self.source.monitor, "query-migrate", serde_json::json!({}))
+            .expect("an answer");
         let status = migration.get("status").and_then(|s| s.as_str()).unwrap_or("none");
         assert!(
             ["none", "cancelled", "failed", "completed"].contains(&status),
@@ -180,8 +184,8 @@ impl Pair {
         );
     }
 
-    /// The copy has ended, and nothing of it is left: one QEMU and one guardian stand ready for the next
-    /// attempt where the receiver lives, none where it does not.
+    /// The copy has ended, and nothing of it is left: one QEMU and one guardian stand ready for the
+    /// next attempt where the receiver lives, none where it does not.
     fn check_copy_is_gone(&self) {
         wait_gone(self.destination_qemu);
         let left = usize::from(self.destination.alive());
@@ -190,8 +194,8 @@ impl Pair {
         });
     }
 
-    /// Whatever the first attempt left, a second one works: with the same supervisors where they live,
-    /// with new ones where they do not.
+    /// Whatever the first attempt left, a second one works: with the same supervisors where they
+    /// live, with new ones where they do not.
     fn second_attempt(&mut self) {
         self.stage.release();
         if !self.source.alive() {
@@ -212,8 +216,8 @@ impl Pair {
     }
 }
 
-/// One line of the table. `statuses` are the exit statuses of `migrate` that are right: 3 ("not known here")
-/// where its supervisor is dead or has been frozen for long.
+/// One line of the table. `statuses` are the exit statuses of `migrate` that are right: 3 ("not
+/// known here") where its supervisor is dead or has been frozen for long.
 fn case(point: &str, fault: Fault, statuses: &[i32], place: Place) {
     let mut pair = Pair::new(point);
     let moving = pair.held_at(point);
@@ -240,7 +244,9 @@ fn case(point: &str, fault: Fault, statuses: &[i32], place: Place) {
     assert!(status == 0 || ended.stderr.contains("pageferry: "), "it says why: {}", ended.stderr);
     match place {
         Source => {
-            eventually("the guest runs at the source", SOON, || (pair.look() == (true, false)).then_some(()));
+            eventually("the guest runs at the source", SOON, || {
+                (pair.look() == (true, false)).then_some(())
+            });
             pair.check_source_is_as_before();
             if point != "setup" {
                 pair.check_copy_is_gone();
@@ -284,8 +290,8 @@ fn given_up(pair: &Pair, point: &str, fault: Fault) -> bool {
     }
 }
 
-/// At a source whose supervisor died after Commit only the destination, or the operator, may decide. A new supervisor
-/// asks.
+/// At a source whose supervisor died after Commit only the destination, or the operator, may
+/// decide. A new supervisor asks.
 fn a_new_supervisor_hears_that_it_has_moved(pair: &mut Pair) {
     assert!(look::alive(pair.source_qemu), "the guest outlives its supervisor");
     pair.source = pair.stage.attach_in_doubt("src");
@@ -343,8 +349,8 @@ table! {
     loaded_control_connection_cut: "loaded", CutControl => [1], Source;
     loaded_source_frozen: "loaded", FreezeSource => [3], Source;
     loaded_destination_frozen: "loaded", FreezeDestination => [1], Source;
-    // The whole guest is at the destination, and goes on there. (Lanes cannot be cut any more: the destination
-    // has closed them.)
+    // The whole guest is at the destination, and goes on there. (Lanes cannot be cut any more: the
+    // destination has closed them.)
     loaded_source_qemu_killed: "loaded", KillSourceQemu => [0], Destination;
 }
 
@@ -389,8 +395,8 @@ fn owner_destination_supervisor_killed_the_guest_runs_there_and_the_source_says_
     pair.destination.wait_guest_runs();
 }
 
-/// A migration whose network goes away after Commit for longer than `migrate` asks: status 3, and the guest is
-/// in doubt. With `cut` the old connection is lost too.
+/// A migration whose network goes away after Commit for longer than `migrate` asks: status 3, and
+/// the guest is in doubt. With `cut` the old connection is lost too.
 fn network_away_after_commit(cut: bool) -> Pair {
     let mut pair = Pair::on(Stage::new().impatient(), "owner");
     network_goes_away_after_commit(&mut pair, cut);
@@ -458,7 +464,8 @@ fn another_supervisor(pair: &mut Pair, signal: Signal) {
 }
 
 #[test]
-fn a_supervisor_that_comes_after_one_that_ended_in_doubt_hears_that_the_guest_runs_and_ends_its_own() {
+fn a_supervisor_that_comes_after_one_that_ended_in_doubt_hears_that_the_guest_runs_and_ends_its_own()
+ {
     for signal in [Signal::KILL, Signal::TERM] {
         let mut pair = network_away_after_commit(true);
         another_supervisor(&mut pair, signal);
@@ -478,8 +485,9 @@ fn a_supervisor_that_comes_after_one_that_ended_in_doubt_hears_that_the_guest_ru
 #[test]
 fn a_supervisor_that_comes_after_one_that_died_in_doubt_hears_of_a_discarded_copy_and_resumes() {
     let settings = |pair: &Pair| {
-        ["query-migrate-capabilities", "query-migrate-parameters"]
-            .map(|what| look::ask(&pair.source.monitor, what, serde_json::json!({})).expect("an answer"))
+        ["query-migrate-capabilities", "query-migrate-parameters"].map(|what| {
+            look::ask(&pair.source.monitor, what, serde_json::json!({})).expect("an answer")
+        })
     };
     let mut pair = Pair::on(Stage::new().impatient(), "owner");
     let before = settings(&pair);
@@ -509,7 +517,8 @@ fn a_new_supervisor_sends_the_commit_that_a_dead_one_has_not_sent() {
     assert_eq!(moving.end(SOON).status, Some(3));
     pair.source.words.wait("the guest stays stopped here", SOON);
     assert_eq!(pair.look(), (false, false));
-    let (pid, qmp) = (pair.source_qemu.to_string(), pair.stage.path("src.qmp").display().to_string());
+    let (pid, qmp) =
+        (pair.source_qemu.to_string(), pair.stage.path("src.qmp").display().to_string());
     let refused = pair.stage.done(&["attach", "other", "--pid", &pid, "--qmp", &qmp]);
     assert_eq!(refused.status, Some(2), "{}", refused.stderr);
     assert!(refused.stderr.contains("`pageferry attach src`"), "{}", refused.stderr);
@@ -534,7 +543,10 @@ fn nobody_asks_for_a_guest_that_was_started_by_hand() {
     assert!(pair.kept().is_some());
     pair.source = pair.stage.attach("src", &[]);
     let words = pair.source.words.text();
-    assert!(words.contains("somebody has started it since") && !words.contains("asking"), "{words}");
+    assert!(
+        words.contains("somebody has started it since") && !words.contains("asking"),
+        "{words}"
+    );
     assert!(pair.kept().is_none(), "and nobody ever will");
     assert!(!pair.destination.words.text().contains("dst runs here"));
 }
@@ -582,7 +594,10 @@ fn a_guardian_disarms_the_memory_of_a_guest_that_was_taken_back() {
         assert_eq!(moving.end(SOON).status, Some(3));
         pair.check_source_is_as_before();
         assert_eq!(pair.look(), (true, false));
-        assert!(!pair.source.words.text().contains("the supervisor died"), "nothing else was to be done");
+        assert!(
+            !pair.source.words.text().contains("the supervisor died"),
+            "nothing else was to be done"
+        );
         pair.check_copy_is_gone();
         pair.second_attempt();
     }

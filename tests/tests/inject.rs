@@ -50,7 +50,8 @@ impl Bench {
     }
 
     fn tracer(&self) -> u32 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.qemu)).expect("QEMU lives");
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.qemu)).expect("QEMU lives");
         let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
         line.and_then(|text| text.trim().parse().ok()).expect("a number")
     }
@@ -105,7 +106,8 @@ fn a_supervisor_killed_at_any_step_of_the_injected_call_leaves_the_guest_running
 
 #[test]
 fn a_supervisor_killed_at_random_in_the_injected_call_leaves_the_guest_running() {
-    let kills = std::env::var("PAGEFERRY_KILLS").map_or(KILLS, |text| text.parse().expect("a number"));
+    let kills =
+        std::env::var("PAGEFERRY_KILLS").map_or(KILLS, |text| text.parse().expect("a number"));
     let mut random = Random::by_the_clock();
     let mut bench = Bench::new();
     bench.source.kill();

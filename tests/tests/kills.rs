@@ -166,7 +166,8 @@ impl World {
         match plan.guest {
             Guest::Qemu => {
                 let source = stage.run("src", &ledger::qemu(&stage, "src"), at_source);
-                let destination = stage.receive("dst", &ledger::qemu(&stage, "dst"), at_destination);
+                let destination =
+                    stage.receive("dst", &ledger::qemu(&stage, "dst"), at_destination);
                 let consoles = (Console::open(&stage, "src"), Console::open(&stage, "dst"));
                 let written = consoles.0.progress_since(0);
                 let qemus = (source.qemu(), destination.qemu());
@@ -176,7 +177,8 @@ impl World {
                 let (source, _) = stage.microvm("src", PAYLOAD, at_source);
                 let (destination, _) = stage.microvm("dst", WAITING, at_destination);
                 let qemus = (source.pid(), destination.pid());
-                let world = Self { plan, stage, source, destination, consoles: None, qemus, written: 0 };
+                let world =
+                    Self { plan, stage, source, destination, consoles: None, qemus, written: 0 };
                 eventually("the guest runs", SOON, || world.runs(&world.source).then_some(()));
                 world
             }
@@ -223,7 +225,10 @@ impl World {
     /// Strikes when it is time. A guardian that is not there yet is waited for, as long as the move
     /// goes on. Returns whether anybody was struck.
     fn strike(&self, moving: &mut Running, mut begun: Instant) -> bool {
-        while self.plan.near && !moving.stderr.text().contains("round 0") && moving.try_end().is_none() {
+        while self.plan.near
+            && !moving.stderr.text().contains("round 0")
+            && moving.try_end().is_none()
+        {
             std::thread::sleep(Duration::from_micros(500));
             begun = Instant::now();
         }
@@ -293,7 +298,8 @@ impl World {
             }
         }
         let Plan { victim, strike, guest, .. } = self.plan;
-        let source_had_it = victim == SourceQemu || victim == SourceSupervisor && guest == Guest::Microvm;
+        let source_had_it =
+            victim == SourceQemu || victim == SourceSupervisor && guest == Guest::Microvm;
         let other_had_it =
             victim == DestinationQemu || victim == DestinationSupervisor && guest == Guest::Microvm;
         if strike == Strike::Kill && source_had_it && !alive(self.qemus.0) {
@@ -310,8 +316,12 @@ impl World {
         if !self.source.alive() {
             self.source = self.stage.attach_in_doubt("src");
             // Its supervisor asks, and whoever has thrown the copy away says so.
-            if self.source.words.text().contains("stopped here in doubt") && self.destination.alive() {
-                eventually("the guest runs on", SOON, || (self.look() == (true, false)).then_some(()));
+            if self.source.words.text().contains("stopped here in doubt")
+                && self.destination.alive()
+            {
+                eventually("the guest runs on", SOON, || {
+                    (self.look() == (true, false)).then_some(())
+                });
                 return (Owner::Source, false);
             }
         }
@@ -358,11 +368,12 @@ fn run(plan: Plan) -> Outcome {
     let mut moving = world.stage.migrate("src", world.destination.address(), slow);
     let struck = world.strike(&mut moving, begun);
     if plan.victim == Client {
-        // Its last word may still be on its way to the supervisor, which keeps a client's connection until it has
-        // answered, and says that it migrates before it begins.
+        // Its last word may still be on its way to the supervisor, which keeps a client's
+        // connection until it has answered, and says that it migrates before it begins.
         eventually("the supervisor has heard its client out", SOON, || {
             let heard = look::connections(&world.stage.path("src.sock")) == 0;
-            (heard || world.source.status().is_none_or(|status| status.state != State::Hosting)).then_some(())
+            (heard || world.source.status().is_none_or(|status| status.state != State::Hosting))
+                .then_some(())
         });
     }
     let status = world.follow(&mut moving);
@@ -383,8 +394,11 @@ fn seeds() -> (u64, u64) {
 
 #[test]
 fn whoever_is_killed_or_stopped_at_any_moment_one_has_the_guest_and_it_is_whole() {
-    const NAME: &str = "whoever_is_killed_or_stopped_at_any_moment_one_has_the_guest_and_it_is_whole";
-    let kvm = open_kvm().inspect_err(|e| not_run(NAME, &format!("microvm guests: {}", e.chain()))).is_ok();
+    const NAME: &str =
+        "whoever_is_killed_or_stopped_at_any_moment_one_has_the_guest_and_it_is_whole";
+    let kvm = open_kvm()
+        .inspect_err(|e| not_run(NAME, &format!("microvm guests: {}", e.chain())))
+        .is_ok();
     let (first, last) = seeds();
     let (next, results) = (AtomicU64::new(first), Mutex::new(Vec::new()));
     std::thread::scope(|scope| {
@@ -400,7 +414,8 @@ fn whoever_is_killed_or_stopped_at_any_moment_one_has_the_guest_and_it_is_whole(
                         plan.guest = Guest::Qemu;
                     }
                     let begun = Instant::now();
-                    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(plan))).ok();
+                    let outcome =
+                        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(plan))).ok();
                     println!("{plan:?} -> {outcome:?} in {:.1} s", begun.elapsed().as_secs_f64());
                     results.lock().expect("no panic holds it").push((plan, outcome));
                 }
@@ -424,6 +439,7 @@ fn summary(results: &[(Plan, Option<Outcome>)]) {
         count(&|o| o.owner == Owner::Killed),
         count(&|o| o.settled)
     );
-    let bad: Vec<_> = results.iter().filter(|(_, o)| o.is_none()).map(|(plan, _)| plan.seed).collect();
+    let bad: Vec<_> =
+        results.iter().filter(|(_, o)| o.is_none()).map(|(plan, _)| plan.seed).collect();
     assert!(bad.is_empty(), "bad outcomes; run one alone with scripts/kill-campaign SEED: {bad:?}");
 }

@@ -1,5 +1,5 @@
-//! The lab machine (scripts/lab) has what the tests in it stand on: two connected soft-RoCE ports, KVM, and a
-//! kernel that tracks dirty pages.
+//! The lab machine (scripts/lab) has what the tests in it stand on: two connected soft-RoCE ports,
+//! KVM, and a kernel that tracks dirty pages.
 //!
 //! Ignored everywhere else: scripts/test builds outside and runs them inside.
 
@@ -40,12 +40,18 @@ fn rdma_between_the_ends_takes_the_cable() {
         let mut server = rping(&["-s", "-a", address, "-C", "5"]);
         // rping says nothing when it listens; the connection manager's own table does.
         eventually("rping listens", SOON, || {
-            let ids = Command::new("rdma").args(["resource", "show", "cm_id"]).output().expect("rdma runs");
-            String::from_utf8_lossy(&ids.stdout).contains(&format!("src-addr {address}:")).then_some(())
+            let ids = Command::new("rdma")
+                .args(["resource", "show", "cm_id"])
+                .output()
+                .expect("rdma runs");
+            String::from_utf8_lossy(&ids.stdout)
+                .contains(&format!("src-addr {address}:"))
+                .then_some(())
         });
         let mut client = rping(&["-c", "-a", address, "-C", "5"]);
-        let ended =
-            |child: &mut Child| eventually("rping ends", SOON, || child.try_wait().expect("our own child"));
+        let ended = |child: &mut Child| {
+            eventually("rping ends", SOON, || child.try_wait().expect("our own child"))
+        };
         assert!(ended(&mut client).success(), "the client to {address}");
         assert!(ended(&mut server).success(), "the server at {address}");
         // A ping is two transfers, and none of it may stay inside one device.
@@ -71,7 +77,11 @@ fn qemu_runs_a_guest_under_kvm() {
                 .inspect(|_| drop(lines.wait()))
         })
         .expect("QEMU runs");
-    let text = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&said.stdout),
+        String::from_utf8_lossy(&said.stderr)
+    );
     assert!(said.status.success() && text.contains("kvm support: enabled"), "{text}");
 }
 

@@ -1,4 +1,5 @@
-//! The bench that compares ways to move a guest, under the lab machine's KVM: that each way is measured, not how fast it is.
+//! The bench that compares ways to move a guest, under the lab machine's KVM: that each way is
+//! measured, not how fast it is.
 
 use pageferry_tests::{binary, refuse_outside_the_lab};
 use std::process::Command;
@@ -30,8 +31,11 @@ fn peers_measures_microvm_by_ring_and_log_beside_qemu_under_kvm() {
         .arg(out.path())
         .output()
         .expect("it starts");
-    let said =
-        format!("{}{}", String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&ended.stdout),
+        String::from_utf8_lossy(&ended.stderr)
+    );
     assert!(ended.status.success() && !said.contains("FAILED"), "{said}");
     let records: Vec<_> = (std::fs::read_dir(out.path()).expect("the directory"))
         .map(|entry| entry.expect("an entry").path())

@@ -1,12 +1,13 @@
-//! The wall clock is stepped in the middle of a move, as by an operator or a time server. QEMU stamps its events with that
-//! clock. Only in the lab machine: its clock is nobody else's.
+//! The wall clock is stepped in the middle of a move, as by an operator or a time server. QEMU
+//! stamps its events with that clock. Only in the lab machine: its clock is nobody else's.
 
 use pageferry_tests::stage::{BARE, Stage};
 use pageferry_tests::{SOON, refuse_outside_the_lab};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// One move, in a machine that is emulated, is much faster than the 30 s that QEMU's end of the stream is waited for.
+/// One move, in a machine that is emulated, is much faster than the 30 s that QEMU's end of the
+/// stream is waited for.
 const MOVE_MAX: Duration = Duration::from_secs(15);
 
 fn step_clock(seconds: i64) {

@@ -1,5 +1,6 @@
-//! Memory that the kernel itself took out of use (`MADV_HWPOISON`), as it does when hardware reports a lost page. The lab
-//! machine's kernel can; others that lack it have stand-ins in `lost_memory`.
+//! Memory that the kernel itself took out of use (`MADV_HWPOISON`), as it does when hardware
+//! reports a lost page. The lab machine's kernel can; others that lack it have stand-ins in
+//! `lost_memory`.
 
 use pageferry_engine::destination::Receiver;
 use pageferry_engine::destination::listener::SessionListener;
@@ -45,7 +46,10 @@ int main(int n, char **args) {
 }
 ";
 
-fn attempt(guest: &mut SyntheticSource, poisoned: Poisoned) -> (MigrationReport, SyntheticDestination) {
+fn attempt(
+    guest: &mut SyntheticSource,
+    poisoned: Poisoned,
+) -> (MigrationReport, SyntheticDestination) {
     let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
     let mut options = MigrateOptions::to(listener.address.to_string());
     (options.poisoned, options.verify, options.downtime_us_max) = (poisoned, true, 5_000_000);
@@ -53,7 +57,8 @@ fn attempt(guest: &mut SyntheticSource, poisoned: Poisoned) -> (MigrationReport,
     let report = std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut receiver = Receiver::new(listener, LinkChoice::default());
-            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            let incoming =
+                receiver.listener().next(Instant::now() + SOON).expect("the source connects");
             receiver.serve(incoming, &mut destination, &mut || Ok(()))
         });
         migrate(guest, &options, &Monitor::default())
@@ -78,14 +83,18 @@ fn a_page_that_the_kernel_took_out_of_use_ends_nobody_and_moves_as_zeros() {
     }
     let file = guest.memory().slots()[0].file().unwrap();
     let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-    let lost = Command::new(&program).arg(path).arg((LOST * PAGE_BYTES).to_string()).output().unwrap();
+    let lost =
+        Command::new(&program).arg(path).arg((LOST * PAGE_BYTES).to_string()).output().unwrap();
     // No status: the kernel ended it for touching the page, which is lost all the same.
     assert!(matches!(lost.status.code(), None | Some(0)), "{lost:?}");
 
     for _ in 0..2 {
         let (report, _) = attempt(&mut guest, Poisoned::Refuse);
         let reason = report.reason.unwrap_or_default();
-        assert!(report.outcome == Outcome::Aborted && reason.contains("synthetic at 0xbb8000"), "{reason}");
+        assert!(
+            report.outcome == Outcome::Aborted && reason.contains("synthetic at 0xbb8000"),
+            "{reason}"
+        );
         guest.check().unwrap();
     }
     let (report, destination) = attempt(&mut guest, Poisoned::Zero);

@@ -1,5 +1,5 @@
-//! Guests of `pageferry microvm` under the lab machine's KVM: a Linux with two vCPUs that checks its memory, moved
-//! over both links, and the ways in which a guest and its supervisor end.
+//! Guests of `pageferry microvm` under the lab machine's KVM: a Linux with two vCPUs that checks
+//! its memory, moved over both links, and the ways in which a guest and its supervisor end.
 
 use pageferry::supervisor::api::State;
 use pageferry::supervisor::place::Vmm;
@@ -34,20 +34,25 @@ fn moved_by(transport: &str, listen: &str) {
     let (mut here, console) = stage.microvm("src", &words(&GUEST.microvm(None)), "");
     console.wait_ready();
     let status = here.status().expect("it answers");
-    assert_eq!((status.state, status.vmm, status.pid), (State::Hosting, Vmm::Kvm, Some(here.pid())));
+    assert_eq!(
+        (status.state, status.vmm, status.pid),
+        (State::Hosting, Vmm::Kvm, Some(here.pid()))
+    );
     let mut written = console.progress_since(0);
 
     let (there, mut next) = stage.microvm("dst", &words(&GUEST.microvm(Some(listen))), "");
     let to: SocketAddr = there.address();
     let more = ["--transport", transport, "--verify", "--insecure", "--downtime-max", "10s"];
-    let ended =
-        stage.migrate("src", to, &[&more[..], &["--when-stuck", "switchover"]].concat()).end(MOVE_MAX);
+    let ended = stage
+        .migrate("src", to, &[&more[..], &["--when-stuck", "switchover"]].concat())
+        .end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     assert!(ended.stdout.contains("\"verified\": true"), "{}", ended.stdout);
     assert!(ended.stdout.contains(&format!("\"transport\": \"{transport}\"")), "{}", ended.stdout);
     assert_eq!(here.end(), Some(0));
 
-    // A line a second: timers, interrupts and the port's output live. A verdict: its input, and all of memory.
+    // A line a second: timers, interrupts and the port's output live. A verdict: its input, and all
+    // of memory.
     for _ in 0..3 {
         written = next.progress_since(written);
     }
@@ -106,7 +111,11 @@ fn the_example_of_an_embedder_moves_its_guest_by_the_rings() {
     let example = binary().with_file_name("examples").join("embed");
     assert!(example.exists(), "build it first: cargo build -p pageferry-microvm --example embed");
     let ran = Command::new(example).output().expect("it starts");
-    let (said, failed) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    let (said, failed) =
+        (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
     assert!(ran.status.success(), "{said}{failed}");
-    assert!(said.contains("dirty pages by the rings") && said.contains("outcome: Completed"), "{said}");
+    assert!(
+        said.contains("dirty pages by the rings") && said.contains("outcome: Completed"),
+        "{said}"
+    );
 }

@@ -1,5 +1,6 @@
-//! Guests that could run, or do run, guests of their own, in QEMU under the lab machine's KVM. The lab's processor is AMD's:
-//! `svm`. The guest is the smallest one (tests/guest/ledger.c), which does as a hypervisor does when it is told to.
+//! Guests that could run, or do run, guests of their own, in QEMU under the lab machine's KVM. The
+//! lab's processor is AMD's: `svm`. The guest is the smallest one (tests/guest/ledger.c), which
+//! does as a hypervisor does when it is told to.
 
 use pageferry::supervisor::api::State;
 use pageferry_tests::console::Console;

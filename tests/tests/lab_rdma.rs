@@ -1,6 +1,6 @@
-//! The engine over real verbs, in the lab machine: two soft-RoCE ports on one cable. The Linux guest and the
-//! synthetic one are moved; paths break in every way that can be made; each time the guest runs on at the
-//! source and the next attempt succeeds.
+//! The engine over real verbs, in the lab machine: two soft-RoCE ports on one cable. The Linux
+//! guest and the synthetic one are moved; paths break in every way that can be made; each time the
+//! guest runs on at the source and the next attempt succeeds.
 //!
 //! Ignored everywhere else: scripts/test builds outside and runs them inside.
 
@@ -8,7 +8,9 @@ use pageferry::supervisor::api::State;
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::{DirtySource, Synced};
-use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{
+    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
 use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
@@ -44,15 +46,20 @@ const SMALL: SyntheticOptions = SyntheticOptions {
 
 fn run(program: &str, arguments: &[&str]) {
     let ended = Command::new(program).args(arguments).output().expect("it starts");
-    assert!(ended.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&ended.stderr));
+    assert!(
+        ended.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&ended.stderr)
+    );
 }
 
 fn script(name: &str, arguments: &[&str]) {
     run(&format!("{}/../scripts/{name}", env!("CARGO_MANIFEST_DIR")), arguments);
 }
 
-/// Runs the test of this name again in a process of its own, which `set` may change: a process that has used a
-/// device holds it open until it ends, and would keep the tests from taking it away. True in that process.
+/// Runs the test of this name again in a process of its own, which `set` may change: a process that
+/// has used a device holds it open until it ends, and would keep the tests from taking it away.
+/// True in that process.
 fn alone(name: &str, set: impl FnOnce(&mut Command)) -> bool {
     refuse_outside_the_lab();
     const INNER: &str = "PAGEFERRY_LAB_INNER";
@@ -62,15 +69,23 @@ fn alone(name: &str, set: impl FnOnce(&mut Command)) -> bool {
     let mut command = Command::new("prlimit");
     set(&mut command);
     command.arg(std::env::current_exe().expect("the test has a path"));
-    let ended = command.args(["--ignored", "--exact", name]).env(INNER, name).output().expect("prlimit runs");
-    let said =
-        format!("{}{}", String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+    let ended = command
+        .args(["--ignored", "--exact", name])
+        .env(INNER, name)
+        .output()
+        .expect("prlimit runs");
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&ended.stdout),
+        String::from_utf8_lossy(&ended.stderr)
+    );
     assert!(ended.status.success() && said.contains("1 passed"), "{said}");
     false
 }
 
-/// One attempt to move `guest` to the other end of the cable. A path that breaks is tried again by the engine
-/// itself where it chooses: the receiver serves until the guest is there or the source gives up.
+/// One attempt to move `guest` to the other end of the cable. A path that breaks is tried again by
+/// the engine itself where it chooses: the receiver serves until the guest is there or the source
+/// gives up.
 fn attempt(
     guest: &mut dyn SourceGuest,
     to: &str,
@@ -91,7 +106,8 @@ fn attempt(
         let receiving = scope.spawn(|| {
             let mut receiver = Receiver::new(listener, LinkChoice::default());
             let received = loop {
-                let Some(incoming) = receiver.listener().next(Instant::now() + Duration::from_millis(100))
+                let Some(incoming) =
+                    receiver.listener().next(Instant::now() + Duration::from_millis(100))
                 else {
                     if over.load(std::sync::atomic::Ordering::SeqCst) {
                         break None;
@@ -99,7 +115,9 @@ fn attempt(
                     continue;
                 };
                 let mut destination = SyntheticDestination::new(SMALL.pages).unwrap();
-                if let Served::Received(_) = receiver.serve(incoming, &mut destination, &mut || Ok(())) {
+                if let Served::Received(_) =
+                    receiver.serve(incoming, &mut destination, &mut || Ok(()))
+                {
                     break Some(destination);
                 }
             };
@@ -129,7 +147,12 @@ fn twenty_moves_by_rdma_back_and_forth_lose_nothing_in_eight_messages() {
             options.verify = index % 5 == 0;
         });
         assert_eq!(report.outcome, Outcome::Completed, "move {index}: {:?}", report.reason);
-        assert_eq!((report.transport.as_str(), report.lanes), ("rdma", u32::from(lanes)), "{}", report.link);
+        assert_eq!(
+            (report.transport.as_str(), report.lanes),
+            ("rdma", u32::from(lanes)),
+            "{}",
+            report.link
+        );
         assert_eq!((report.control_messages, &report.fell_back), (8, &None));
         assert_eq!(report.registrations_in_downtime, 0);
         // By hand these tests also run over soft-iWARP.
@@ -140,7 +163,8 @@ fn twenty_moves_by_rdma_back_and_forth_lose_nothing_in_eight_messages() {
     }
 }
 
-/// Touches memory for the first time when it is being paused, and has more device state than a registration of 2 MiB.
+/// Touches memory for the first time when it is being paused, and has more device state than a
+/// registration of 2 MiB.
 struct Late {
     inner: SyntheticSource,
     touched: std::sync::Arc<std::sync::atomic::AtomicBool>,
@@ -174,7 +198,10 @@ impl SourceGuest for Late {
         self.touched.store(true, std::sync::atomic::Ordering::SeqCst);
         self.inner.pause()
     }
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
+    fn start_tracking(
+        &mut self,
+        watch: &mut Watch<'_>,
+    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         let touched = std::sync::Arc::clone(&self.touched);
         Ok(Box::new(LateTracking { inner: self.inner.start_tracking(watch)?, touched }))
     }
@@ -260,9 +287,10 @@ fn nothing_is_registered_in_the_downtime_whatever_the_guest_touches_last() {
     }
 }
 
-/// Soft-RoCE of Linux 6.12 often does not come back from a link that was down under a connection: the queue
-/// pair for connection requests stays in the error state (`rdma resource show qp type GSI`). So processes of
-/// their own have the devices open here, and the devices are made anew after them.
+/// Soft-RoCE of Linux 6.12 often does not come back from a link that was down under a connection:
+/// the queue pair for connection requests stays in the error state (`rdma resource show qp type
+/// GSI`). So processes of their own have the devices open here, and the devices are made anew after
+/// them.
 #[test]
 #[ignore = "runs in the lab machine: scripts/test lab"]
 fn a_link_that_is_set_down_leaves_the_guest_here_and_the_next_attempt_moves_it() {
@@ -297,7 +325,8 @@ fn a_link_that_is_set_down_leaves_the_guest_here_and_the_next_attempt_moves_it()
 #[test]
 #[ignore = "runs in the lab machine: scripts/test lab"]
 fn without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason() {
-    if !alone("without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason", |_| {}) {
+    if !alone("without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason", |_| {})
+    {
         return;
     }
     // An address of this machine to which no RDMA device belongs.
@@ -317,12 +346,16 @@ fn without_a_path_rdma_is_refused_and_the_choice_falls_on_tcp_with_the_reason() 
         "{:?}",
         report.reason
     );
-    assert!(report.link.contains("not RDMA: the destination says: the address 10.88.0.1"), "{}", report.link);
+    assert!(
+        report.link.contains("not RDMA: the destination says: the address 10.88.0.1"),
+        "{}",
+        report.link
+    );
     destination.unwrap().into_source().unwrap().check().unwrap();
 }
 
-/// Takes the source's device away while its guest is moved with `transport`. Returns how `migrate` ended. The
-/// device goes when the last process that has opened it ends: the source's supervisor.
+/// Takes the source's device away while its guest is moved with `transport`. Returns how `migrate`
+/// ended. The device goes when the last process that has opened it ends: the source's supervisor.
 fn moved_while_the_device_vanishes(transport: &str, then: impl FnOnce(&Stage, Ended, &Supervisor)) {
     let stage = Stage::new();
     let mut source = stage.run("src", BARE, "rounds");
@@ -330,7 +363,8 @@ fn moved_while_the_device_vanishes(transport: &str, then: impl FnOnce(&Stage, En
     let more = ["--insecure", "--transport", transport, "--downtime-max", "20s"];
     let moving = stage.migrate("src", receiver.address(), &more);
     source.wait_held("rounds");
-    let mut deleting = Command::new("rdma").args(["link", "delete", "rxe_v0"]).spawn().expect("rdma runs");
+    let mut deleting =
+        Command::new("rdma").args(["link", "delete", "rxe_v0"]).spawn().expect("rdma runs");
     // The device says so before it waits for us; nothing else shows that it has.
     std::thread::sleep(Duration::from_secs(1));
     stage.release();
@@ -349,7 +383,8 @@ fn a_device_that_vanishes_leaves_the_guest_here_and_the_next_attempt_moves_it() 
         assert!(ended.stderr.contains("rxe_v0: the device was removed"), "{}", ended.stderr);
         source.wait_guest_runs();
         let receiver = stage.receive_at(&format!("{THERE}:0"), "dst2", BARE, "", &["--insecure"]);
-        let again = stage.migrate("src", receiver.address(), &["--insecure", "--downtime-max", "20s"]);
+        let again =
+            stage.migrate("src", receiver.address(), &["--insecure", "--downtime-max", "20s"]);
         let again = again.end(ATTEMPT_MAX);
         assert_eq!(again.status, Some(0), "{}", again.stderr);
         assert!(again.stderr.contains("going by TCP, not RDMA"), "{}", again.stderr);
@@ -450,8 +485,13 @@ fn linux_under_kvm_moves_by_rdma_and_every_page_is_right() {
     let console = Console::open(&stage, "src");
     console.wait_ready();
     let written = console.progress_since(0);
-    let receiver =
-        stage.receive_at(&format!("{THERE}:0"), "dst", &guest.qemu(&stage, "dst"), "", &["--insecure"]);
+    let receiver = stage.receive_at(
+        &format!("{THERE}:0"),
+        "dst",
+        &guest.qemu(&stage, "dst"),
+        "",
+        &["--insecure"],
+    );
     let mut next = Console::open(&stage, "dst");
     let more = [
         "--insecure",
@@ -465,7 +505,10 @@ fn linux_under_kvm_moves_by_rdma_and_every_page_is_right() {
     ];
     let ended = stage.migrate("src", receiver.address(), &more).end(BOOT_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
-    assert!(ended.stdout.contains("\"verified\": true") && ended.stdout.contains("\"transport\": \"rdma\""));
+    assert!(
+        ended.stdout.contains("\"verified\": true")
+            && ended.stdout.contains("\"transport\": \"rdma\"")
+    );
     assert_eq!(source.end(), Some(0));
     next.progress_since(written);
     next.verdict();
@@ -484,11 +527,16 @@ fn tcp_never_touches_verbs() {
         let name = format!("src-{transport}");
         let source = stage.run(&name, BARE, "switchover");
         let at = format!("{THERE}:0");
-        let receiver = stage.receive_at(&at, &format!("dst-{transport}"), BARE, "", &["--insecure"]);
+        let receiver =
+            stage.receive_at(&at, &format!("dst-{transport}"), BARE, "", &["--insecure"]);
         let more = ["--insecure", "--transport", transport, "--downtime-max", "20s"];
         let moving = stage.migrate(&name, receiver.address(), &more);
         source.wait_held("switchover");
-        assert_eq!((mapped(source.pid()), mapped(receiver.pid())), (expected, expected), "{transport}");
+        assert_eq!(
+            (mapped(source.pid()), mapped(receiver.pid())),
+            (expected, expected),
+            "{transport}"
+        );
         stage.release();
         assert_eq!(moving.end(ATTEMPT_MAX).status, Some(0));
         stage.hold_again();

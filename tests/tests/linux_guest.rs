@@ -1,5 +1,5 @@
-//! A real Linux guest that checks every value of its memory (docs/guest.md): moved many times, and through
-//! failed attempts.
+//! A real Linux guest that checks every value of its memory (docs/guest.md): moved many times, and
+//! through failed attempts.
 
 use pageferry::supervisor::api::State;
 use pageferry_tests::console::{Console, Linux};
@@ -124,8 +124,8 @@ fn a_guest_that_writes_too_fast_stays_unless_the_user_lets_it_go() {
     next.verdict();
 }
 
-/// The guest gives back what it does not use, and more of it while it moves: QEMU punches holes into its memory, of which
-/// no dirty source hears. 128 huge pages at either end.
+/// The guest gives back what it does not use, and more of it while it moves: QEMU punches holes
+/// into its memory, of which no dirty source hears. 128 huge pages at either end.
 #[test]
 fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
     const NAME: &str = "a_guest_in_huge_pages_moves_while_it_gives_memory_back";
@@ -145,8 +145,9 @@ fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
     let console = Console::open(&stage, "src");
     console.wait_ready();
     // The kernel reports two seconds after it has so much to report.
-    let before =
-        eventually("free pages are reported", SOON, || Some(allocated(&here)).filter(|count| *count < 100));
+    let before = eventually("free pages are reported", SOON, || {
+        Some(allocated(&here)).filter(|count| *count < 100)
+    });
     let destination = stage.receive("dst", &qemu("dst"), "");
     let there = memory_file(destination.qemu(), 256 << 20);
     let mut next = Console::open(&stage, "dst");
@@ -155,7 +156,8 @@ fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
     let options = ["--bandwidth-max", "60MB", "--downtime-max", "2s", "--verify"];
     let moving = stage.migrate("src", destination.address(), &options);
     moving.stderr.wait("round 0", SOON);
-    look::ask(&source.monitor, "balloon", json!({ "value": 160 << 20 })).expect("QEMU asks the guest");
+    look::ask(&source.monitor, "balloon", json!({ "value": 160 << 20 }))
+        .expect("QEMU asks the guest");
     let ended = moving.end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     // A kernel that fills what it allocates touches memory for the balloon first.

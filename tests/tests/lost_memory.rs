@@ -1,6 +1,6 @@
-//! Guest memory that goes away under the supervisor: pages that the hardware lost, files that are cut. Nobody dies of it:
-//! what was lost is named, and the guest runs on or moves, as the operator chose. And pages that a balloon takes away: they
-//! arrive as what the guest would read there.
+//! Guest memory that goes away under the supervisor: pages that the hardware lost, files that are
+//! cut. Nobody dies of it: what was lost is named, and the guest runs on or moves, as the operator
+//! chose. And pages that a balloon takes away: they arrive as what the guest would read there.
 
 use pageferry_engine::destination::Receiver;
 use pageferry_engine::destination::listener::SessionListener;
@@ -49,7 +49,8 @@ fn attempt(
     let report = std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut receiver = Receiver::new(listener, LinkChoice::default());
-            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            let incoming =
+                receiver.listener().next(Instant::now() + SOON).expect("the source connects");
             receiver.serve(incoming, &mut destination, &mut || Ok(()))
         });
         migrate(guest, &options, &Monitor::default())
@@ -74,7 +75,10 @@ fn a_page_that_the_hardware_lost_is_named_and_the_guest_runs_on_or_moves_with_ze
     let (report, _) = attempt(&mut guest, Poisoned::Refuse, false);
     assert_eq!((report.outcome, report.refused), (Outcome::Aborted, false));
     let reason = report.reason.unwrap();
-    assert!(reason.contains("synthetic at 0xbb8000") && reason.contains("--poisoned zero"), "{reason}");
+    assert!(
+        reason.contains("synthetic at 0xbb8000") && reason.contains("--poisoned zero"),
+        "{reason}"
+    );
     assert_eq!(report.lost_pages.len(), 1);
     guest.check().unwrap();
 
@@ -92,12 +96,14 @@ fn a_page_that_the_hardware_lost_is_named_and_the_guest_runs_on_or_moves_with_ze
         "{lost:?}"
     );
     assert_eq!(page_of(&destination, LOST), [0; PAGE_BYTES as usize]);
-    BESIDE.iter().for_each(|page| assert_eq!(page_of(&destination, *page), [7; PAGE_BYTES as usize]));
+    BESIDE
+        .iter()
+        .for_each(|page| assert_eq!(page_of(&destination, *page), [7; PAGE_BYTES as usize]));
     destination.into_source().expect("it runs there").check().unwrap();
 }
 
-/// Cut when the set-up has found its pages and before they are read, as by a neighbour's mistake. QEMU does not run, so
-/// that it does not die of it first.
+/// Cut when the set-up has found its pages and before they are read, as by a neighbour's mistake.
+/// QEMU does not run, so that it does not die of it first.
 #[test]
 fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
     const MIB: u64 = 1 << 20;
@@ -111,7 +117,8 @@ fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
     };
     let stage = Stage::new();
     let source = stage.run("src", &qemu(&path.display().to_string()), "rounds");
-    let destination = stage.receive("dst", &qemu(&memory.path().join("other").display().to_string()), "");
+    let destination =
+        stage.receive("dst", &qemu(&memory.path().join("other").display().to_string()), "");
     let file = File::options().read(true).write(true).open(&path).unwrap();
     file.write_all_at(&[9; 4096], 40 * MIB).unwrap();
     let moving = stage.migrate("src", destination.address(), &[]);
@@ -123,7 +130,8 @@ fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
     assert_eq!(ended.status, Some(1), "{}", ended.stderr);
     assert!(ended.stderr.contains(cut), "{}", ended.stderr);
     assert!(source.alive() && source.guest_state().as_deref() == Some("prelaunch"));
-    // Cut before, and nobody touches what is gone: it is not taken for memory that was never touched.
+    // Cut before, and nobody touches what is gone: it is not taken for memory that was never
+    // touched.
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
     assert!(ended.status == Some(1) && ended.stderr.contains(cut), "{}", ended.stderr);
     file.set_len(64 * MIB).unwrap();
@@ -131,8 +139,9 @@ fn a_memory_file_that_is_cut_is_named_and_neither_supervisor_nor_guest_dies() {
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
 }
 
-/// Takes pages away as QEMU does for a balloon and for free page reporting, after they were sent. The guest of the one that
-/// reads such a page finds zeros, and so must the one that reads it at the destination.
+/// Takes pages away as QEMU does for a balloon and for free page reporting, after they were sent.
+/// The guest of the one that reads such a page finds zeros, and so must the one that reads it at
+/// the destination.
 fn taken_away_while_it_moves(hugetlb: &str, page_bytes: u64) {
     const BYTES: u64 = 64 << 20;
     const FIRST: u64 = 8;
@@ -140,8 +149,9 @@ fn taken_away_while_it_moves(hugetlb: &str, page_bytes: u64) {
         "qemu-system-x86_64 -S -accel tcg -machine q35,memory-backend=m -m 64 -nodefaults -display none \
          -device virtio-balloon-pci -object memory-backend-memfd,id=m,size=64M{hugetlb}"
     );
-    let map =
-        |file: &File| MemoryRegion::map_unreserved(file.as_fd(), 0, BYTES as usize, Access::Write).unwrap();
+    let map = |file: &File| {
+        MemoryRegion::map_unreserved(file.as_fd(), 0, BYTES as usize, Access::Write).unwrap()
+    };
     let at = |index: u64| ((FIRST + index) * page_bytes) as usize;
     let stage = Stage::new();
     let source = stage.run("src", &qemu, "switchover");
@@ -152,8 +162,13 @@ fn taken_away_while_it_moves(hugetlb: &str, page_bytes: u64) {
     let before = allocated(&here);
     let moving = stage.migrate("src", destination.address(), &["--verify", "--downtime-max", "1s"]);
     source.wait_held("switchover");
-    assert_eq!(allocated(&here), before, "what the guest never touched is not allocated by a look at it");
-    // 0 and 1 stay. 2 to 5 are taken away, and 4 and 5 are read again: there are pages of zeros then.
+    assert_eq!(
+        allocated(&here),
+        before,
+        "what the guest never touched is not allocated by a look at it"
+    );
+    // 0 and 1 stay. 2 to 5 are taken away, and 4 and 5 are read again: there are pages of zeros
+    // then.
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     fallocate(&here, punch, at(2) as u64, 4 * page_bytes).unwrap();
     (4..6).for_each(|index| assert!(map(&here).is_zero(at(index), 4096).unwrap()));
@@ -184,8 +199,8 @@ fn what_a_balloon_takes_away_in_huge_pages_reads_as_zeros_at_the_destination() {
     }
 }
 
-/// The kernel would disarm all of memory in one call when the last descriptor is closed. So somebody who outlives the
-/// supervisor holds one.
+/// The kernel would disarm all of memory in one call when the last descriptor is closed. So
+/// somebody who outlives the supervisor holds one.
 #[test]
 fn memory_is_disarmed_by_the_guardian_when_the_supervisor_is_killed() {
     use pageferry_tests::eventually;

@@ -1,5 +1,6 @@
-//! A guest's memory is known by its file, and not by a name: a file that is somebody's is nobody else's, what was
-//! plugged in anew is mapped anew, what nobody writes stays where it is, and what does not fit is refused.
+//! A guest's memory is known by its file, and not by a name: a file that is somebody's is nobody
+//! else's, what was plugged in anew is mapped anew, what nobody writes stays where it is, and what
+//! does not fit is refused.
 
 use pageferry::supervisor::api::State;
 use pageferry_tests::look::{self, tracked_mappings};
@@ -44,7 +45,8 @@ impl Files {
         )
     }
 
-    /// All of it mapped. Whoever maps a file is one of its users, so this is dropped before a receiver starts.
+    /// All of it mapped. Whoever maps a file is one of its users, so this is dropped before a
+    /// receiver starts.
     fn map(&self, name: &str) -> Arc<MemoryRegion> {
         map(&self.path(name))
     }
@@ -105,7 +107,8 @@ fn a_guest_that_runs_keeps_its_memory_whoever_else_would_have_it() {
     source.wait_guest_runs();
     files.write("ram", LOW..HIGH, 1);
     let path = files.path("ram").display().to_string();
-    let (qemu, supervisor) = (format!("(process {})", source.qemu()), format!("(process {})", source.pid()));
+    let (qemu, supervisor) =
+        (format!("(process {})", source.qemu()), format!("(process {})", source.pid()));
     receive_refused(
         &stage,
         "dst",
@@ -129,7 +132,12 @@ fn a_guest_that_runs_keeps_its_memory_whoever_else_would_have_it() {
     receive_refused(&stage, "second", &files.machine("there"), &["in use by", "qemu-system"]);
     stage.release();
     let ended = moving.end(SOON);
-    assert_eq!(ended.status, Some(0), "one that was refused does not disturb the move: {}", ended.stderr);
+    assert_eq!(
+        ended.status,
+        Some(0),
+        "one that was refused does not disturb the move: {}",
+        ended.stderr
+    );
     destination.wait_guest_runs();
     // A guest that has just come is as safe.
     receive_refused(&stage, "second", &files.machine("there"), &["in use by", "qemu-system"]);
@@ -149,7 +157,11 @@ fn of_two_receivers_that_start_at_once_one_has_the_file() {
     let waits = |receiver: &Supervisor| receiver.words.text().contains("waits for a guest on");
     let winner = eventually("one of them waits", SOON, || two.iter().position(&waits));
     assert_eq!(two[1 - winner].end(), Some(2));
-    assert!(two[1 - winner].words.text().contains("memory file"), "{}", two[1 - winner].words.text());
+    assert!(
+        two[1 - winner].words.text().contains("memory file"),
+        "{}",
+        two[1 - winner].words.text()
+    );
     assert!(!waits(&two[1 - winner]));
     two[winner].wait_state(State::Waiting);
 }
@@ -169,7 +181,12 @@ fn a_process_that_cannot_be_seen_is_a_user_too() {
     let nothing = stage.path("nothing");
     std::fs::create_dir(&nothing).unwrap();
     let behind = Stage::new().behind(&format!("mount --bind {} /proc/{qemu}", nothing.display()));
-    receive_refused(&behind, "dst", &files.machine("ram"), &["cannot be seen from here", "mem-path"]);
+    receive_refused(
+        &behind,
+        "dst",
+        &files.machine("ram"),
+        &["cannot be seen from here", "mem-path"],
+    );
     assert!(files.holds("ram", LOW..HIGH, 1));
 }
 
@@ -237,8 +254,8 @@ impl Monitor<'_> {
         self.ask("device_add", json!({ "driver": "pc-dimm", "id": "dimm0", "memdev": "m0" }));
     }
 
-    /// Unplugs it again. The guest has no operating system, so its part is done here: it ejects the DIMM by the
-    /// registers of ACPI memory hot-plug (QEMU, docs/specs/acpi_mem_hotplug.rst).
+    /// Unplugs it again. The guest has no operating system, so its part is done here: it ejects the
+    /// DIMM by the registers of ACPI memory hot-plug (QEMU, docs/specs/acpi_mem_hotplug.rst).
     fn unplug(&self) {
         self.ask("device_del", json!({ "id": "dimm0" }));
         self.human("o /w 0xa00 0");
@@ -271,7 +288,8 @@ fn memory_that_was_plugged_in_or_replaced_since_is_moved_as_it_is_now() {
     assert_eq!(stage.done(&["cancel", "src"]).status, Some(0));
     stage.release();
     assert_eq!(moving.end(SOON).status, Some(1));
-    // Replaced by another of the same id and size. What the supervisor mapped a moment ago is another file now.
+    // Replaced by another of the same id and size. What the supervisor mapped a moment ago is
+    // another file now.
     Monitor(&source).unplug();
     Monitor(&source).plug(&files.path("second"));
     files.write("second", LOW..HIGH, 2);
@@ -284,7 +302,8 @@ fn memory_that_was_plugged_in_or_replaced_since_is_moved_as_it_is_now() {
     assert_eq!(source.end(), Some(0));
 }
 
-/// Seen before: 4096 of 4096 pages were those of the file before, with exit status 0, and `--verify` agreed.
+/// Seen before: 4096 of 4096 pages were those of the file before, with exit status 0, and
+/// `--verify` agreed.
 #[test]
 fn memory_that_was_replaced_under_the_same_name_since_its_supervisor_came_is_moved_as_it_is_now() {
     let (stage, files) = (Stage::new(), Files::new());
@@ -293,7 +312,8 @@ fn memory_that_was_replaced_under_the_same_name_since_its_supervisor_came_is_mov
     };
     let mut source = stage.run("src", &with_dimm("before"), "");
     source.wait_guest_runs();
-    // Plugged in by hand too, and each only when the one before is gone: QEMU maps it at the same address then.
+    // Plugged in by hand too, and each only when the one before is gone: QEMU maps it at the same
+    // address then.
     let replace = |source: &Supervisor, before: &str, after: &str| {
         Monitor(source).unplug();
         let (maps, before) = (format!("/proc/{}/maps", source.qemu()), files.path(before));
@@ -323,7 +343,10 @@ fn memory_that_is_replaced_while_it_moves_ends_the_move_and_the_guest_runs_on() 
     source.wait_guest_runs();
     Monitor(&source).plug(&files.path("first"));
     files.write("first", LOW..HIGH, 1);
-    let there = format!("{QEMU} {SLOTS} {} -device pc-dimm,id=dimm0,memdev=m0", files.backend("m0", "there"));
+    let there = format!(
+        "{QEMU} {SLOTS} {} -device pc-dimm,id=dimm0,memdev=m0",
+        files.backend("m0", "there")
+    );
     let destination = stage.receive("dst", &there, "");
     let moving = stage.migrate("src", destination.address(), &[]);
     source.wait_held("rounds");
@@ -389,8 +412,11 @@ fn memory_in_a_file_of_readconfig_is_taken_as_that_of_the_command_line() {
     let report: Value = serde_json::from_str(&ended.stdout).unwrap();
     assert_eq!(report["memory_bytes"], 96 << 20);
     destination.wait_guest_runs();
-    std::fs::write(&config, "[object \"m\"]\n  qom-type = \"memory-backend-ram\"\n  size = \"64M\"\n")
-        .unwrap();
+    std::fs::write(
+        &config,
+        "[object \"m\"]\n  qom-type = \"memory-backend-ram\"\n  size = \"64M\"\n",
+    )
+    .unwrap();
     let words = ["-readconfig", "[object \"m\"]", "share = \"on\""];
     supervisor_refused(&stage, "other", &["run", "other"], &qemu, &words);
 }
@@ -398,7 +424,8 @@ fn memory_in_a_file_of_readconfig_is_taken_as_that_of_the_command_line() {
 /// A guest of which so much is touched, for a destination that has no room for it.
 fn touched(stage: &Stage, files: &Files, mib: usize) -> Supervisor {
     let memory = files.backend("m", "ram").replace("64M", "256M");
-    let source = stage.run("src", &format!("{QEMU} -machine q35,memory-backend=m -m 256 {memory}"), "");
+    let source =
+        stage.run("src", &format!("{QEMU} -machine q35,memory-backend=m -m 256 {memory}"), "");
     source.wait_guest_runs();
     files.write("ram", LOW..LOW + (mib << 20), 1);
     source
@@ -423,7 +450,8 @@ fn on_a_small_tmpfs(mib: usize, hold: &str) -> (Stage, Supervisor, PathBuf) {
     let mount = there.path("mount");
     std::fs::create_dir(&mount).unwrap();
     let there = there.behind(&format!("mount -t tmpfs -o size={mib}m tmpfs {}", mount.display()));
-    let memory = format!("memory-backend-file,id=m,size=256M,mem-path={}/ram,share=on", mount.display());
+    let memory =
+        format!("memory-backend-file,id=m,size=256M,mem-path={}/ram,share=on", mount.display());
     let qemu = format!("{QEMU} -machine q35,memory-backend=m -m 256 -object {memory}");
     let destination = there.receive("dst", &qemu, hold);
     (there, destination, mount)
@@ -468,9 +496,11 @@ fn why_a_destination_could_not_place_a_byte_is_told_at_the_source() {
 
 #[test]
 fn a_pool_of_huge_pages_that_is_too_small_is_named_before_memory_is_taken_from_it() {
-    const NAME: &str = "a_pool_of_huge_pages_that_is_too_small_is_named_before_memory_is_taken_from_it";
-    let pool =
-        |file: &str| std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{file}"));
+    const NAME: &str =
+        "a_pool_of_huge_pages_that_is_too_small_is_named_before_memory_is_taken_from_it";
+    let pool = |file: &str| {
+        std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{file}"))
+    };
     if !geteuid().is_root() || pool("nr_hugepages").is_err() {
         return not_run(
             NAME,
@@ -480,12 +510,20 @@ fn a_pool_of_huge_pages_that_is_too_small_is_named_before_memory_is_taken_from_i
     let stage = Stage::new();
     let mount = stage.path("mount");
     std::fs::create_dir(&mount).unwrap();
-    let stage = stage.behind(&format!("mount -t hugetlbfs -o pagesize=2M none {}", mount.display()));
+    let stage =
+        stage.behind(&format!("mount -t hugetlbfs -o pagesize=2M none {}", mount.display()));
     // More than any pool has: what is not reserved is not missed until it is touched.
-    let memory =
-        format!("memory-backend-file,id=m,size=512G,mem-path={},share=on,reserve=off", mount.display());
+    let memory = format!(
+        "memory-backend-file,id=m,size=512G,mem-path={},share=on,reserve=off",
+        mount.display()
+    );
     let qemu = format!("{QEMU} -machine q35,memory-backend=m -m 512G -object {memory}");
-    receive_refused(&stage, "dst", &qemu, &["no room", "the pool of huge pages of 2048 KiB", "nr_hugepages"]);
+    receive_refused(
+        &stage,
+        "dst",
+        &qemu,
+        &["no room", "the pool of huge pages of 2048 KiB", "nr_hugepages"],
+    );
 }
 
 /// A memory cgroup below this process's own, taken away at the end.
@@ -494,11 +532,14 @@ struct Cgroup(PathBuf);
 impl Cgroup {
     fn new(limit_mib: u64) -> Result<Self, String> {
         let own = std::fs::read_to_string("/proc/self/cgroup").map_err(|e| e.to_string())?;
-        let v1 =
-            own.lines().find_map(|line| line.splitn(3, ':').nth(2).filter(|_| line.contains(":memory:")));
+        let v1 = own
+            .lines()
+            .find_map(|line| line.splitn(3, ':').nth(2).filter(|_| line.contains(":memory:")));
         let v2 = own.lines().find_map(|line| line.strip_prefix("0::"));
         let (parent, file) = match (v1, v2) {
-            (Some(path), _) => (Path::new("/sys/fs/cgroup/memory").join(&path[1..]), "memory.limit_in_bytes"),
+            (Some(path), _) => {
+                (Path::new("/sys/fs/cgroup/memory").join(&path[1..]), "memory.limit_in_bytes")
+            }
             (None, Some(path)) => (Path::new("/sys/fs/cgroup").join(&path[1..]), "memory.max"),
             (None, None) => return Err("no memory cgroup is mounted".into()),
         };

@@ -1,5 +1,5 @@
-//! What `pageferry microvm` cannot do is refused: exit status 2, one clear line with the fix, and nothing is left.
-//! Guests of it that run need KVM: `lab_microvm`.
+//! What `pageferry microvm` cannot do is refused: exit status 2, one clear line with the fix, and
+//! nothing is left. Guests of it that run need KVM: `lab_microvm`.
 
 use pageferry_tests::stage::Stage;
 
@@ -29,7 +29,10 @@ fn not_understood(arguments: &[&str], text: &str) {
 fn memory_that_cannot_be() {
     refused(&["--payload", "--memory", "0"], &["0 bytes of memory", "2 MiB"]);
     refused(&["--payload", "--memory", "8388609"], &["8388609 bytes", "whole pages of 4 KiB"]);
-    refused(&["--payload", "--memory", "5M", "--huge-pages"], &["5242880 bytes", "huge pages of 2 MiB"]);
+    refused(
+        &["--payload", "--memory", "5M", "--huge-pages"],
+        &["5242880 bytes", "huge pages of 2 MiB"],
+    );
     refused(&["--payload", "--memory", "100000T"], &["this host has", "--memory"]);
     not_understood(&["--payload", "--memory", "much"], "such as 512M");
 }

@@ -1,6 +1,7 @@
-//! The failure table for guests of `pageferry microvm`, which live in their supervisor's process: whoever dies there
-//! takes its guest with it. Each case is one line: where the migration is held, what happens there, what `migrate`
-//! may say, and where the guest must run in the end. A second attempt must work wherever it runs at the source.
+//! The failure table for guests of `pageferry microvm`, which live in their supervisor's process:
+//! whoever dies there takes its guest with it. Each case is one line: where the migration is held,
+//! what happens there, what `migrate` may say, and where the guest must run in the end. A second
+//! attempt must work wherever it runs at the source.
 //!
 //! Whether a guest runs is seen by the processor time of its vCPUs: a payload never rests.
 
@@ -38,10 +39,12 @@ enum Place {
 }
 use Place::*;
 
-const PAYLOAD: &[&str] = &["--payload", "--memory", "8M", "--cpus", "1", "--payload-working-set", "1M"];
+const PAYLOAD: &[&str] =
+    &["--payload", "--memory", "8M", "--cpus", "1", "--payload-working-set", "1M"];
 const WAITING: &[&str] = &["--listen", "127.0.0.1:0", "--memory", "8M", "--cpus", "1"];
 
-/// Processor time within one look that only running the guest takes: reading its state takes some 0.2 ms.
+/// Processor time within one look that only running the guest takes: reading its state takes some
+/// 0.2 ms.
 const RUNS: Duration = Duration::from_millis(3);
 /// How long a look waits for it, on two cores that others share.
 const ONE_LOOK: Duration = Duration::from_millis(150);
@@ -92,8 +95,8 @@ impl Pair {
         moving
     }
 
-    /// Where it runs; never at two places. The destination is looked at first: once the guest runs there, it must not
-    /// run at the source at any later time.
+    /// Where it runs; never at two places. The destination is looked at first: once the guest runs
+    /// there, it must not run at the source at any later time.
     fn look(&self) -> Place {
         match (runs(&self.destination), runs(&self.source)) {
             (false, false) => Nowhere,
@@ -108,15 +111,17 @@ impl Pair {
             KillSource => self.source.kill(),
             KillDestination => self.destination.kill(),
             CutLanes => assert!(self.proxy.cut(Which::Lanes) > 0, "a lane was cut"),
-            CutControl => assert_eq!(self.proxy.cut(Which::Control), 1, "the control connection was cut"),
+            CutControl => {
+                assert_eq!(self.proxy.cut(Which::Control), 1, "the control connection was cut")
+            }
             FreezeSource => self.source.signal(Signal::STOP),
             FreezeDestination => self.destination.signal(Signal::STOP),
             Stall => self.proxy.stall(true),
         }
     }
 
-    /// Follows the migration to its end, and never sees two guests. Who was frozen is thawed once the other side has
-    /// done what it does without an answer.
+    /// Follows the migration to its end, and never sees two guests. Who was frozen is thawed once
+    /// the other side has done what it does without an answer.
     fn follow(&self, mut moving: Running, mut frozen: bool, thaw: impl Fn(&Self) -> bool) -> Ended {
         let deadline = Instant::now() + IN_THE_END;
         let mut ended = None;
@@ -142,7 +147,9 @@ impl Pair {
     }
 
     fn runs_in_the_end(&self, place: Place) {
-        eventually(&format!("the guest runs: {place:?}"), SOON, || (self.look() == place).then_some(()));
+        eventually(&format!("the guest runs: {place:?}"), SOON, || {
+            (self.look() == place).then_some(())
+        });
     }
 
     /// Whatever the first attempt left, a second one works, and its memory is whole.
@@ -252,7 +259,8 @@ table! {
     committed_source_frozen: "committed", FreezeSource => [0], Destination;
 }
 
-/// The destination died with Commit in its hands: whether the guest ran there is known to nobody here.
+/// The destination died with Commit in its hands: whether the guest ran there is known to nobody
+/// here.
 fn in_doubt(name: &str) -> Option<Pair> {
     if !kvm_is_here(name) {
         return None;
@@ -293,7 +301,8 @@ fn when_the_network_is_back_after_status_3_the_source_hears_that_the_guest_runs_
 
 #[test]
 fn a_guest_in_doubt_survives_one_signal_and_settle_run_brings_it_back() {
-    let Some(mut pair) = in_doubt("a_guest_in_doubt_survives_one_signal_and_settle_run_brings_it_back")
+    let Some(mut pair) =
+        in_doubt("a_guest_in_doubt_survives_one_signal_and_settle_run_brings_it_back")
     else {
         return;
     };
@@ -313,7 +322,8 @@ fn a_guest_in_doubt_survives_one_signal_and_settle_run_brings_it_back() {
 #[test]
 fn a_guest_in_doubt_ends_by_settle_end_or_by_a_second_signal() {
     for by_signal in [false, true] {
-        let Some(mut pair) = in_doubt("a_guest_in_doubt_ends_by_settle_end_or_by_a_second_signal") else {
+        let Some(mut pair) = in_doubt("a_guest_in_doubt_ends_by_settle_end_or_by_a_second_signal")
+        else {
             return;
         };
         if by_signal {

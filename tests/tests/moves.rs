@@ -89,7 +89,10 @@ fn three(here: &Supervisor, there: &Supervisor) -> [(&'static str, u32); 3] {
 fn cancelled(stage: &Stage, here: &Supervisor, there: &Supervisor) {
     let attempt = stage.migrate(&here.name, there.address(), &["--bandwidth-max", "10MB"]);
     eventually("the rounds", SOON, || {
-        here.status()?.progress.filter(|progress| progress.stage == progress::Stage::Rounds).map(drop)
+        here.status()?
+            .progress
+            .filter(|progress| progress.stage == progress::Stage::Rounds)
+            .map(drop)
     });
     assert_eq!(stage.done(&["cancel", &here.name]).status, Some(0));
     assert_eq!(attempt.end(SOON).status, Some(1));
@@ -98,7 +101,8 @@ fn cancelled(stage: &Stage, here: &Supervisor, there: &Supervisor) {
 
 #[test]
 fn many_moves_back_and_forth_leave_every_process_as_at_the_start() {
-    let moves = std::env::var("PAGEFERRY_MOVES").map_or(MOVES, |text| text.parse().expect("a number"));
+    let moves =
+        std::env::var("PAGEFERRY_MOVES").map_or(MOVES, |text| text.parse().expect("a number"));
     // With an arena for each thread the C library keeps freed memory in whichever it took last, up
     // to 16 times on two cores: with one, what grows is a leak.
     let stage = Stage::new().behind("export MALLOC_ARENA_MAX=1");
@@ -119,7 +123,11 @@ fn many_moves_back_and_forth_leave_every_process_as_at_the_start() {
                 }
             }
             for ((what, pid), before) in processes.iter().zip(&before) {
-                settles(&format!("{what}, after attempt {attempt} before move {index},"), *pid, before);
+                settles(
+                    &format!("{what}, after attempt {attempt} before move {index},"),
+                    *pid,
+                    before,
+                );
             }
         }
 
@@ -150,5 +158,8 @@ fn many_moves_back_and_forth_leave_every_process_as_at_the_start() {
         assert_eq!(tracked_mappings(here.qemu()), 0);
     }
     console.verdict();
-    println!("{moves} moves; the first end had {first:?}, the last {:?}", both(&here).map(|p| Has::of(p.1)));
+    println!(
+        "{moves} moves; the first end had {first:?}, the last {:?}",
+        both(&here).map(|p| Has::of(p.1))
+    );
 }

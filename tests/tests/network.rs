@@ -1,7 +1,8 @@
-//! What the network hears when a guest has moved. Switches know behind which port an address is from the frames that they
-//! have seen; until they see one from the new place, everything for the guest goes to the old one. A guest that only
-//! listens sends none. So QEMU announces each network card of a guest that has come (RARP), and the destination must see
-//! to it that this is heard when the guest runs there, and not before: until Commit it may still go on at the source.
+//! What the network hears when a guest has moved. Switches know behind which port an address is
+//! from the frames that they have seen; until they see one from the new place, everything for the
+//! guest goes to the old one. A guest that only listens sends none. So QEMU announces each network
+//! card of a guest that has come (RARP), and the destination must see to it that this is heard when
+//! the guest runs there, and not before: until Commit it may still go on at the source.
 
 use pageferry_tests::SOON;
 use pageferry_tests::stage::Stage;
@@ -11,8 +12,8 @@ use std::time::{Duration, Instant};
 const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x70, 0x66, 0x01];
 /// EtherType of RARP.
 const RARP: [u8; 2] = [0x80, 0x35];
-/// QEMU repeats its announcement 50 ms after the first and at growing intervals, five times within a second. A stopped
-/// guest's must not come in all of this time.
+/// QEMU repeats its announcement 50 ms after the first and at growing intervals, five times within
+/// a second. A stopped guest's must not come in all of this time.
 const ANNOUNCED_WITHIN: Duration = Duration::from_millis(1500);
 
 /// A wire: what the card sends comes to a socket of ours, a datagram a frame.

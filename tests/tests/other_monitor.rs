@@ -1,5 +1,6 @@
-//! Another monitor of the same QEMU (libvirt, a script, a person) lets a guest run that must not, or resets
-//! it, in each stage of a switchover. The guest runs at one place, and the operator hears of it.
+//! Another monitor of the same QEMU (libvirt, a script, a person) lets a guest run that must not,
+//! or resets it, in each stage of a switchover. The guest runs at one place, and the operator hears
+//! of it.
 
 use pageferry::supervisor::api::State;
 use pageferry_tests::look;
@@ -52,7 +53,11 @@ fn check_aborted(
 ) {
     let ended = moving.end(SOON);
     assert_eq!(ended.status, Some(1), "{}", ended.stderr);
-    assert!(ended.stderr.contains("another monitor") && ended.stderr.contains(why), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("another monitor") && ended.stderr.contains(why),
+        "{}",
+        ended.stderr
+    );
     source.wait_guest_runs();
     assert!(!destination.guest_runs());
     wait_times(destination, "waits for a guest on", 2);
@@ -151,8 +156,7 @@ fn a_cont_at_the_destination_before_commit_ends_the_copy() {
 /// What another tool may have left in a QEMU's migration settings.
 fn leave_settings(guest: &Supervisor) -> serde_json::Value {
     let parameters = json!({ "tls-creds": "tls0", "mode": "cpr-reboot", "downtime-limit": 7 });
-    let capabilities =
-        json!([{ "capability": "multifd", "state": true }, { "capability": "return-path", "state": true }]);
+    let capabilities = json!([{ "capability": "multifd", "state": true }, { "capability": "return-path", "state": true }]);
     look::ask(&guest.monitor, "migrate-set-parameters", parameters).expect("QEMU takes them");
     look::ask(&guest.monitor, "migrate-set-capabilities", json!({ "capabilities": capabilities }))
         .expect("QEMU takes them");

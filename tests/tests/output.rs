@@ -1,6 +1,7 @@
-//! No output ends or holds up a process that has a guest in its hands, whatever stands behind its stdout and
-//! stderr: a closed pipe, a full disk, a pipe that nobody reads. And a command's exit status tells what it did,
-//! whatever became of its words. What others say, a peer above all, is shown and not obeyed.
+//! No output ends or holds up a process that has a guest in its hands, whatever stands behind its
+//! stdout and stderr: a closed pipe, a full disk, a pipe that nobody reads. And a command's exit
+//! status tells what it did, whatever became of its words. What others say, a peer above all, is
+//! shown and not obeyed.
 
 use pageferry::supervisor::api::State;
 use pageferry_engine::guest::GuestDescription;
@@ -47,11 +48,15 @@ impl Nowhere {
 
 fn listening(destination: &Supervisor) -> SocketAddr {
     destination.wait_state(State::Waiting);
-    destination.status().and_then(|status| status.listen).and_then(|at| at.parse().ok()).expect("an address")
+    destination
+        .status()
+        .and_then(|status| status.listen)
+        .and_then(|at| at.parse().ok())
+        .expect("an address")
 }
 
-/// Moves a guest between two supervisors whose stderr goes there. The guest arrives, is known to `list`, and is
-/// found again when its supervisor has died.
+/// Moves a guest between two supervisors whose stderr goes there. The guest arrives, is known to
+/// `list`, and is found again when its supervisor has died.
 fn a_guest_is_moved_with_stderr_at(nowhere: Nowhere) {
     let stage = Stage::new();
     let ((out, _kept), (out_too, _kept_too)) = (nowhere.open(), nowhere.open());
@@ -144,7 +149,8 @@ fn a_client_whose_reader_has_gone_ends_quietly() {
         assert_eq!((ended.status, ended.stderr.as_str()), (Some(0), ""), "{arguments:?}");
     }
     // What a host lacks is its status; the words are lost without a trace.
-    let (with, without) = (stage.done(&["doctor"]), stage.start_into(&["doctor"], closed()).end(SOON));
+    let (with, without) =
+        (stage.done(&["doctor"]), stage.start_into(&["doctor"], closed()).end(SOON));
     assert_eq!((without.status, without.stderr.as_str()), (with.status, ""));
     assert!(source.guest_runs());
 }
@@ -153,11 +159,16 @@ fn a_client_whose_reader_has_gone_ends_quietly() {
 fn a_client_that_cannot_write_its_answer_says_so() {
     let stage = Stage::new();
     let _source = stage.run("src", BARE, "");
-    for arguments in [&["list"][..], &["status", "src", "--json"], &["completions", "bash"], &["doctor"]] {
+    for arguments in
+        [&["list"][..], &["status", "src", "--json"], &["completions", "bash"], &["doctor"]]
+    {
         let (full, _) = Nowhere::FullDisk.open();
         let ended = stage.start_into(arguments, full).end(SOON);
         assert_eq!(ended.status, Some(1), "{arguments:?}");
-        assert_eq!(ended.stderr, "pageferry: writing to stdout: No space left on device (os error 28)");
+        assert_eq!(
+            ended.stderr,
+            "pageferry: writing to stdout: No space left on device (os error 28)"
+        );
     }
 }
 
@@ -173,14 +184,17 @@ fn the_exit_status_of_a_migration_is_its_outcome_whatever_becomes_of_the_report(
         let arguments = ["migrate", "src", "--to", &to, "--json", "--downtime-max", "2s"];
         let ended = stage.start_into(&arguments, out).end(SOON);
         assert_eq!(ended.status, Some(0), "{}", ended.stderr);
-        let told = ended.stderr.contains("the result could not be printed: writing to stdout: No space left");
+        let told = ended
+            .stderr
+            .contains("the result could not be printed: writing to stdout: No space left");
         assert_eq!(told, matches!(nowhere, Nowhere::FullDisk), "{}", ended.stderr);
         destination.wait_guest_runs();
         look::wait_gone(source.pid());
     }
 }
 
-/// What a stranger would like to have on the operator's terminal and in the log, and what is shown of it.
+/// What a stranger would like to have on the operator's terminal and in the log, and what is shown
+/// of it.
 const THEIRS: &str = "\x1b]0;x\x07\x1b[2J\npageferry: src has moved\r\u{9b}1m";
 const SHOWN: &str = r"\u{1b}]0;x\u{7}\u{1b}[2J\npageferry: src has moved\r\u{9b}1m";
 
@@ -237,7 +251,8 @@ fn a_sources_words_are_shown_and_not_obeyed() {
         images: Vec::new(),
         platform: Vec::new(),
     };
-    let hello = Hello { software: THEIRS.into(), lanes: 1, guest, state_bytes_max: 1 << 20, rdma: false };
+    let hello =
+        Hello { software: THEIRS.into(), lanes: 1, guest, state_bytes_max: 1 << 20, rdma: false };
     control.send(&Message::Hello(hello), Instant::now() + SOON).unwrap();
     let answer = control.receive("Abort", Instant::now() + SOON).unwrap();
     assert!(matches!(answer, Message::Abort(_)), "{answer:?}");

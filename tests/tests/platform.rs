@@ -1,8 +1,8 @@
-//! What a guest can see of its machine is compared at both ends before it is touched: a table of pairs of
-//! QEMU commands, and whole moves of some of them.
+//! What a guest can see of its machine is compared at both ends before it is touched: a table of
+//! pairs of QEMU commands, and whole moves of some of them.
 //!
-//! A pair is compared as a migration compares it, with two QEMUs that have not begun to run. What is not
-//! named in a row must be equal: a row without a name is a pair whose guest moves.
+//! A pair is compared as a migration compares it, with two QEMUs that have not begun to run. What
+//! is not named in a row must be equal: a row without a name is a pair whose guest moves.
 
 use pageferry_qemu::platform::{Gatherer, Platform, Weight, compare};
 use pageferry_qemu::qmp::Qmp;
@@ -28,7 +28,8 @@ impl Machine {
         command.args(["-accel", "tcg", "-nodefaults", "-display", "none", "-S"]);
         command.args(options.split(' ').filter(|word| !word.is_empty()));
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", path.display()));
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
         let qmp = eventually(&format!("QEMU opens its monitor: {options}"), SOON, || {
             assert!(child.try_wait().unwrap().is_none(), "QEMU ended: {options}");
             Qmp::connect(&path, Instant::now() + Duration::from_secs(20)).ok()
@@ -56,8 +57,8 @@ impl Drop for Machine {
     }
 }
 
-/// Source, destination, and the differences that are to be found: each name must be among those found, and
-/// each that is found must begin with one of them. A name behind `~` only warns.
+/// Source, destination, and the differences that are to be found: each name must be among those
+/// found, and each that is found must begin with one of them. A name behind `~` only warns.
 type Pair = (&'static str, &'static str, &'static [&'static str]);
 
 fn check(base: &str, pairs: &[Pair]) {
@@ -139,7 +140,11 @@ fn another_machine_is_named_property_by_property() {
                 "-machine q35,hpet=on",
                 &["machine.hpet", "device.main-system-bus/hpet"],
             ),
-            ("-machine q35", "-machine q35,hpet=off", &["machine.hpet", "device.main-system-bus/hpet"]),
+            (
+                "-machine q35",
+                "-machine q35,hpet=off",
+                &["machine.hpet", "device.main-system-bus/hpet"],
+            ),
             ("-machine q35", "-machine q35,smm=off", &["machine.smm", "device."]),
             ("-machine q35", "-machine q35,vmport=off", &["machine.vmport", "device.isa.0/vm"]),
             (
@@ -148,7 +153,11 @@ fn another_machine_is_named_property_by_property() {
                 &["machine.acpi", "block./rom@etc/acpi", "block./rom@etc/table"],
             ),
             ("-machine q35", "-machine q35,sata=off", &["machine.sata", "device.pcie.0/1f.2"]),
-            ("-machine q35", "-machine q35,i8042=off", &["machine.i8042", "machine.vmport", "device."]),
+            (
+                "-machine q35",
+                "-machine q35,i8042=off",
+                &["machine.i8042", "machine.vmport", "device."],
+            ),
             ("-machine q35", "-machine q35,usb=on", &["machine.usb", "device."]),
             ("-machine q35", "-machine q35,nvdimm=on", &["machine.nvdimm"]),
             ("-machine q35", "-machine q35,x-oem-id=OTHER", &["machine.x-oem-id"]),
@@ -156,7 +165,11 @@ fn another_machine_is_named_property_by_property() {
             ("-machine q35", "-machine q35 -boot order=n", &["~machine.boot.order"]),
             ("-machine q35,acpi=on,smm=on", "-machine q35", &[]),
             ("-machine pc", "-machine pc", &[]),
-            ("-machine pc", "-machine pc,hpet=off", &["machine.hpet", "device.main-system-bus/hpet"]),
+            (
+                "-machine pc",
+                "-machine pc,hpet=off",
+                &["machine.hpet", "device.main-system-bus/hpet"],
+            ),
         ],
     );
 }
@@ -172,7 +185,11 @@ fn other_tables_and_firmware_are_named() {
                 &["machine.memory.slots", "machine.memory.max-size", "numa", "vcpus"],
             ),
             ("-m 64 -uuid 1b4e28ba-2fa1-11d2-883f-0016d3cca427", "-m 64", &["uuid"]),
-            ("-m 64 -smbios type=1,serial=a", "-m 64 -smbios type=1,serial=b", &["table.smbios.type=1"]),
+            (
+                "-m 64 -smbios type=1,serial=a",
+                "-m 64 -smbios type=1,serial=b",
+                &["table.smbios.type=1"],
+            ),
             ("-m 64 -smbios type=1,serial=a", "-m 64", &["table.smbios.type=1"]),
             ("-m 64 -smbios type=1,serial=a,sku=b", "-m 64 -smbios type=1,sku=b,serial=a", &[]),
             ("-m 64", "-m 64 -bios bios.bin", &["~machine.firmware", "block.pc.bios"]),
@@ -198,7 +215,11 @@ fn another_device_is_named_by_its_place() {
                 "-device virtio-rng-pci,id=b,addr=5",
                 &["device.pcie.0/05.0"],
             ),
-            ("-device e1000,addr=5", "-device e1000e,addr=5", &["device.pcie.0/05.0", "block.0000:00:05.0/"]),
+            (
+                "-device e1000,addr=5",
+                "-device e1000e,addr=5",
+                &["device.pcie.0/05.0", "block.0000:00:05.0/"],
+            ),
             (NET, NET, &[]),
             // What is behind a device is the host's.
             (NET, "-netdev user,id=other -device virtio-net-pci,netdev=other,id=net0,addr=5", &[]),
@@ -295,10 +316,14 @@ fn a_device_that_was_plugged_in_is_compared() {
     let with = Machine::start(&format!("{base} -device virtio-rng-pci,bus=rp,id=r")).platform();
     assert_eq!(compare(&now, &with), []);
     let found = compare(&now, &without);
-    assert!(found.iter().any(|d| d.to_string().contains("virtio-rng-pci,id=r at the source")), "{found:?}");
+    assert!(
+        found.iter().any(|d| d.to_string().contains("virtio-rng-pci,id=r at the source")),
+        "{found:?}"
+    );
 }
 
-/// A guest that has run is compared with one that waits: what its firmware has programmed is no difference.
+/// A guest that has run is compared with one that waits: what its firmware has programmed is no
+/// difference.
 #[test]
 fn what_the_guest_has_programmed_is_not_compared() {
     const DEVICES: &str = "-netdev user,id=n -device virtio-net-pci,netdev=n -device VGA -device qemu-xhci,id=x \
@@ -313,8 +338,9 @@ fn what_the_guest_has_programmed_is_not_compared() {
     ] {
         let mut qemu = Machine::start(&format!("{machine} -m 64 {DEVICES}"));
         let before = qemu.platform();
-        let tree =
-            |qemu: &mut Machine| qemu.ask("human-monitor-command", json!({ "command-line": "info qtree" }));
+        let tree = |qemu: &mut Machine| {
+            qemu.ask("human-monitor-command", json!({ "command-line": "info qtree" }))
+        };
         let fresh = tree(&mut qemu);
         qemu.ask("cont", json!({}));
         eventually("the firmware programs the devices", SOON, || {
@@ -334,7 +360,8 @@ fn what_the_guest_has_programmed_is_not_compared() {
 #[test]
 fn a_guest_with_very_many_devices_is_still_compared() {
     let many = |serial: &str| {
-        let ports = (0..28).map(|n| format!(" -device virtio-blk-pci,drive=d{n},addr={n:x}.0", n = n + 2));
+        let ports =
+            (0..28).map(|n| format!(" -device virtio-blk-pci,drive=d{n},addr={n:x}.0", n = n + 2));
         let disks = (0..28).map(|n| format!(" -blockdev driver=null-co,node-name=d{}", n + 2));
         format!("{Q35}{}{},serial={serial}", disks.collect::<String>(), ports.collect::<String>())
     };

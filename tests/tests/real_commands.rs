@@ -1,14 +1,14 @@
-//! QEMU commands as libvirt, Proxmox VE, avocado-vt and Kata Containers write them, with names changed, and
-//! what this host lacks (KVM, bridges, Proxmox' own option `-id`) replaced; a machine type with a version is of the oldest QEMU that
-//! pageferry takes. Each guest moves with its command as it is, and with all of
-//! its memory compared.
+//! QEMU commands as libvirt, Proxmox VE, avocado-vt and Kata Containers write them, with names
+//! changed, and what this host lacks (KVM, bridges, Proxmox' own option `-id`) replaced; a machine
+//! type with a version is of the oldest QEMU that pageferry takes. Each guest moves with its
+//! command as it is, and with all of its memory compared.
 
 use pageferry_tests::SOON;
 use pageferry_tests::stage::Stage;
 use std::fs::File;
 
-/// Moves a guest of this command. `{d}` stands for a directory of its own that has a disk of 16 MiB, and
-/// `{s}` for one that each side has for itself.
+/// Moves a guest of this command. `{d}` stands for a directory of its own that has a disk of 16
+/// MiB, and `{s}` for one that each side has for itself.
 fn moves(command: &str) {
     let stage = Stage::new();
     let disk = stage.path("disk.raw");

@@ -29,7 +29,8 @@ impl Doubt {
         let source = stage.run("src", BARE, at_source);
         let destination = stage.receive("dst", BARE, at_destination);
         source.wait_guest_runs();
-        let (qemus, proxy) = ((source.qemu(), destination.qemu()), Proxy::to(destination.address()));
+        let (qemus, proxy) =
+            ((source.qemu(), destination.qemu()), Proxy::to(destination.address()));
         let doubt = Self { stage, source, destination, proxy, qemus };
         let moving = doubt.stage.migrate("src", doubt.proxy.address, &[]);
         if point == "sealed" { &doubt.source } else { &doubt.destination }.wait_held(point);
@@ -42,8 +43,9 @@ impl Doubt {
         assert_eq!(ended.status, Some(3), "{}", ended.stderr);
         eventually("the supervisor has asked in vain", SOON, || {
             let lines = doubt.source.words.lines();
-            let since =
-                lines.iter().position(|line| line.contains("asking") && line.contains("on about src"))?;
+            let since = lines
+                .iter()
+                .position(|line| line.contains("asking") && line.contains("on about src"))?;
             lines[since..].iter().any(|line| line.contains("no answer to Commit")).then_some(())
         });
         assert_eq!(doubt.look(), (false, false));
@@ -101,7 +103,11 @@ fn an_operator_who_lets_a_guest_run_hears_that_its_copy_was_discarded() {
     doubt.network_is_back();
     let settled = doubt.settle_run(false);
     assert_eq!(settled.status, Some(0), "{}", settled.stderr);
-    assert!(settled.stdout.contains("it does not have the guest, so it stays here"), "{}", settled.stdout);
+    assert!(
+        settled.stdout.contains("it does not have the guest, so it stays here"),
+        "{}",
+        settled.stdout
+    );
     assert_eq!(doubt.look(), (true, false));
     assert!(doubt.source.alive());
 }

@@ -1,15 +1,15 @@
-//! Whole migrations in one process, driven by a seed: see [`pageferry_tests::simulation`]. Each ends with the
-//! guest at exactly one place and whole; or with none where its own process was killed; or stopped at the
-//! source where nobody is left who could say what became of it.
+//! Whole migrations in one process, driven by a seed: see [`pageferry_tests::simulation`]. Each
+//! ends with the guest at exactly one place and whole; or with none where its own process was
+//! killed; or stopped at the source where nobody is left who could say what became of it.
 //!
 //!     cargo test --release -p pageferry-tests --test simulation -- --ignored      10,000 seeds
 //!     PAGEFERRY_SEEDS=4711:1 cargo test -p pageferry-tests --test simulation -- --ignored --nocapture
 //!
-//! Changed by hand, the engine was seen to fail among 500 seeds when it: resumed on a lost connection after
-//! Commit; skipped the sync after the save; ran the guest at the destination when the source was lost before
-//! Commit; did not wait for the last fence; took a doubt for "does not run"; said nothing of a failed seal; took a
-//! refusal after Commit for an answer; left no question for its supervisor to ask on; resumed when the sending of
-//! Commit failed.
+//! Changed by hand, the engine was seen to fail among 500 seeds when it: resumed on a lost
+//! connection after Commit; skipped the sync after the save; ran the guest at the destination when
+//! the source was lost before Commit; did not wait for the last fence; took a doubt for "does not
+//! run"; said nothing of a failed seal; took a refusal after Commit for an answer; left no question
+//! for its supervisor to ask on; resumed when the sending of Commit failed.
 
 use pageferry_tests::simulation::scenario::{End, run, run_all};
 use std::collections::BTreeMap;
@@ -32,7 +32,10 @@ fn all_are_well(first: u64, count: u64) -> BTreeMap<End, u64> {
     });
     let (ends, broken) = (ends.into_inner().unwrap(), broken.into_inner().unwrap());
     let slowest = slowest.into_inner().unwrap();
-    println!("{count} seeds from {first} in {:.1?}: {ends:?}; the slowest {slowest:?}", begun.elapsed());
+    println!(
+        "{count} seeds from {first} in {:.1?}: {ends:?}; the slowest {slowest:?}",
+        begun.elapsed()
+    );
     for (seed, wrong) in broken.iter().take(20) {
         println!("seed {seed}: {wrong:#?}");
     }

@@ -1,6 +1,6 @@
-//! Disks on file systems that pin memory for a plain read, or that may: whatever QEMU was told about its cache,
-//! transfers are drained between a sync and the read of its pages. A file system in user space plays such a
-//! one (`SlowFs`).
+//! Disks on file systems that pin memory for a plain read, or that may: whatever QEMU was told
+//! about its cache, transfers are drained between a sync and the read of its pages. A file system
+//! in user space plays such a one (`SlowFs`).
 
 use pageferry::supervisor::api::State;
 use pageferry_qemu::qmp::Qmp;
@@ -25,8 +25,8 @@ const SLOW: Duration = Duration::from_millis(60);
 const MOVE_MAX: Duration = Duration::from_secs(120);
 const MOVING: [&str; 4] = ["--downtime-max", "300ms", "--when-stuck", "switchover"];
 
-/// One image, shown by two slow file systems: one pins the memory of a plain read, one copies. Dropped in this
-/// order: processes, mounts, image.
+/// One image, shown by two slow file systems: one pins the memory of a plain read, one copies.
+/// Dropped in this order: processes, mounts, image.
 struct Disk {
     stage: Stage,
     pinning: SlowFs,
@@ -52,7 +52,8 @@ impl Disk {
     }
 }
 
-/// With QEMU's default cache the first of these pins, and on a code that asks QEMU's flags alone it loses pages.
+/// With QEMU's default cache the first of these pins, and on a code that asks QEMU's flags alone it
+/// loses pages.
 #[test]
 fn a_disk_on_a_slow_file_system_is_moved_along_whatever_becomes_of_its_reads() {
     let test = "a_disk_on_a_slow_file_system_is_moved_along_whatever_becomes_of_its_reads";
@@ -60,7 +61,10 @@ fn a_disk_on_a_slow_file_system_is_moved_along_whatever_becomes_of_its_reads() {
     let stage = &disk.stage;
     let qemu = |name: &str, on: &SlowFs, cache: &str| {
         let image = on.path();
-        let drive = format!("if=none,id=disk,file={},format=raw,cache={cache},aio=threads", image.display());
+        let drive = format!(
+            "if=none,id=disk,file={},format=raw,cache={cache},aio=threads",
+            image.display()
+        );
         GUEST.qemu_with(
             stage,
             name,
@@ -97,7 +101,8 @@ fn heard(source: &Supervisor) -> Words {
     words
 }
 
-/// Moves an idle guest to a QEMU with these options. Returns how often it was stopped meanwhile, and where it is.
+/// Moves an idle guest to a QEMU with these options. Returns how often it was stopped meanwhile,
+/// and where it is.
 fn stops(stage: &Stage, mut source: Supervisor, to: &str, options: &str) -> (usize, Supervisor) {
     source.wait_guest_runs();
     let words = heard(&source);
@@ -118,7 +123,8 @@ fn transfers_are_drained_unless_every_open_image_is_known_to_be_copied() {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let here = directory.path().join("here.raw");
     std::fs::write(&here, vec![0; 1 << 20]).unwrap();
-    let plain = |path: &Path| format!("-blockdev driver=file,node-name=d,filename={}", path.display());
+    let plain =
+        |path: &Path| format!("-blockdev driver=file,node-name=d,filename={}", path.display());
     // One guest goes from disk to disk: that of the QEMU which it leaves decides.
     let first = stage.run("copied", &format!("{BARE} {}", plain(&here)), "");
     let (stopped, at) = stops(stage, first, "slow", &plain(&disk.copying.path()));

@@ -1,5 +1,5 @@
-//! A guest that QEMU stopped, for an error of its disk or one of its own, is moved as what it is: the destination
-//! ends in the same state, and the guest runs again when somebody says so there.
+//! A guest that QEMU stopped, for an error of its disk or one of its own, is moved as what it is:
+//! the destination ends in the same state, and the guest runs again when somebody says so there.
 
 use pageferry::supervisor::api::State;
 use pageferry_tests::look;
@@ -9,7 +9,8 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 fn ask(supervisor: &Supervisor, command: &str, arguments: Value) -> Value {
-    look::ask(&supervisor.monitor, command, arguments).unwrap_or_else(|| panic!("{command} is refused"))
+    look::ask(&supervisor.monitor, command, arguments)
+        .unwrap_or_else(|| panic!("{command} is refused"))
 }
 
 /// Writes to a port of the guest's, as its driver would.
@@ -73,8 +74,8 @@ fn a_guest_that_stopped_for_its_disk_stays_stopped_if_its_move_is_aborted() {
     let ended = moving.end(SOON);
     assert_eq!(ended.status, Some(1), "{}", ended.stderr);
     assert!(!source.guest_runs(), "{:?}", source.guest_state());
-    // Its state was saved, and QEMU moves no such guest again before it has run. That is said before anything is
-    // touched.
+    // Its state was saved, and QEMU moves no such guest again before it has run. That is said
+    // before anything is touched.
     let destination = stage.receive("dst", &broken, "");
     let ended = stage.migrate("src", destination.address(), &[]).end(SOON);
     assert_eq!(ended.status, Some(2), "{}", ended.stderr);
@@ -200,7 +201,8 @@ fn a_guest_that_shut_down_is_moved_shut_down() {
     let qemu = format!("{BARE} -action shutdown=pause");
     let mut source = stage.run("src", &qemu, "");
     source.wait_guest_runs();
-    // Where q35's firmware puts the PM1 control register, once it has come so far; SLP_EN is its bit 13.
+    // Where q35's firmware puts the PM1 control register, once it has come so far; SLP_EN is its
+    // bit 13.
     eventually("the guest has shut down", SOON, || {
         out(&source, "w", 0x604, 0x2000);
         (source.guest_state().as_deref() == Some("shutdown")).then_some(())

@@ -1,5 +1,5 @@
-//! Who may come near a guest that moves: other users of the same host, on loopback and at sockets, and
-//! connections that say too much.
+//! Who may come near a guest that moves: other users of the same host, on loopback and at sockets,
+//! and connections that say too much.
 
 use pageferry_tests::stage::{BARE, Ended, Stage, Supervisor};
 use pageferry_tests::{SOON, not_run};
@@ -12,7 +12,10 @@ use std::os::unix::fs::MetadataExt;
 const STRANGER: u32 = 65534;
 
 /// Does this as another user; none if this user may not become another.
-fn as_stranger<T: Send + 'static>(test: &str, act: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+fn as_stranger<T: Send + 'static>(
+    test: &str,
+    act: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let acting = std::thread::spawn(|| {
         let stranger = rustix::process::Uid::from_raw(STRANGER);
         // Of this thread alone: the call is the kernel's, and not that of the C library.
@@ -27,19 +30,25 @@ fn as_stranger<T: Send + 'static>(test: &str, act: impl FnOnce() -> T + Send + '
 }
 
 fn migrate(stage: &Stage, to: &str) -> Ended {
-    stage.start(&["migrate", "src", "--to", to, "--json", "--verify", "--downtime-max", "2s"]).end(SOON)
+    stage
+        .start(&["migrate", "src", "--to", to, "--json", "--verify", "--downtime-max", "2s"])
+        .end(SOON)
 }
 
 /// A figure of a process's memory, in KiB.
 fn kib(receiver: &Supervisor, name: &str) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{}/status", receiver.pid())).expect("it lives");
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
+    let text =
+        std::fs::read_to_string(format!("/proc/{}/status", receiver.pid())).expect("it lives");
+    let line =
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).expect(name);
     line.trim().trim_end_matches(" kB").parse().expect("KiB")
 }
 
-/// What the process has now, in KiB. Its peak ([`kib`] of `VmHWM`) is counted from here (proc(5), `clear_refs`).
+/// What the process has now, in KiB. Its peak ([`kib`] of `VmHWM`) is counted from here (proc(5),
+/// `clear_refs`).
 fn resident_kib(receiver: &Supervisor) -> u64 {
-    std::fs::write(format!("/proc/{}/clear_refs", receiver.pid()), "5").expect("the peak is forgotten");
+    std::fs::write(format!("/proc/{}/clear_refs", receiver.pid()), "5")
+        .expect("the peak is forgotten");
     kib(receiver, "VmRSS")
 }
 
@@ -75,7 +84,10 @@ fn a_receiver_on_loopback_takes_no_guest_of_another_user() {
         String::from_utf8_lossy(&answer).into_owned()
     });
     let Some(answer) = answer else { return };
-    assert!(answer.contains(&format!("user {STRANGER}'s")) && answer.contains("as root"), "{answer}");
+    assert!(
+        answer.contains(&format!("user {STRANGER}'s")) && answer.contains("as root"),
+        "{answer}"
+    );
     destination.words.wait(&format!("user {STRANGER}'s"), SOON);
     assert_eq!(destination.qemu(), qemu, "its QEMU is the same");
 }
@@ -86,7 +98,9 @@ fn a_source_gives_its_guest_to_no_other_user_who_had_the_port_first() {
     let stage = Stage::new();
     let source = stage.run("src", BARE, "");
     source.wait_guest_runs();
-    let Some(listener) = as_stranger(NAME, || TcpListener::bind("127.0.0.1:0").unwrap()) else { return };
+    let Some(listener) = as_stranger(NAME, || TcpListener::bind("127.0.0.1:0").unwrap()) else {
+        return;
+    };
     let to = listener.local_addr().unwrap().to_string();
     let ended = migrate(&stage, &to);
     assert_eq!(ended.status, Some(2), "{}", ended.stderr);
@@ -118,7 +132,8 @@ fn strangers_with_long_first_messages_take_neither_memory_nor_log() {
     hello.push(left as u8);
     hello.resize(hello.len() + 2 * blocks as usize, 0);
     hello.extend([0, 0, 0]);
-    let message = [&greeting[..], &u32::try_from(hello.len()).unwrap().to_le_bytes(), &hello].concat();
+    let message =
+        [&greeting[..], &u32::try_from(hello.len()).unwrap().to_le_bytes(), &hello].concat();
     let strangers: Vec<TcpStream> = (0..12)
         .map(|_| {
             let mut stream = TcpStream::connect(destination.address()).unwrap();

@@ -1,10 +1,12 @@
-//! The engine over real TCP in one process, with a guest that is threads and a ledger: a hundred moves back
-//! and forth, with attempts that fail in between, and the number of control messages.
+//! The engine over real TCP in one process, with a guest that is threads and a ledger: a hundred
+//! moves back and forth, with attempts that fail in between, and the number of control messages.
 
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::{DirtySource, Synced};
-use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{
+    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
 use pageferry_engine::memory::page::PageRun;
@@ -41,7 +43,8 @@ enum Trouble {
     Cut(Which),
 }
 
-/// One attempt to move `guest` to `destination` over loopback. `trouble` strikes once the rounds have begun.
+/// One attempt to move `guest` to `destination` over loopback. `trouble` strikes once the rounds
+/// have begun.
 fn attempt(
     guest: &mut dyn SourceGuest,
     mut destination: SyntheticDestination,
@@ -60,7 +63,8 @@ fn attempt(
     let report = std::thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let mut receiver = Receiver::new(listener, LinkChoice::default());
-            let incoming = receiver.listener().next(Instant::now() + SOON).expect("the source connects");
+            let incoming =
+                receiver.listener().next(Instant::now() + SOON).expect("the source connects");
             let served = receiver.serve(incoming, &mut destination, &mut || Ok(()));
             // A source that lost the answer to Commit asks again for as long as this process lives.
             receiver.answer_afterwards();
@@ -83,13 +87,19 @@ fn attempt(
         let report = migrate(guest, &options, &monitor);
         troubling.join().unwrap();
         let received = receiving.join().unwrap();
-        assert_eq!(received, report.outcome == Outcome::Completed, "both sides agree: {:?}", report.reason);
+        assert_eq!(
+            received,
+            report.outcome == Outcome::Completed,
+            "both sides agree: {:?}",
+            report.reason
+        );
         report
     });
     (report, destination)
 }
 
-/// In a process that finds /dev/null where the libraries of RDMA are. (Not with QEMU: it needs them itself.)
+/// In a process that finds /dev/null where the libraries of RDMA are. (Not with QEMU: it needs them
+/// itself.)
 #[test]
 fn without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name() {
     const NAME: &str = "without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name";
@@ -104,8 +114,11 @@ fn without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name() {
             .env(INNER, "1")
             .output()
             .expect("unshare runs");
-        let said =
-            format!("{}{}", String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&ended.stdout),
+            String::from_utf8_lossy(&ended.stderr)
+        );
         assert!(ended.status.success() && said.contains("1 passed"), "{said}");
         return;
     }
@@ -116,7 +129,8 @@ fn without_rdma_core_a_guest_moves_by_tcp_and_rdma_is_refused_by_name() {
     let reason = report.reason.unwrap_or_default();
     assert!(report.refused && reason.contains("libibverbs.so.1 cannot be used"), "{reason}");
     for transport in [Transport::Tcp, Transport::Auto] {
-        let (report, moved) = attempt(&mut guest, destination(), 2, Trouble::Nothing, by(transport));
+        let (report, moved) =
+            attempt(&mut guest, destination(), 2, Trouble::Nothing, by(transport));
         assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);
         assert_eq!(report.transport, "tcp");
         guest = moved.into_source().unwrap();
@@ -168,7 +182,9 @@ fn a_hundred_moves_back_and_forth_with_failed_attempts_between_them_lose_nothing
             Outcome::Unknown => panic!("{:?}", report.reason),
         }
         assert!(guest.is_running().unwrap());
-        guest.check().unwrap_or_else(|e| panic!("after attempt {attempts} ({trouble:?}): {}", e.chain()));
+        guest
+            .check()
+            .unwrap_or_else(|e| panic!("after attempt {attempts} ({trouble:?}): {}", e.chain()));
         let now = guest.generations().unwrap();
         assert!(now > written, "the guest writes");
         written = now;
@@ -183,7 +199,11 @@ fn a_destination_that_refuses_to_run_gives_the_guest_back() {
     destination.refuses_to_run = true;
     let (report, destination) = attempt(&mut guest, destination, 1, Trouble::Nothing, |_| {});
     assert_eq!(report.outcome, Outcome::Aborted);
-    assert!(report.reason.as_ref().is_some_and(|r| r.contains("told not to run")), "{:?}", report.reason);
+    assert!(
+        report.reason.as_ref().is_some_and(|r| r.contains("told not to run")),
+        "{:?}",
+        report.reason
+    );
     assert!(destination.into_source().is_none());
     assert!(guest.is_running().unwrap());
     guest.check().unwrap();
@@ -193,8 +213,9 @@ fn a_destination_that_refuses_to_run_gives_the_guest_back() {
     destination.into_source().expect("it runs there").check().unwrap();
 }
 
-/// A synthetic guest whose tracking also reports pages that were not written, fewer each round: so many
-/// rounds, whatever the machine's speed. A page reported without need is sent once more, and that is all.
+/// A synthetic guest whose tracking also reports pages that were not written, fewer each round: so
+/// many rounds, whatever the machine's speed. A page reported without need is sent once more, and
+/// that is all.
 struct ManyRounds(SyntheticSource);
 
 /// See [`ManyRounds`].
@@ -214,7 +235,10 @@ impl DirtySource for Shrinking {
 }
 
 impl SourceGuest for ManyRounds {
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
+    fn start_tracking(
+        &mut self,
+        watch: &mut Watch<'_>,
+    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         Ok(Box::new(Shrinking { inner: self.0.start_tracking(watch)?, pages: 4000.0 }))
     }
     fn describe(&self) -> GuestDescription {

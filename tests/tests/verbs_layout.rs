@@ -23,7 +23,8 @@ fn stated() -> BTreeMap<String, i64> {
     let types = Types::parse(TYPES);
     let mut stated = types.constants.clone();
     for (name, size) in &types.sizes {
-        // Types that C leaves unnamed are reached through the struct that they are in; one is never defined.
+        // Types that C leaves unnamed are reached through the struct that they are in; one is never
+        // defined.
         if name.contains("__bindgen_ty") || name == "_compat_ibv_port_attr" {
             continue;
         }
@@ -55,9 +56,10 @@ impl Types {
         // rustfmt breaks long lines: what belongs together is joined first.
         let joined = text.replace("]\n        [", "][");
         for line in joined.lines().map(str::trim) {
-            let struct_or_union = [("pub struct ", "struct"), ("pub union ", "union")]
-                .iter()
-                .find_map(|(start, kind)| Some((line.strip_prefix(start)?.strip_suffix(" {")?, *kind)));
+            let struct_or_union =
+                [("pub struct ", "struct"), ("pub union ", "union")].iter().find_map(
+                    |(start, kind)| Some((line.strip_prefix(start)?.strip_suffix(" {")?, *kind)),
+                );
             if let Some((name, kind)) = struct_or_union {
                 types.kinds.insert(name.to_owned(), kind);
                 inside = Some(name.to_owned());
@@ -75,9 +77,14 @@ impl Types {
                 let (field, _) = offset.split_once('"').expect("a field");
                 offsets.insert(field.to_owned(), assertion(line));
             } else if let (Some(owner), Some(field)) = (&inside, line.strip_prefix("pub ")) {
-                // The type of a function pointer goes on over several lines; of those nothing is needed.
+                // The type of a function pointer goes on over several lines; of those nothing is
+                // needed.
                 let (name, kind) = field.split_once(':').expect("a type");
-                declared.push((owner.clone(), name.to_owned(), kind.trim().trim_end_matches(',').to_owned()));
+                declared.push((
+                    owner.clone(),
+                    name.to_owned(),
+                    kind.trim().trim_end_matches(',').to_owned(),
+                ));
             }
         }
         for (owner, name, kind) in declared {
@@ -137,15 +144,19 @@ fn stated_by_hand() -> BTreeMap<String, i64> {
     let context = offset_of!(verbs_context, context);
     let mut stated = BTreeMap::new();
     let mut distance = |field: &str, offset: usize| {
-        let c =
-            format!("(offsetof(struct verbs_context, context) - offsetof(struct verbs_context, {field}))");
+        let c = format!(
+            "(offsetof(struct verbs_context, context) - offsetof(struct verbs_context, {field}))"
+        );
         stated.insert(c, i64::try_from(context - offset).expect("small"));
     };
     distance("query_port", offset_of!(verbs_context, query_port));
     distance("query_device_ex", offset_of!(verbs_context, query_device_ex));
     distance("sz", offset_of!(verbs_context, sz));
     let tail = i64::try_from(size_of::<verbs_context>() - context).expect("small");
-    stated.insert("(sizeof(struct verbs_context) - offsetof(struct verbs_context, context))".into(), tail);
+    stated.insert(
+        "(sizeof(struct verbs_context) - offsetof(struct verbs_context, context))".into(),
+        tail,
+    );
     // What marks a context as extended.
     stated.insert("((uintptr_t)__VERBS_ABI_IS_EXTENDED == UINTPTR_MAX)".into(), 1);
     stated
@@ -182,7 +193,8 @@ fn the_verbs_bindings_have_the_layout_of_the_c_headers() {
     }
     c.push_str("    return 0;\n}\n");
     fs::write(&source, &c).expect("written");
-    let compiled = Command::new("cc").arg("-o").arg(&program).arg(&source).output().expect("cc runs");
+    let compiled =
+        Command::new("cc").arg("-o").arg(&program).arg(&source).output().expect("cc runs");
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
     let output = Command::new(&program).output().expect("the program runs");
     let text = String::from_utf8(output.stdout).expect("text");

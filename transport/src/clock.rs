@@ -1,13 +1,13 @@
 //! Time, and the waits that must know of it: the kernel's, or those of a simulated world.
 //!
-//! Code that waits asks this module for the time, sleeps here, and starts its threads here. Outside a
-//! simulation each call is the one of the standard library behind the read of one flag. Inside one, the
-//! calls of the threads that belong to a world go to that [`World`]: its threads run one at a time or wait
-//! in it, and when all wait, its time jumps to the earliest deadline. So a deadline of a minute costs
-//! nothing, and a seed decides who runs when.
+//! Code that waits asks this module for the time, sleeps here, and starts its threads here. Outside
+//! a simulation each call is the one of the standard library behind the read of one flag. Inside
+//! one, the calls of the threads that belong to a world go to that [`World`]: its threads run one
+//! at a time or wait in it, and when all wait, its time jumps to the earliest deadline. So a
+//! deadline of a minute costs nothing, and a seed decides who runs when.
 //!
-//! A thread that waits elsewhere (a join, a system call that blocks) holds its world up; a thread that
-//! the world does not know may not wait for one that it knows.
+//! A thread that waits elsewhere (a join, a system call that blocks) holds its world up; a thread
+//! that the world does not know may not wait for one that it knows.
 
 use crossbeam_channel::{
     Receiver, RecvError, RecvTimeoutError, SendTimeoutError, Sender, TryRecvError, TrySendError,
@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Set by the first simulation of this process and never taken back: until then no call looks further.
+/// Set by the first simulation of this process and never taken back: until then no call looks
+/// further.
 static SIMULATED: AtomicBool = AtomicBool::new(false);
 
 thread_local! {
@@ -33,8 +34,8 @@ pub trait World: Send + Sync {
     /// Returns when the deadline has come, and not before.
     fn sleep_until(&self, deadline: Instant);
 
-    /// Returns when something has changed since the caller's last look, or at the deadline; may return
-    /// early. `None` waits for a change alone.
+    /// Returns when something has changed since the caller's last look, or at the deadline; may
+    /// return early. `None` waits for a change alone.
     fn block(&self, deadline: Option<Instant>);
 
     /// Something has changed: who is blocked looks again.
@@ -49,7 +50,8 @@ pub trait World: Send + Sync {
     fn spawn(&self, name: &str, body: Box<dyn FnOnce() + Send>) -> io::Result<()>;
 }
 
-/// Runs `body` as a part of this world: what it does here, on this thread, goes by the world's time.
+/// Runs `body` as a part of this world: what it does here, on this thread, goes by the world's
+/// time.
 pub fn within<T>(world: Arc<dyn World>, body: impl FnOnce() -> T) -> T {
     /// Puts back what was there, also after a panic.
     struct Leave(Option<Arc<dyn World>>);
@@ -120,7 +122,9 @@ pub fn receive<T>(from: &Receiver<T>, deadline: Instant) -> Result<T, RecvTimeou
                 return Ok(item);
             }
             Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
-            Err(TryRecvError::Empty) if world.now() >= deadline => return Err(RecvTimeoutError::Timeout),
+            Err(TryRecvError::Empty) if world.now() >= deadline => {
+                return Err(RecvTimeoutError::Timeout);
+            }
             Err(TryRecvError::Empty) => world.block(Some(deadline)),
         }
     }
@@ -157,7 +161,9 @@ pub fn send<T>(to: &Sender<T>, mut item: T, within: Duration) -> Result<(), Send
                 world.changed();
                 return Ok(());
             }
-            Err(TrySendError::Disconnected(item)) => return Err(SendTimeoutError::Disconnected(item)),
+            Err(TrySendError::Disconnected(item)) => {
+                return Err(SendTimeoutError::Disconnected(item));
+            }
             Err(TrySendError::Full(item)) if world.now() >= deadline => {
                 return Err(SendTimeoutError::Timeout(item));
             }

@@ -100,7 +100,8 @@ pub(crate) fn poll_until(
     Ok(())
 }
 
-/// Source and destination regions of `len` bytes, the first filled and registered, the second exposed.
+/// Source and destination regions of `len` bytes, the first filled and registered, the second
+/// exposed.
 pub(crate) fn regions(
     pair: &mut Pair,
     len: usize,
@@ -139,7 +140,9 @@ pub(crate) fn scattered(len: usize, random: &mut Random) -> Vec<(usize, usize)> 
     pieces
 }
 
-pub(crate) fn what_is_posted_arrives_exactly_and_nothing_else_changes(make: &dyn Fn(usize) -> Pair) {
+pub(crate) fn what_is_posted_arrives_exactly_and_nothing_else_changes(
+    make: &dyn Fn(usize) -> Pair,
+) {
     let seed = seed();
     println!("seed {seed:#x}");
     let mut random = Random(seed);
@@ -167,11 +170,18 @@ pub(crate) fn what_is_posted_arrives_exactly_and_nothing_else_changes(make: &dyn
             post_all(&mut *pair.initiator, &requests, &mut out).unwrap();
             pair.initiator.fence(FenceTag(tag)).unwrap();
             pair.target.wait_fence(FenceTag(tag), soon()).unwrap();
-            assert!(contents(&destination) == expected, "{lanes} lanes, fence {tag}, seed {seed:#x}");
-            poll_until(&mut *pair.initiator, &mut out, |out| out.contains(&Completion::Fence(FenceTag(tag))))
-                .unwrap();
-            poll_until(&mut *pair.initiator, &mut out, |out| out.len() as u64 == posted + u64::from(tag))
-                .unwrap();
+            assert!(
+                contents(&destination) == expected,
+                "{lanes} lanes, fence {tag}, seed {seed:#x}"
+            );
+            poll_until(&mut *pair.initiator, &mut out, |out| {
+                out.contains(&Completion::Fence(FenceTag(tag)))
+            })
+            .unwrap();
+            poll_until(&mut *pair.initiator, &mut out, |out| {
+                out.len() as u64 == posted + u64::from(tag)
+            })
+            .unwrap();
         }
         let mut ids: Vec<_> = out
             .iter()
@@ -217,7 +227,9 @@ pub(crate) fn data_goes_where_it_is_addressed_across_regions(make: &dyn Fn(usize
     assert!(contents(&first_copy) == expected);
 }
 
-pub(crate) fn the_last_of_two_writes_wins_if_a_fence_was_polled_between_them(make: &dyn Fn(usize) -> Pair) {
+pub(crate) fn the_last_of_two_writes_wins_if_a_fence_was_polled_between_them(
+    make: &dyn Fn(usize) -> Pair,
+) {
     let mut pair = make(3);
     let (source, destination, remote) = regions(&mut pair, 8 << 20, &mut Random(2));
     for version in 0..50u32 {
@@ -230,7 +242,8 @@ pub(crate) fn the_last_of_two_writes_wins_if_a_fence_was_polled_between_them(mak
         post_all(&mut *pair.initiator, &requests, &mut out).unwrap();
         let tag = FenceTag(version + 1);
         pair.initiator.fence(tag).unwrap();
-        poll_until(&mut *pair.initiator, &mut out, |out| out.contains(&Completion::Fence(tag))).unwrap();
+        poll_until(&mut *pair.initiator, &mut out, |out| out.contains(&Completion::Fence(tag)))
+            .unwrap();
     }
     pair.target.wait_fence(FenceTag(50), soon()).unwrap();
     for stripe in 0..4 {
@@ -265,7 +278,9 @@ pub(crate) fn a_poll_with_nothing_to_hand_waits_for_its_deadline(make: &dyn Fn(u
     assert_eq!(pair.initiator.poll(&mut Vec::new(), asked).unwrap(), 0);
 }
 
-pub(crate) fn wrong_requests_are_refused_and_right_ones_before_them_are_not(make: &dyn Fn(usize) -> Pair) {
+pub(crate) fn wrong_requests_are_refused_and_right_ones_before_them_are_not(
+    make: &dyn Fn(usize) -> Pair,
+) {
     let mut pair = make(2);
     let (source, destination, remote) = regions(&mut pair, 4 << 20, &mut Random(3));
     let stranger = MemoryRegion::anonymous(4096).unwrap();
@@ -279,7 +294,10 @@ pub(crate) fn wrong_requests_are_refused_and_right_ones_before_them_are_not(make
     // Its memory is ready from here on, so that nothing but what is wrong can stop a post.
     post_all(&mut *pair.initiator, std::slice::from_ref(&good), &mut Vec::new()).unwrap();
     for wrong in [crossing, endless, empty] {
-        assert!(matches!(pair.initiator.post(std::slice::from_ref(&wrong)), Err(Error::Bounds { .. })));
+        assert!(matches!(
+            pair.initiator.post(std::slice::from_ref(&wrong)),
+            Err(Error::Bounds { .. })
+        ));
         assert_eq!(pair.initiator.post(&[good.clone(), wrong]).unwrap(), 1);
     }
     let unregistered = request(5, &stranger, 0, 4096, remote, 0);
@@ -299,7 +317,8 @@ pub(crate) fn unread_completions_hold_their_credits(make: &dyn Fn(usize) -> Pair
     post_all(&mut *pair.initiator, &batch[..1], &mut out).unwrap();
     poll_until(&mut *pair.initiator, &mut out, |out| out.len() == 1).unwrap();
     let mut accepted = 0;
-    // Fences prove that the link has done all there is to do; still nothing comes back unless polled.
+    // Fences prove that the link has done all there is to do; still nothing comes back unless
+    // polled.
     for tag in 1..=100 {
         accepted += pair.initiator.post(&batch).unwrap();
         pair.initiator.fence(FenceTag(tag)).unwrap();
@@ -338,7 +357,10 @@ pub(crate) fn nothing_changes_after_revoke(make: &dyn Fn(usize) -> Pair) {
         target.revoke().unwrap();
         let before = contents(&destination);
         let error = pusher.join().unwrap();
-        assert!(matches!(error, Error::Closed { .. } | Error::Lane { .. } | Error::Work { .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Closed { .. } | Error::Lane { .. } | Error::Work { .. }),
+            "{error:?}"
+        );
         assert!(contents(&destination) == before);
         assert!(target.expose(&destination).is_err());
         assert!(target.wait_fence(FenceTag(1), soon()).is_err());
@@ -365,25 +387,34 @@ pub(crate) fn an_end_that_is_dropped_is_noticed_by_the_other(make: &dyn Fn(usize
     assert!(waited.elapsed() < Duration::from_secs(10), "neither wait nor drop may hang");
 }
 
-pub(crate) fn behind_a_last_fence_nothing_is_posted_and_nothing_changes(make: &dyn Fn(usize) -> Pair) {
+pub(crate) fn behind_a_last_fence_nothing_is_posted_and_nothing_changes(
+    make: &dyn Fn(usize) -> Pair,
+) {
     for lanes in [1, 3] {
         let mut pair = make(lanes);
         let (source, destination, remote) = regions(&mut pair, 8 << 20, &mut Random(8));
-        let batch: Vec<_> =
-            (0..8).map(|at| request(at as u64, &source, at << 20, 1 << 20, remote, at << 20)).collect();
+        let batch: Vec<_> = (0..8)
+            .map(|at| request(at as u64, &source, at << 20, 1 << 20, remote, at << 20))
+            .collect();
         let mut out = Vec::new();
         post_all(&mut *pair.initiator, &batch, &mut out).unwrap();
         pair.initiator.fence(FenceTag(1)).unwrap();
-        poll_until(&mut *pair.initiator, &mut out, |out| out.contains(&Completion::Fence(FenceTag(1))))
-            .unwrap();
-        assert!(matches!(pair.initiator.last_fence(FenceTag(1)), Err(Error::State(_))), "tags rise");
+        poll_until(&mut *pair.initiator, &mut out, |out| {
+            out.contains(&Completion::Fence(FenceTag(1)))
+        })
+        .unwrap();
+        assert!(
+            matches!(pair.initiator.last_fence(FenceTag(1)), Err(Error::State(_))),
+            "tags rise"
+        );
         fill(&source, &mut Random(9));
         post_all(&mut *pair.initiator, &batch, &mut out).unwrap();
         pair.initiator.last_fence(FenceTag(2)).unwrap();
         assert!(pair.initiator.post(&batch[..1]).is_err());
         assert!(pair.initiator.fence(FenceTag(3)).is_err());
         assert!(pair.initiator.last_fence(FenceTag(3)).is_err());
-        // As a caller that waits for the peer's word does, which on some links sends progress meanwhile.
+        // As a caller that waits for the peer's word does, which on some links sends progress
+        // meanwhile.
         let until = Instant::now() + Duration::from_millis(150);
         while Instant::now() < until {
             // The target may have ended already, and been heard of.
@@ -402,8 +433,9 @@ pub(crate) fn behind_a_last_fence_nothing_is_posted_and_nothing_changes(make: &d
     }
 }
 
-/// Makes a `#[test]` of every function above for the link that `$make` builds from a number of lanes.
-/// Those that need what few hosts have are ignored unless asked for, and then ask `$can_run` first.
+/// Makes a `#[test]` of every function above for the link that `$make` builds from a number of
+/// lanes. Those that need what few hosts have are ignored unless asked for, and then ask `$can_run`
+/// first.
 macro_rules! contract_tests {
     (ignore = $why:literal, if $can_run:path, $make:expr) => {
         $crate::contract::contract_tests!(@all [#[ignore = $why]] [$can_run] [$make]);

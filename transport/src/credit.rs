@@ -46,7 +46,10 @@ impl Credits {
     /// # Panics
     /// If more is given back than was taken: then the link has lost count.
     pub fn give_back(&mut self, requests: usize, bytes: u64) {
-        assert!(requests <= self.requests && bytes <= self.bytes, "credits given back that nobody took");
+        assert!(
+            requests <= self.requests && bytes <= self.bytes,
+            "credits given back that nobody took"
+        );
         self.requests -= requests;
         self.bytes -= bytes;
     }

@@ -38,14 +38,22 @@ impl Exposed {
         let len = region.len() as u64;
         let remote = RemoteRegion { base: self.base_next, len, key };
         // A stripe of nothing between two regions, so that running off the end hits no neighbour.
-        let taken = len.checked_next_multiple_of(STRIPE_BYTES).and_then(|len| len.checked_add(STRIPE_BYTES));
-        self.base_next = taken.and_then(|taken| self.base_next.checked_add(taken)).ok_or_else(too_much)?;
+        let taken = len
+            .checked_next_multiple_of(STRIPE_BYTES)
+            .and_then(|len| len.checked_add(STRIPE_BYTES));
+        self.base_next =
+            taken.and_then(|taken| self.base_next.checked_add(taken)).ok_or_else(too_much)?;
         self.regions.push((remote, Arc::clone(region)));
         Ok(remote)
     }
 
     /// Where the peer's `[addr, addr + len)` lies, or what is wrong with it.
-    pub(crate) fn place(&self, key: u32, addr: u64, len: u32) -> Result<(&Arc<MemoryRegion>, usize), String> {
+    pub(crate) fn place(
+        &self,
+        key: u32,
+        addr: u64,
+        len: u32,
+    ) -> Result<(&Arc<MemoryRegion>, usize), String> {
         let (remote, region) = self
             .regions
             .get(key as usize)

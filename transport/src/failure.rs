@@ -15,7 +15,8 @@ pub(crate) enum LaneFailure {
     Protocol { lane: usize, what: String },
     /// A work request completed in error.
     Work { lane: usize, operation: &'static str, addr: u64, len: u32, status: String, vendor: u32 },
-    /// A queue pair's work was flushed and nothing said why: somebody else knows, and may tell later.
+    /// A queue pair's work was flushed and nothing said why: somebody else knows, and may tell
+    /// later.
     Flushed { lane: usize },
     /// The device or the connection manager reported an end.
     Device { device: String, event: String },
@@ -38,7 +39,9 @@ impl From<&LaneFailure> for Error {
                 Self::Lane { lane: *lane, operation, source: io::Error::from_raw_os_error(*errno) }
             }
             LaneFailure::Closed { lane } => Self::Closed { lane: *lane },
-            LaneFailure::Protocol { lane, what } => Self::Protocol { lane: *lane, what: what.clone() },
+            LaneFailure::Protocol { lane, what } => {
+                Self::Protocol { lane: *lane, what: what.clone() }
+            }
             LaneFailure::Work { lane, operation, addr, len, status, vendor } => Self::Work {
                 lane: *lane,
                 operation,

@@ -30,7 +30,8 @@ impl Arrivals {
         rising
     }
 
-    /// The last fence that has come on every lane, or one after it, and a lane that has none after it.
+    /// The last fence that has come on every lane, or one after it, and a lane that has none after
+    /// it.
     pub(crate) fn slowest(&self) -> Option<(usize, FenceTag)> {
         let (lane, last) = self.last.iter().enumerate().min_by_key(|(_, last)| **last)?;
         last.map(|last| (lane, last))
@@ -55,7 +56,12 @@ pub(crate) struct Acks {
 
 impl Acks {
     pub(crate) fn new(lanes: usize) -> Self {
-        Self { waiting: VecDeque::new(), last_sent: None, ended: false, acknowledged: vec![0; lanes] }
+        Self {
+            waiting: VecDeque::new(),
+            last_sent: None,
+            ended: false,
+            acknowledged: vec![0; lanes],
+        }
     }
 
     /// Fails behind the last fence.
@@ -94,8 +100,9 @@ impl Acks {
         Ok(())
     }
 
-    /// Notes that `tag`, and so every fence before it, has come on every lane, for a link on which the peer says
-    /// so for all lanes together; appends those that are done by it. False if no such fence was sent.
+    /// Notes that `tag`, and so every fence before it, has come on every lane, for a link on which
+    /// the peer says so for all lanes together; appends those that are done by it. False if no such
+    /// fence was sent.
     #[must_use]
     pub(crate) fn reach(&mut self, tag: FenceTag, done: &mut impl Extend<FenceTag>) -> bool {
         while self.waiting.front().is_some_and(|&waiting| waiting <= tag) {

@@ -17,26 +17,28 @@
 //!
 //! - **Lane.** One queue pair or one TCP connection. A remote address belongs to one lane for the
 //!   life of the link ([`lane_of`]: stripes of [`STRIPE_BYTES`] go round the lanes).
-//! - **One write between two fences.** Writes between two fences come in any order, those to one lane too: memory
-//!   may take them as it likes. So of two writes to one address, the second may be posted only when a fence behind
-//!   the first has been polled ([`Completion::Fence`]). Otherwise any mix of both may be what is left.
-//! - **Post.** [`Initiator::post`] accepts a prefix of the batch and says how long it is; zero means
-//!   that there is no credit, or that memory is still being made ready, and the caller should
+//! - **One write between two fences.** Writes between two fences come in any order, those to one
+//!   lane too: memory may take them as it likes. So of two writes to one address, the second may be
+//!   posted only when a fence behind the first has been polled ([`Completion::Fence`]). Otherwise
+//!   any mix of both may be what is left.
+//! - **Post.** [`Initiator::post`] accepts a prefix of the batch and says how long it is; zero
+//!   means that there is no credit, or that memory is still being made ready, and the caller should
 //!   [`Initiator::poll`]. The local memory may go on
 //!   changing while a write is in flight: what arrives is then any mix of old and new bytes, and it
 //!   is the caller's duty to write that memory again.
 //! - **Expect.** A link that pins memory needs to know ahead what will be written: both ends say so
-//!   with `expect`, and pin beside the data. [`Initiator::make_ready`] waits for that, so that nothing is pinned
-//!   in the downtime. On other links both do nothing.
+//!   with `expect`, and pin beside the data. [`Initiator::make_ready`] waits for that, so that
+//!   nothing is pinned in the downtime. On other links both do nothing.
 //! - **Completion of a write.** The link is done with the local memory. It says nothing about the
 //!   remote side.
 //! - **Fence.** [`Initiator::fence`] is ordered behind every write posted before it, on every lane.
 //!   When [`Target::wait_fence`] returns, the destination's CPU sees all of those writes. When the
-//!   initiator polls [`Completion::Fence`], the target's host has said so: it has the fence on every lane.
-//!   A fence is the only proof that bytes have arrived.
-//! - **Last fence.** [`Initiator::last_fence`]: a fence behind which nothing is posted. The target's lanes end with it,
-//!   by themselves and beside whatever the target's caller does meanwhile, so that little is left to do for `revoke`.
-//!   Nobody waits for its completion: on some links there is none.
+//!   initiator polls [`Completion::Fence`], the target's host has said so: it has the fence on
+//!   every lane. A fence is the only proof that bytes have arrived.
+//! - **Last fence.** [`Initiator::last_fence`]: a fence behind which nothing is posted. The
+//!   target's lanes end with it, by themselves and beside whatever the target's caller does
+//!   meanwhile, so that little is left to do for `revoke`. Nobody waits for its completion: on some
+//!   links there is none.
 //! - **Credits.** Each lane holds a bounded number of bytes and work requests in flight
 //!   ([`credit`]); memory use does not grow with what is posted.
 //! - **Deadlines.** Every wait takes an [`std::time::Instant`] and returns [`Error::Timeout`] or

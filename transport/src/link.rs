@@ -49,26 +49,28 @@ pub trait Initiator: Send {
         Ok(())
     }
 
-    /// Has the memory of these writes made ready at both ends without posting them. True if all of it is; if not,
-    /// it is being done, and the caller asks again after a [`Self::poll`].
+    /// Has the memory of these writes made ready at both ends without posting them. True if all of
+    /// it is; if not, it is being done, and the caller asks again after a [`Self::poll`].
     fn make_ready(&mut self, writes: &[WorkRequest]) -> Result<bool> {
         let _ = writes;
         Ok(true)
     }
 
-    /// Whether a write could be posted now as far as its memory is concerned. Asks nobody for anything.
+    /// Whether a write could be posted now as far as its memory is concerned. Asks nobody for
+    /// anything.
     fn is_ready(&mut self, write: &WorkRequest) -> Result<bool> {
         let _ = write;
         Ok(true)
     }
 
-    /// Registrations that were made so far, at this end and, as far as it has said so, at the other.
+    /// Registrations that were made so far, at this end and, as far as it has said so, at the
+    /// other.
     fn registrations(&self) -> u64 {
         0
     }
 
-    /// Posts a prefix of `batch` and returns its length; zero means no credit, or memory that one of
-    /// the ends is still making ready. Whatever was accepted is on its way when this returns: no
+    /// Posts a prefix of `batch` and returns its length; zero means no credit, or memory that one
+    /// of the ends is still making ready. Whatever was accepted is on its way when this returns: no
     /// further call is needed to flush it.
     fn post(&mut self, batch: &[WorkRequest]) -> Result<usize>;
 
@@ -80,8 +82,8 @@ pub trait Initiator: Send {
     /// Sends a fence behind everything posted so far, on every lane.
     fn fence(&mut self, tag: FenceTag) -> Result<()>;
 
-    /// Sends the last fence: with it the target's lanes end, and nothing more may be posted. It may have no
-    /// completion.
+    /// Sends the last fence: with it the target's lanes end, and nothing more may be posted. It may
+    /// have no completion.
     fn last_fence(&mut self, tag: FenceTag) -> Result<()>;
 
     /// Bytes that crossed the lanes so far, headers included.
@@ -108,7 +110,7 @@ pub trait Target: Send {
     /// peer from a dead one. Returns the lane's error if one has broken.
     fn bytes_placed(&mut self) -> Result<u64>;
 
-    /// Takes back every permission to write. When this returns no byte changes any more. After a last fence there is
-    /// little left to do.
+    /// Takes back every permission to write. When this returns no byte changes any more. After a
+    /// last fence there is little left to do.
     fn revoke(&mut self) -> Result<()>;
 }

@@ -1,6 +1,6 @@
 //! The first bytes of every TCP connection, by which the receiver tells the control connection from
-//! a lane, and both from garbage. Fixed size, so that one read decides. The same bytes are the private
-//! data of every queue pair's connection request.
+//! a lane, and both from garbage. Fixed size, so that one read decides. The same bytes are the
+//! private data of every queue pair's connection request.
 //!
 //! ```text
 //!   offset 0   magic  "PGFERRY\0"      8 bytes

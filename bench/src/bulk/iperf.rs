@@ -25,8 +25,8 @@ pub(super) struct Flags {
 }
 
 impl Flags {
-    /// The ways in which one would look for its best: as it comes, with as many connections as the link,
-    /// with the pump's size of calls, with its own zero-copy.
+    /// The ways in which one would look for its best: as it comes, with as many connections as the
+    /// link, with the pump's size of calls, with its own zero-copy.
     pub(super) fn sensible(lanes: usize) -> Vec<Self> {
         let mut streams = vec![1, lanes];
         streams.dedup();
@@ -53,10 +53,14 @@ impl fmt::Display for Flags {
 /// Its first line about itself; an error with the fix where it is missing.
 pub(super) fn version() -> Result<String> {
     let said = Command::new("iperf3").arg("--version").stdin(Stdio::null()).output();
-    let said =
-        said.map_err(|e| anyhow!("iperf3 cannot be started ({e}): scripts/setup --bench installs it"))?;
+    let said = said.map_err(|e| {
+        anyhow!("iperf3 cannot be started ({e}): scripts/setup --bench installs it")
+    })?;
     let line = String::from_utf8_lossy(&said.stdout).lines().next().unwrap_or_default().to_owned();
-    ensure!(line.starts_with("iperf 3"), "iperf3 is not iperf 3, it says {line:?}: scripts/setup --bench");
+    ensure!(
+        line.starts_with("iperf 3"),
+        "iperf3 is not iperf 3, it says {line:?}: scripts/setup --bench"
+    );
     Ok(line)
 }
 
@@ -64,14 +68,16 @@ pub(super) fn run(total_bytes: u64, flags: Flags) -> Result<Sample> {
     // Free a moment ago; if somebody took it meanwhile, the server says so.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let watch = Watch::start()?;
-    let mut server = Process::start("iperf3", &["-s", "-1", "-B", "127.0.0.1", "-p", &port, "--forceflush"])?;
+    let mut server =
+        Process::start("iperf3", &["-s", "-1", "-B", "127.0.0.1", "-p", &port, "--forceflush"])?;
     server.line("listening on", SERVER_MAX)?;
     let (bytes, asked) = (total_bytes.to_string(), flags.to_string());
     let mut arguments = vec!["-c", "127.0.0.1", "-p", &port, "-J", "-n", &bytes];
     arguments.extend(asked.split(' '));
     let client = Process::start("iperf3", &arguments)?.end(TRANSFER_MAX)?;
     // One that fails says why in its report.
-    let (bytes, elapsed) = received(&client.stdout).map_err(|e| client.check().err().unwrap_or(e))?;
+    let (bytes, elapsed) =
+        received(&client.stdout).map_err(|e| client.check().err().unwrap_or(e))?;
     server.end(SERVER_MAX)?.check()?;
     watch.stop(bytes, Some(elapsed))
 }
@@ -108,7 +114,8 @@ mod tests {
 
     #[test]
     fn its_ways_differ_and_read_as_its_command_line() {
-        let names = |lanes| Flags::sensible(lanes).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let names =
+            |lanes| Flags::sensible(lanes).iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(names(1), ["-P 1", "-P 1 -l 1M", "-P 1 -Z"]);
         assert_eq!(names(2)[3..], ["-P 2", "-P 2 -l 1M", "-P 2 -Z"]);
     }

@@ -1,4 +1,5 @@
-//! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the target waits for.
+//! The TCP link as the engine uses it: writes posted in batches, a fence at the end, which the
+//! target waits for.
 
 use super::{BulkOptions, Scatter, TRANSFER_MAX, Writes, streams};
 use crate::stats::random::Random;
@@ -15,7 +16,12 @@ const BATCH: usize = 1024;
 /// The order of scattered writes is the same in every run.
 const SEED: u64 = 20_260_101;
 
-pub(super) fn run(options: &BulkOptions, lanes: usize, shape: Writes, zero_copy: ZeroCopy) -> Result<Sample> {
+pub(super) fn run(
+    options: &BulkOptions,
+    lanes: usize,
+    shape: Writes,
+    zero_copy: ZeroCopy,
+) -> Result<Sample> {
     let (here, there) = streams(lanes)?;
     let mut initiator = TcpInitiator::new(here, TcpOptions { zero_copy, ..TcpOptions::default() })?;
     let mut target = TcpTarget::new(there)?;

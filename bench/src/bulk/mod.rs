@@ -1,12 +1,13 @@
-//! Bulk goodput over loopback: the TCP link, a raw pump of blocking sends and receives, and iperf3, in
-//! turns, so that all meet the same machine. The first of a turn is the second of the one before it.
+//! Bulk goodput over loopback: the TCP link, a raw pump of blocking sends and receives, and iperf3,
+//! in turns, so that all meet the same machine. The first of a turn is the second of the one before
+//! it.
 //!
-//! The link has a group for each number of lanes, size of a write and scatter of writes in memory. The pump and iperf3 have no
-//! such writes: they have one for each number of lanes.
+//! The link has a group for each number of lanes, size of a write and scatter of writes in memory.
+//! The pump and iperf3 have no such writes: they have one for each number of lanes.
 //!
-//! The pump and the link have both their ends in this process, and touch their memory before the clock
-//! starts. iperf3 is two processes, times itself (what its receiver reports), and sends the same small
-//! buffer over and over, which stays in the cache.
+//! The pump and the link have both their ends in this process, and touch their memory before the
+//! clock starts. iperf3 is two processes, times itself (what its receiver reports), and sends the
+//! same small buffer over and over, which stays in the cache.
 
 pub mod args;
 mod iperf;
@@ -71,8 +72,8 @@ enum Way {
     Iperf(iperf::Flags),
 }
 
-/// Moves the same number of bytes `repeat` times by each way, in turns, or until `progress` hears of an interruption. Fails
-/// without iperf3, before anything is moved.
+/// Moves the same number of bytes `repeat` times by each way, in turns, or until `progress` hears
+/// of an interruption. Fails without iperf3, before anything is moved.
 pub fn run(options: &BulkOptions, progress: &Progress) -> Result<Record> {
     let iperf_version = iperf::version()?;
     let title = format!(
@@ -120,7 +121,9 @@ impl Way {
             Self::Pump(lanes) => format!("raw pump, {}", lanes_of(lanes)),
             Self::Link(lanes, writes, ZeroCopy::Auto) => link(lanes, writes),
             Self::Link(lanes, writes, ZeroCopy::Never) => link(lanes, writes) + ", zero-copy never",
-            Self::Link(lanes, writes, ZeroCopy::Always) => link(lanes, writes) + ", zero-copy always",
+            Self::Link(lanes, writes, ZeroCopy::Always) => {
+                link(lanes, writes) + ", zero-copy always"
+            }
             Self::Iperf(flags) => format!("iperf3 {flags}"),
         }
     }
@@ -188,8 +191,8 @@ impl BulkOptions {
     }
 }
 
-/// Of each link to the pump with as many lanes, to iperf3's best, and, of what the link chooses by itself, to the better
-/// of zero-copy always and never.
+/// Of each link to the pump with as many lanes, to iperf3's best, and, of what the link chooses by
+/// itself, to the better of zero-copy always and never.
 fn ratios(record: &Record, ways: &[Way]) -> Vec<Ratio> {
     let named = |wanted: &dyn Fn(Way) -> bool| -> Vec<String> {
         ways.iter().copied().filter(|way| wanted(*way)).map(Way::name).collect()
@@ -198,8 +201,11 @@ fn ratios(record: &Record, ways: &[Way]) -> Vec<Ratio> {
     let mut ratios = Vec::new();
     let mut add = |our: &str, theirs: &[String], best: &str| {
         let theirs: Vec<&str> = theirs.iter().map(String::as_str).collect();
-        ratios
-            .extend(compare_groups(record, &[our], &theirs, Some(best)).into_iter().filter(|r| r.to == best));
+        ratios.extend(
+            compare_groups(record, &[our], &theirs, Some(best))
+                .into_iter()
+                .filter(|r| r.to == best),
+        );
     };
     for way in ways {
         let Way::Link(lanes, writes, ZeroCopy::Auto) = *way else { continue };
@@ -280,8 +286,12 @@ mod tests {
 
     #[test]
     fn a_link_is_held_against_its_own_pump_and_the_best_of_the_others() {
-        let options =
-            BulkOptions { lanes: vec![2], sizes: vec![4096], scatter: vec![Scatter::Gaps], ..options() };
+        let options = BulkOptions {
+            lanes: vec![2],
+            sizes: vec![4096],
+            scatter: vec![Scatter::Gaps],
+            ..options()
+        };
         let ways = options.ways();
         let mut record = Record::begin("bulk", "a test".into(), &1).unwrap();
         for turn in 0..3 {
@@ -294,15 +304,13 @@ mod tests {
                     Way::Iperf(flags) if flags.to_string() == "-P 2 -Z" => 1200.0,
                     Way::Iperf(_) => 600.0,
                 };
-                Sample { mb_per_s, cpu_s_per_gib: 0.5, elsewhere_cores: 0.0, stolen_cores: 0.0 }.keep(
-                    &way.name(),
-                    turn,
-                    &mut record,
-                );
+                Sample { mb_per_s, cpu_s_per_gib: 0.5, elsewhere_cores: 0.0, stolen_cores: 0.0 }
+                    .keep(&way.name(), turn, &mut record);
             }
         }
         let ratios = ratios(&record, &ways);
-        let goodput: Vec<f64> = ratios.iter().filter(|r| r.figure == GOODPUT.name).map(|r| r.ratio).collect();
+        let goodput: Vec<f64> =
+            ratios.iter().filter(|r| r.figure == GOODPUT.name).map(|r| r.ratio).collect();
         assert_eq!(goodput, [0.9, 1.5, 0.75], "{ratios:?}");
     }
 
@@ -313,7 +321,8 @@ mod tests {
         once.sort();
         once.dedup();
         assert_eq!(once.len(), ways.len(), "{ways:?}");
-        // Per number of lanes a pump, four links and two with zero-copy forced; of iperf3 three with one lane, three with two.
+        // Per number of lanes a pump, four links and two with zero-copy forced; of iperf3 three
+        // with one lane, three with two.
         assert_eq!(ways.len(), 2 * 7 + 6, "{ways:?}");
     }
 

@@ -1,5 +1,5 @@
-//! The raw pump: as many connections as lanes, a thread at each end, 1 MiB a call, over as much memory as
-//! the link has.
+//! The raw pump: as many connections as lanes, a thread at each end, 1 MiB a call, over as much
+//! memory as the link has.
 
 use super::{BulkOptions, TRANSFER_MAX, streams};
 use crate::watch::{Sample, Watch};
@@ -29,13 +29,19 @@ pub(super) fn run(options: &BulkOptions, lanes: usize) -> Result<Sample> {
     std::thread::scope(|scope| {
         let mut ends = Vec::new();
         for ((mut here, mut there), (from, into)) in here.into_iter().zip(there).zip(&mut buffers) {
-            ends.push(scope.spawn(move || (0..calls).try_for_each(|call| here.write_all(&from[slot(call)]))));
             ends.push(
-                scope.spawn(move || (0..calls).try_for_each(|call| there.read_exact(&mut into[slot(call)]))),
+                scope.spawn(move || {
+                    (0..calls).try_for_each(|call| here.write_all(&from[slot(call)]))
+                }),
             );
+            ends.push(scope.spawn(move || {
+                (0..calls).try_for_each(|call| there.read_exact(&mut into[slot(call)]))
+            }));
         }
         for end in ends {
-            end.join().map_err(|_| anyhow!("a thread of the raw pump panicked"))?.context("the raw pump")?;
+            end.join()
+                .map_err(|_| anyhow!("a thread of the raw pump panicked"))?
+                .context("the raw pump")?;
         }
         anyhow::Ok(())
     })?;

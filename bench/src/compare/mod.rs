@@ -1,9 +1,10 @@
 //! What changed between two records beyond noise.
 //!
-//! A figure counts as changed only if chance alone would hardly have made the difference (a permutation test, corrected
-//! for the number of figures that are looked at), and if the whole interval of the ratio of medians lies further from
-//! one than two in a hundred. Both are computed from the samples alone. Two runs on a machine that became slower in
-//! between differ truly, though nobody changed the code: take runs in turns, and compare a run with its repetition first.
+//! A figure counts as changed only if chance alone would hardly have made the difference (a
+//! permutation test, corrected for the number of figures that are looked at), and if the whole
+//! interval of the ratio of medians lies further from one than two in a hundred. Both are computed
+//! from the samples alone. Two runs on a machine that became slower in between differ truly, though
+//! nobody changed the code: take runs in turns, and compare a run with its repetition first.
 
 use crate::record::{Better, Figure, Record};
 use crate::stats::bootstrap::{self, Interval};
@@ -69,7 +70,8 @@ pub fn compare(before: &Record, after: &Record) -> Result<Comparison> {
     if pairs.is_empty() {
         bail!("the two records have no figure in common");
     }
-    let probabilities: Vec<f64> = pairs.iter().map(|(a, b)| probability(&a.samples, &b.samples)).collect();
+    let probabilities: Vec<f64> =
+        pairs.iter().map(|(a, b)| probability(&a.samples, &b.samples)).collect();
     let real = holm(&probabilities, ALARM);
     let changes = pairs.iter().zip(real).map(|((a, b), real)| change(a, b, real)).collect();
     let only = |here: &Record, there: &Record, which: &str| -> Vec<String> {
@@ -89,7 +91,9 @@ fn change(before: &Figure, after: &Figure, real: bool) -> Change {
         None => Verdict::Unknown,
         // A median of zero, or no ratio at all.
         Some(ratio) if !ratio.low.is_finite() || !ratio.high.is_finite() => Verdict::Unknown,
-        Some(ratio) if !real || !ratio.is_outside(1.0 - SHARE_MIN, 1.0 + SHARE_MIN) => Verdict::Same,
+        Some(ratio) if !real || !ratio.is_outside(1.0 - SHARE_MIN, 1.0 + SHARE_MIN) => {
+            Verdict::Same
+        }
         Some(ratio) => match (before.better, ratio.low > 1.0) {
             (Better::Neither, _) => Verdict::Other,
             (Better::Lower, false) | (Better::Higher, true) => Verdict::Better,
@@ -135,7 +139,8 @@ impl Comparison {
     /// The table for people.
     #[must_use]
     pub fn show(&self) -> String {
-        let width = self.changes.iter().map(|c| c.name.chars().count()).max().unwrap_or(0).max(6) + 2;
+        let width =
+            self.changes.iter().map(|c| c.name.chars().count()).max().unwrap_or(0).max(6) + 2;
         let mut text = format!(
             "{:<width$}{:>14}{:>14}  {:<24}{}\n",
             "figure", "before", "after", "after/before [95 %]", "verdict"

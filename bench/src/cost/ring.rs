@@ -1,5 +1,6 @@
-//! What a page costs from KVM's dirty ring to the dirty set: entries taken in order, pages put together, the set filled.
-//! The ring is plain memory, filled beforehand; the kernel's part (protecting the page, freeing the entry) is not in it.
+//! What a page costs from KVM's dirty ring to the dirty set: entries taken in order, pages put
+//! together, the set filled. The ring is plain memory, filled beforehand; the kernel's part
+//! (protecting the page, freeing the entry) is not in it.
 
 use anyhow::{Result, ensure};
 use pageferry_engine::dirty::kvm::SlotTable;
@@ -15,8 +16,8 @@ pub const PAGE_NS_MAX: f64 = 20.0;
 /// The slot's number in KVM; any will do.
 const SLOT: u32 = 3;
 
-/// Fills rings with every page of the guest, in order or in none, and syncs. Returns the number of pages and the
-/// nanoseconds that it took.
+/// Fills rings with every page of the guest, in order or in none, and syncs. Returns the number of
+/// pages and the nanoseconds that it took.
 pub(super) fn sync(scattered: bool, pages: u64) -> Result<(u64, f64)> {
     let table = SlotTable::new([(SLOT, 0, pages)])?;
     let entries: Vec<Entry> = (0..RING_ENTRIES).map(|_| Entry::default()).collect();
@@ -36,7 +37,10 @@ pub(super) fn sync(scattered: bool, pages: u64) -> Result<(u64, f64)> {
         let taken = counted_transfer_from_ring(&ring, &table, &pending);
         ns += start.elapsed().as_nanos() as f64;
         ensure!(taken == batch, "{taken} entries of {batch} were taken");
-        ensure!((0..batch).all(|at| entries[at as usize].free().is_some()), "an entry was not taken");
+        ensure!(
+            (0..batch).all(|at| entries[at as usize].free().is_some()),
+            "an entry was not taken"
+        );
         done += batch;
         ensure!(batch == entries.len() as u64 || done == pages, "the ring begins anew each time");
     }
@@ -55,8 +59,9 @@ struct Order {
 
 impl Order {
     fn new(scattered: bool, pages: u64) -> Self {
-        // About the golden ratio of all, so that neighbours in time are far apart in memory; odd, because the number
-        // of pages is a multiple of a power of two, and made coprime to the rest of it.
+        // About the golden ratio of all, so that neighbours in time are far apart in memory; odd,
+        // because the number of pages is a multiple of a power of two, and made coprime to the rest
+        // of it.
         let mut stride = if scattered { (pages as f64 * 0.618) as u64 | 1 } else { 1 };
         while gcd(stride, pages) != 1 {
             stride += 2;
@@ -75,7 +80,11 @@ fn gcd(a: u64, b: u64) -> u64 {
 
 /// What valgrind counts: it finds these two functions by their names.
 #[inline(never)]
-fn counted_transfer_from_ring(ring: &DirtyRing<&[Entry]>, table: &SlotTable, pending: &PendingPages) -> u64 {
+fn counted_transfer_from_ring(
+    ring: &DirtyRing<&[Entry]>,
+    table: &SlotTable,
+    pending: &PendingPages,
+) -> u64 {
     take(ring, table, pending)
 }
 

@@ -1,13 +1,15 @@
-//! What it costs to know which pages a guest writes: for the migration, a sync; for the guest, its slower writes.
+//! What it costs to know which pages a guest writes: for the migration, a sync; for the guest, its
+//! slower writes.
 //!
 //! ```text
 //!   a turn of one guest    |  warm up  |  not followed: writes a second  |  start  | sync  ...  sync |  end  |
 //!                                                                                    followed: writes a second
 //! ```
 //!
-//! Three trackers, for two kinds of guest ([`subject`]). `pagemap` follows threads of this process, as pageferry follows a QEMU;
-//! `log` and `ring` follow a guest under KVM. A guest is compared with itself, so that its own speed does not matter. Nothing
-//! is moved. Every guest has its turn in each repetition and is held in the turns of the others.
+//! Three trackers, for two kinds of guest ([`subject`]). `pagemap` follows threads of this process,
+//! as pageferry follows a QEMU; `log` and `ring` follow a guest under KVM. A guest is compared with
+//! itself, so that its own speed does not matter. Nothing is moved. Every guest has its turn in
+//! each repetition and is held in the turns of the others.
 
 pub mod args;
 pub mod subject;
@@ -118,7 +120,8 @@ impl DirtyOptions {
         for memory_mib in &self.memories_mib {
             for rate_mb in &self.rates_mb {
                 for tracker in &self.trackers {
-                    let rate = if *rate_mb == 0 { "no bound".into() } else { format!("{rate_mb} MB/s") };
+                    let rate =
+                        if *rate_mb == 0 { "no bound".into() } else { format!("{rate_mb} MB/s") };
                     rows.push(Row {
                         group: format!("{}, {memory_mib} MiB, {rate}", tracker.name()),
                         tracker: *tracker,
@@ -202,7 +205,8 @@ impl Row {
 
 fn one(subject: &mut dyn Subject, options: &DirtyOptions) -> Result<Turn> {
     subject.hold(false)?;
-    // When tracking ends KVM drops what it had mapped piece by piece, and the guest's next touch of each page is a fault.
+    // When tracking ends KVM drops what it had mapped piece by piece, and the guest's next touch of
+    // each page is a fault.
     std::thread::sleep(options.window);
     let free = rate(subject, |_| {
         std::thread::sleep(options.window);
@@ -233,7 +237,10 @@ fn one(subject: &mut dyn Subject, options: &DirtyOptions) -> Result<Turn> {
 }
 
 /// Pages a second that the guest writes while something is done.
-fn rate(subject: &mut dyn Subject, mut meanwhile: impl FnMut(&mut dyn Subject) -> Result<()>) -> Result<f64> {
+fn rate(
+    subject: &mut dyn Subject,
+    mut meanwhile: impl FnMut(&mut dyn Subject) -> Result<()>,
+) -> Result<f64> {
     let before = subject.written()?;
     let begun = Instant::now();
     meanwhile(subject)?;
@@ -250,7 +257,8 @@ impl Turn {
         let us = |duration: Duration| duration.as_secs_f64() * 1e6;
         let mb = |pages: f64| pages * PAGE_BYTES as f64 / 1e6;
         let syncs = f64::from(self.syncs);
-        // Of a sync that told nothing there is no cost of a page, and what is no number is no sample.
+        // Of a sync that told nothing there is no cost of a page, and what is no number is no
+        // sample.
         record.sample(group, PER_PAGE, turn, us(self.syncing) * 1e3 / self.pages as f64);
         record.sample(group, SLOWDOWN, turn, self.free / self.followed);
         record.sample(group, SYNC, turn, us(self.syncing) / syncs);
@@ -295,7 +303,9 @@ fn ratios(record: &Record, rows: &[Row]) -> Vec<crate::record::ratio::Ratio> {
     let mut ratios = Vec::new();
     for ring in rows.iter().filter(|row| row.tracker == Tracker::Ring) {
         let same = |row: &&Row| {
-            row.tracker == Tracker::Log && row.memory_mib == ring.memory_mib && row.rate_mb == ring.rate_mb
+            row.tracker == Tracker::Log
+                && row.memory_mib == ring.memory_mib
+                && row.rate_mb == ring.rate_mb
         };
         let logs: Vec<&str> = rows.iter().filter(same).map(|row| row.group.as_str()).collect();
         ratios.extend(compare_groups(record, &[&ring.group], &logs, None));

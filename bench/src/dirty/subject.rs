@@ -54,8 +54,14 @@ impl Tracker {
         }
     }
 
-    /// Starts a guest of the kind that it follows. Fails with the reason where this host has no such tracker.
-    pub(super) fn start(self, memory_mib: u32, working_mib: u32, rate_mb: u32) -> Result<Box<dyn Subject>> {
+    /// Starts a guest of the kind that it follows. Fails with the reason where this host has no
+    /// such tracker.
+    pub(super) fn start(
+        self,
+        memory_mib: u32,
+        working_mib: u32,
+        rate_mb: u32,
+    ) -> Result<Box<dyn Subject>> {
         let (pages, working) = (u64::from(memory_mib) << 8, u64::from(working_mib) << 8);
         let rate = (rate_mb > 0).then(|| u64::from(rate_mb) * 1_000_000 / PAGE_BYTES);
         let tracking = match self {

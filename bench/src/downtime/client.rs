@@ -1,15 +1,16 @@
-//! A client of the guest's service: asks on a fixed schedule, answered or not, and knows what everybody would have
-//! waited who asked at those moments.
+//! A client of the guest's service: asks on a fixed schedule, answered or not, and knows what
+//! everybody would have waited who asked at those moments.
 //!
 //! # Coordinated omission
 //!
-//! A client that waits for each answer before it asks again asks once during a downtime, and reports one slow answer
-//! where a thousand users had one each. This one sends a datagram at each tick of the host's clock, whatever came back.
-//! What counts is the time from the tick, not from the sending, so a client that was late itself hides nothing.
+//! A client that waits for each answer before it asks again asks once during a downtime, and
+//! reports one slow answer where a thousand users had one each. This one sends a datagram at each
+//! tick of the host's clock, whatever came back. What counts is the time from the tick, not from
+//! the sending, so a client that was late itself hides nothing.
 //!
-//! A datagram that is lost has no answer. Its user would have asked again, as TCP and every name resolver do; here each
-//! later tick is such a second try. So a request's wait ends with its own answer or with that to any later request,
-//! whatever came first:
+//! A datagram that is lost has no answer. Its user would have asked again, as TCP and every name
+//! resolver do; here each later tick is such a second try. So a request's wait ends with its own
+//! answer or with that to any later request, whatever came first:
 //!
 //! ```text
 //!   ticks     0    1    2    3    4    5    6
@@ -73,7 +74,9 @@ impl Client {
         let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })
             .and_then(|socket| socket.connect(to).map(|()| socket))
             .with_context(|| format!("a socket to ask {to} from"))?;
-        socket.set_read_timeout(Some(LOOK_EVERY)).context("a time limit for the client's socket")?;
+        socket
+            .set_read_timeout(Some(LOOK_EVERY))
+            .context("a time limit for the client's socket")?;
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             start: Instant::now(),
@@ -135,8 +138,8 @@ impl Shared {
             let number = self.lock().next;
             let due = self.start + every * u32::try_from(number).unwrap_or(u32::MAX);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            // Counted as sent before it is: an answer must not overtake that. What could not be sent (nobody listens,
-            // no route for a moment) was asked for all the same, and is lost.
+            // Counted as sent before it is: an answer must not overtake that. What could not be
+            // sent (nobody listens, no route for a moment) was asked for all the same, and is lost.
             self.lock().next = number + 1;
             let _ = socket.send(&number.to_le_bytes());
         }

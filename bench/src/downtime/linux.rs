@@ -1,5 +1,6 @@
-//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its heartbeats come from within; a
-//! client asks it over a bridge ([`super::network`]), where this user may make one.
+//! A Linux guest in QEMU, moved as an operator moves it: `receive`, `attach`, `migrate`. Its
+//! heartbeats come from within; a client asks it over a bridge ([`super::network`]), where this
+//! user may make one.
 
 use super::network::Network;
 use super::{Harness, Move, MoveOptions};
@@ -58,7 +59,9 @@ pub(super) fn guest(options: &MoveOptions, accel: Accel, beat: Duration) -> Resu
         kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
         initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
         pageferry: made(
-            &std::env::current_exe().context("the path of this program")?.with_file_name("pageferry"),
+            &std::env::current_exe()
+                .context("the path of this program")?
+                .with_file_name("pageferry"),
             "cargo build --release -p pageferry",
         )?,
         lanes: options.lanes,

@@ -1,5 +1,5 @@
-//! Downtime, measured: one guest moved back and forth, and what the engine, the guest and a client of the guest each
-//! saw of it.
+//! Downtime, measured: one guest moved back and forth, and what the engine, the guest and a client
+//! of the guest each saw of it.
 //!
 //! ```text
 //!            request                      pause                            resume          running
@@ -9,9 +9,9 @@
 //!   client gap                          |---------------------------------------->|              longest wait for an answer
 //! ```
 //!
-//! All by one clock, that of this host. The engine's downtime ends when the source hears that the guest runs, so it may
-//! end after the first sign of life. A gap also has in it what surrounds the downtime: the last beat before it and, in a
-//! real guest, what it needs to get going again.
+//! All by one clock, that of this host. The engine's downtime ends when the source hears that the
+//! guest runs, so it may end after the first sign of life. A gap also has in it what surrounds the
+//! downtime: the last beat before it and, in a real guest, what it needs to get going again.
 
 pub mod client;
 pub(crate) mod linux;
@@ -107,7 +107,8 @@ pub struct MoveOptions {
     pub pattern: Pattern,
     /// Threads that write; vCPUs of the payload guest.
     pub threads: u32,
-    /// How writes of the payload guest are followed. Each has a guest of its own, moved in turns with the others.
+    /// How writes of the payload guest are followed. Each has a guest of its own, moved in turns
+    /// with the others.
     pub tracking: Vec<TrackingChoice>,
     /// What carries the data.
     pub transport: Transport,
@@ -136,11 +137,12 @@ pub(crate) trait Harness {
         None
     }
 
-    /// Moves the guest once. An error means that there is no guest any more; a move that failed and left it at the
-    /// source is one whose report says so.
+    /// Moves the guest once. An error means that there is no guest any more; a move that failed and
+    /// left it at the source is one whose report says so.
     fn move_once(&mut self) -> Result<Move>;
 
-    /// The longest time between two heartbeats since the last move began, in milliseconds; NaN if it has none.
+    /// The longest time between two heartbeats since the last move began, in milliseconds; NaN if
+    /// it has none.
     fn guest_gap_ms(&self) -> f64;
 
     /// Has the guest check all of its memory.
@@ -162,7 +164,10 @@ impl MoveOptions {
             bail!("--moves {} must be 1 to {MOVES_MAX}", self.moves);
         }
         if self.transport == Transport::Rdma && self.address.is_loopback() {
-            bail!("--transport rdma needs --address with that of an RDMA port; {} has none", self.address);
+            bail!(
+                "--transport rdma needs --address with that of an RDMA port; {} has none",
+                self.address
+            );
         }
         if self.pattern != Pattern::Random && self.guest != Guest::Payload {
             bail!("--pattern needs --guest payload");
@@ -240,7 +245,11 @@ pub fn run(options: &MoveOptions, progress: &Progress) -> Result<Record> {
         "{} moves of a {} MiB guest that writes {} over {} MiB",
         options.moves,
         options.memory_mib,
-        if options.rate_mb == 0 { "as fast as it can".into() } else { format!("{} MB/s", options.rate_mb) },
+        if options.rate_mb == 0 {
+            "as fast as it can".into()
+        } else {
+            format!("{} MB/s", options.rate_mb)
+        },
         options.working_mib
     );
     let mut record = Record::begin("downtime", title, options)?;
@@ -356,7 +365,12 @@ fn one(party: &mut Party, client: Option<&Client>, record: &mut Record, turn: u3
 }
 
 /// What the engine says of a move.
-pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report: &MigrationReport) {
+pub(crate) fn engine_figures(
+    record: &mut Record,
+    group: &str,
+    turn: u32,
+    report: &MigrationReport,
+) {
     record.sample(group, TOTAL, turn, ms(report.total_us));
     record.sample(group, DOWNTIME, turn, ms(report.downtime_us.total));
     for (spec, slice) in SLICES {
@@ -367,11 +381,17 @@ pub(crate) fn engine_figures(record: &mut Record, group: &str, turn: u32, report
     record.sample(group, SENT, turn, report.bytes_written as f64 / f64::from(1 << 20));
     // Of the first round, which is all of memory: later ones are too short to say much.
     let first = report.rounds.first().filter(|round| round.elapsed_us > 0 && round.bytes > 0);
-    record.sample(group, GOODPUT, turn, first.map_or(f64::NAN, |r| r.bytes as f64 / r.elapsed_us as f64));
+    record.sample(
+        group,
+        GOODPUT,
+        turn,
+        first.map_or(f64::NAN, |r| r.bytes as f64 / r.elapsed_us as f64),
+    );
 }
 
 fn distributions(record: &mut Record, parties: &[Party]) -> Result<()> {
-    let names = [TOTAL, DOWNTIME, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
+    let names =
+        [TOTAL, DOWNTIME, GUEST_GAP, CLIENT_GAP].into_iter().chain(SLICES.map(|slice| slice.0));
     for name in names.map(|spec| spec.name) {
         for group in record.groups().into_iter().map(str::to_owned).collect::<Vec<_>>() {
             if let Some(figure) = record.figure(&group, name) {
@@ -381,7 +401,9 @@ fn distributions(record: &mut Record, parties: &[Party]) -> Result<()> {
         }
     }
     for party in parties.iter().filter(|party| party.waits.count() > 0) {
-        record.distributions.push(party.waits.keep(party.group.clone(), "every request of the client"));
+        record
+            .distributions
+            .push(party.waits.keep(party.group.clone(), "every request of the client"));
     }
     Ok(())
 }
@@ -430,7 +452,10 @@ fn notes(record: &mut Record, options: &MoveOptions, has_client: bool) {
             .into(),
     );
     if !options.planted_pause.is_zero() {
-        record.notes.push(format!("A pause of {:?} was planted into each downtime.", options.planted_pause));
+        record.notes.push(format!(
+            "A pause of {:?} was planted into each downtime.",
+            options.planted_pause
+        ));
     }
 }
 
@@ -457,7 +482,10 @@ mod tests {
         };
         assert!(good.check().is_ok());
         let bad = [
-            ("--guest payload", MoveOptions { tracking: vec![TrackingChoice::Ring; 2], ..good.clone() }),
+            (
+                "--guest payload",
+                MoveOptions { tracking: vec![TrackingChoice::Ring; 2], ..good.clone() },
+            ),
             ("--working", MoveOptions { working_mib: 65, ..good.clone() }),
             ("--moves", MoveOptions { moves: 0, ..good.clone() }),
             ("192.0.2.1", MoveOptions { address: IpAddr::from([192, 0, 2, 1]), ..good.clone() }),

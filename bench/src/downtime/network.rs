@@ -1,14 +1,15 @@
-//! A network for the Linux guest: one switch, a bridge in a namespace of its own, which each QEMU joins by a tap. A client
-//! at the bridge sees what users see of a move: while the guest is paused nobody answers, and then what is sent
-//! goes on to the old port until the bridge hears a frame of the guest from the new one.
+//! A network for the Linux guest: one switch, a bridge in a namespace of its own, which each QEMU
+//! joins by a tap. A client at the bridge sees what users see of a move: while the guest is paused
+//! nobody answers, and then what is sent goes on to the old port until the bridge hears a frame of
+//! the guest from the new one.
 //!
 //! ```text
 //!   client -- bridge --+-- tap -- QEMU at the source        until the guest is announced
 //!                      +-- tap -- QEMU at the destination   from then on
 //! ```
 //!
-//! All of it is this process and what it starts: the thread that makes it moves to the namespace, and clients, QEMUs and
-//! supervisors that it starts follow it there. Root only.
+//! All of it is this process and what it starts: the thread that makes it moves to the namespace,
+//! and clients, QEMUs and supervisors that it starts follow it there. Root only.
 
 use crate::shaped::Bridge;
 use anyhow::Result;

@@ -1,5 +1,5 @@
-//! The payload guest under this host's KVM, moved by the engine within this process: a real machine's state and real
-//! dirty tracking, without a kernel or a QEMU around it.
+//! The payload guest under this host's KVM, moved by the engine within this process: a real
+//! machine's state and real dirty tracking, without a kernel or a QEMU around it.
 
 use super::{Guest, Harness, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
@@ -39,7 +39,8 @@ impl Payload {
     /// Boots the guest, and waits until it has written about as many pages as it has.
     pub fn start(options: MoveOptions, tracking: TrackingChoice) -> Result<Self> {
         debug_assert_eq!(options.guest, Guest::Payload);
-        let each = f64::from(options.rate_mb) * 1e6 / PAGE_BYTES as f64 / f64::from(options.threads);
+        let each =
+            f64::from(options.rate_mb) * 1e6 / PAGE_BYTES as f64 / f64::from(options.threads);
         if options.rate_mb > 0 && each < 1.0 {
             bail!(
                 "--rate {} is less than a page a second for each of --threads {}",
@@ -58,7 +59,9 @@ impl Payload {
         config.tracking = tracking;
         let mut guest = KvmSource::start(&config, &Boot::Payload(payload), Console::none())?;
         let until = Instant::now() + WARM_UP_MAX;
-        while Instant::now() < until && guest.check()?.pages_written.iter().sum::<u64>() < working_set_pages {
+        while Instant::now() < until
+            && guest.check()?.pages_written.iter().sum::<u64>() < working_set_pages
+        {
             std::thread::sleep(Duration::from_millis(50));
         }
         Ok(Self { guest: Some(guest), config, options })

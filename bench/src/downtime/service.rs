@@ -1,8 +1,9 @@
-//! What a guest made of threads offers to a client: answers to datagrams and a heartbeat, as long as it runs.
+//! What a guest made of threads offers to a client: answers to datagrams and a heartbeat, as long
+//! as it runs.
 //!
-//! The service belongs to the guest, so it is paused with it: from [`Gate::close`], when the guest is paused at the
-//! source, until [`Gate::open`], when it runs at the destination. Datagrams that come meanwhile wait in the socket, as
-//! they would at a switch that holds them back: none is lost.
+//! The service belongs to the guest, so it is paused with it: from [`Gate::close`], when the guest
+//! is paused at the source, until [`Gate::open`], when it runs at the destination. Datagrams that
+//! come meanwhile wait in the socket, as they would at a switch that holds them back: none is lost.
 
 use anyhow::{Context, Result};
 use std::net::{SocketAddr, UdpSocket};
@@ -41,7 +42,11 @@ impl Gate {
     fn pass(&self) -> bool {
         let mut closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
         while *closed && !self.ended.load(Ordering::Relaxed) {
-            closed = self.opened.wait_timeout(closed, LOOK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+            closed = self
+                .opened
+                .wait_timeout(closed, LOOK_EVERY)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         !self.ended.load(Ordering::Relaxed)
     }
@@ -61,10 +66,13 @@ impl Service {
     /// A service that runs while the gate is open.
     pub fn start(gate: &Arc<Gate>) -> Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("a socket for the guest's service")?;
-        socket.set_read_timeout(Some(LOOK_EVERY)).context("a time limit for the service's socket")?;
+        socket
+            .set_read_timeout(Some(LOOK_EVERY))
+            .context("a time limit for the service's socket")?;
         let address = socket.local_addr().context("the service's address")?;
         let longest = Arc::new(Mutex::new((Instant::now(), Duration::ZERO)));
-        let (answering, beating, beats) = (Arc::clone(gate), Arc::clone(gate), Arc::clone(&longest));
+        let (answering, beating, beats) =
+            (Arc::clone(gate), Arc::clone(gate), Arc::clone(&longest));
         let threads = vec![
             std::thread::spawn(move || answer(&socket, &answering)),
             std::thread::spawn(move || beat(&beats, &beating)),

@@ -1,5 +1,5 @@
-//! The guest that is threads, moved by the engine within this process: no QEMU, so what is left of a downtime is the
-//! engine's own.
+//! The guest that is threads, moved by the engine within this process: no QEMU, so what is left of
+//! a downtime is the engine's own.
 
 use super::service::{Gate, Service};
 use super::{Harness, Move, MoveOptions};
@@ -7,7 +7,9 @@ use anyhow::{Context, Result, bail};
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::DirtySource;
-use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{
+    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::choice::LinkChoice;
@@ -23,7 +25,8 @@ use std::time::{Duration, Instant};
 /// For the source to connect to the receiver beside it.
 const CONNECT_MAX: Duration = Duration::from_secs(30);
 
-/// For the guest to write most of its working memory once. After that measuring begins all the same.
+/// For the guest to write most of its working memory once. After that measuring begins all the
+/// same.
 const WARM_UP_MAX: Duration = Duration::from_secs(20);
 
 /// So much of its working memory the guest shall have written before it is measured.
@@ -185,7 +188,10 @@ impl SourceGuest for Leaving {
     fn is_running(&mut self) -> pageferry_engine::Result<bool> {
         self.inner.is_running()
     }
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
+    fn start_tracking(
+        &mut self,
+        watch: &mut Watch<'_>,
+    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         self.inner.start_tracking(watch)
     }
     fn drain_io(&mut self) -> pageferry_engine::Result<()> {
@@ -214,7 +220,8 @@ impl SourceGuest for Leaving {
     }
 }
 
-/// The guest at the destination. A pause of known length can be planted into its downtime, to see that it is found.
+/// The guest at the destination. A pause of known length can be planted into its downtime, to see
+/// that it is found.
 struct Arriving {
     inner: SyntheticDestination,
     gate: Arc<Gate>,

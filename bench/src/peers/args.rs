@@ -63,7 +63,8 @@ pub struct PeersArgs {
     /// Longest downtime that pageferry is allowed.
     #[arg(long, default_value = "30ms", value_parser = downtime_max)]
     downtime_max: Duration,
-    /// Time between two heartbeats of a guest under kvm; each takes the guest some accesses to ports. [default: 1ms]
+    /// Time between two heartbeats of a guest under kvm; each takes the guest some accesses to
+    /// ports. [default: 1ms]
     #[arg(long, value_parser = duration)]
     beat: Option<Duration>,
     /// Directory for the record and its page.
@@ -98,7 +99,8 @@ impl Scenario {
             Self::Half => (448, 40, false),
             Self::Busy => (384, 0, true),
         };
-        let whole = Preset { memory_mib: 1024, touched_mib, working_mib: 64, rate_mb, preallocated };
+        let whole =
+            Preset { memory_mib: 1024, touched_mib, working_mib: 64, rate_mb, preallocated };
         // A quarter, so that booting and checking take little of two minutes.
         if quick {
             Preset { memory_mib: 256, touched_mib: touched_mib / 5, working_mib: 16, ..whole }
@@ -112,10 +114,12 @@ impl PeersArgs {
     /// What is to be done. Fails on what is missing.
     pub fn options(self) -> Result<PeersOptions> {
         let preset = self.scenario.preset(self.quick);
-        let pageferry =
-            std::env::current_exe().context("the path of this program")?.with_file_name("pageferry");
-        let all =
-            Way::value_variants().iter().filter(|way| self.accel == Accel::Kvm || **way != Way::Microvm);
+        let pageferry = std::env::current_exe()
+            .context("the path of this program")?
+            .with_file_name("pageferry");
+        let all = Way::value_variants()
+            .iter()
+            .filter(|way| self.accel == Accel::Kvm || **way != Way::Microvm);
         let ways = if self.ways.is_empty() { all.copied().collect() } else { self.ways };
         let options = PeersOptions {
             guest: GuestOptions {

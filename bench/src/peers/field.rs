@@ -12,7 +12,8 @@ use pageferry_microvm::config::TrackingChoice;
 /// So many failures of a way in a row, and it is left out of the turns that follow.
 const FAILURES_IN_A_ROW_MAX: u32 = 2;
 
-/// Attempts to boot a guest. Nothing is measured meanwhile, and KVM inside an emulator loses one now and then.
+/// Attempts to boot a guest. Nothing is measured meanwhile, and KVM inside an emulator loses one
+/// now and then.
 const BOOTS_MAX: u32 = 2;
 
 /// A way as it has its turns.
@@ -46,7 +47,8 @@ impl Field {
             lineages.push(Box::new(QemuLineage::new(options)?));
         }
         for way in &options.ways {
-            let peer = |group: String, lineage| Peer { group, way: *way, lineage, failures_in_a_row: 0 };
+            let peer =
+                |group: String, lineage| Peer { group, way: *way, lineage, failures_in_a_row: 0 };
             if *way != Way::Microvm {
                 peers.push(peer(way.name(), 0));
                 continue;
@@ -71,14 +73,15 @@ impl Field {
 
     /// What the reader must know of those that are not.
     pub(super) fn left_out(&self) -> Option<String> {
-        let out: Vec<&str> = self.peers.iter().filter(|p| p.is_out()).map(|p| p.group.as_str()).collect();
+        let out: Vec<&str> =
+            self.peers.iter().filter(|p| p.is_out()).map(|p| p.group.as_str()).collect();
         (!out.is_empty()).then(|| {
             format!("After {FAILURES_IN_A_ROW_MAX} failures in a row, or without a guest, there were no more turns of: {}.", out.join(", "))
         })
     }
 
-    /// Boots one guest after the other, and holds each when it is there. The ways of one that does not boot have failed for
-    /// good: to try again and again would take minutes each time.
+    /// Boots one guest after the other, and holds each when it is there. The ways of one that does
+    /// not boot have failed for good: to try again and again would take minutes each time.
     pub(super) fn boot(&mut self, record: &mut Record, progress: &Progress) {
         for index in 0..self.lineages.len() {
             progress.say("booting");
@@ -88,7 +91,9 @@ impl Field {
                 if progress.is_interrupted() {
                     break;
                 }
-                record.notes.push(format!("Boot {attempt} of a guest failed and was repeated: {e:#}."));
+                record
+                    .notes
+                    .push(format!("Boot {attempt} of a guest failed and was repeated: {e:#}."));
                 booted = self.boot_one(index, progress);
             }
             let Err(e) = booted.and_then(|()| self.hold(index, true)) else { continue };
@@ -170,7 +175,8 @@ impl Field {
         moved
     }
 
-    /// Has every guest check its memory. One that is damaged is thrown away, and every way that had a part in it is told.
+    /// Has every guest check its memory. One that is damaged is thrown away, and every way that had
+    /// a part in it is told.
     fn check(&mut self, turn: u32, record: &mut Record) {
         for index in 0..self.lineages.len() {
             if !self.lineages[index].is_there() {

@@ -87,7 +87,8 @@ impl Lineage for QemuLineage {
     }
 
     fn forget_unless_well(&mut self) {
-        self.machine = self.machine.take().and_then(|mut machine| machine.is_well().then_some(machine));
+        self.machine =
+            self.machine.take().and_then(|mut machine| machine.is_well().then_some(machine));
     }
 
     fn forget(&mut self) {
@@ -116,8 +117,9 @@ impl MicrovmLineage {
 
 impl Lineage for MicrovmLineage {
     fn start(&mut self) -> Result<()> {
-        self.microvm =
-            Some(Microvm::start(&self.bed, self.tracking, None, false).context("starting a microvm")?);
+        self.microvm = Some(
+            Microvm::start(&self.bed, self.tracking, None, false).context("starting a microvm")?,
+        );
         Ok(())
     }
 
@@ -147,7 +149,8 @@ impl Lineage for MicrovmLineage {
     }
 
     fn forget_unless_well(&mut self) {
-        self.microvm = self.microvm.take().and_then(|mut microvm| microvm.is_well().then_some(microvm));
+        self.microvm =
+            self.microvm.take().and_then(|mut microvm| microvm.is_well().then_some(microvm));
     }
 
     fn forget(&mut self) {

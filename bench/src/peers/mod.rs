@@ -1,14 +1,15 @@
-//! The same guest moved by pageferry and by QEMU itself, in turns: total time, downtime, the gap that its heartbeats
-//! show, CPU and bytes, side by side.
+//! The same guest moved by pageferry and by QEMU itself, in turns: total time, downtime, the gap
+//! that its heartbeats show, CPU and bytes, side by side.
 //!
 //! ```text
 //!   turn 0    pageferry   qemu-plain   ...   microvm-ring   floor   every guest checks its memory
 //!   turn 1    qemu-plain   ...   microvm-ring   floor   pageferry   ...
 //! ```
 //!
-//! A guest of QEMU cannot become one of pageferry's own monitor, so there are several ([`lineage`]): one that all ways of
-//! QEMU move on and on, and one for each kind of microvm. They have the same kernel, initramfs, memory and workload, and
-//! while one is moved the others are held. A way that fails is a failed row, and the others go on.
+//! A guest of QEMU cannot become one of pageferry's own monitor, so there are several
+//! ([`lineage`]): one that all ways of QEMU move on and on, and one for each kind of microvm. They
+//! have the same kernel, initramfs, memory and workload, and while one is moved the others are
+//! held. A way that fails is a failed row, and the others go on.
 
 pub mod args;
 mod field;
@@ -73,7 +74,8 @@ impl PeersOptions {
                 bail!("--ways microvm needs --accel kvm: pageferry's own monitor has no emulation")
             }
             Accel::Kvm => {
-                open_kvm().context("--accel kvm needs this host's KVM; --accel tcg works without")?;
+                open_kvm()
+                    .context("--accel kvm needs this host's KVM; --accel tcg works without")?;
             }
             Accel::Tcg => {}
         }
@@ -131,7 +133,8 @@ fn distributions(record: &mut Record, peers: &[Peer]) -> Result<()> {
     Ok(())
 }
 
-/// Of pageferry's ways to each of QEMU's and to the best of them; and of the microvms to one another.
+/// Of pageferry's ways to each of QEMU's and to the best of them; and of the microvms to one
+/// another.
 fn ratios(record: &Record, peers: &[Peer]) -> Vec<crate::record::ratio::Ratio> {
     let named = |wanted: &dyn Fn(&Peer) -> bool| -> Vec<&str> {
         peers.iter().filter(|peer| wanted(peer)).map(|peer| peer.group.as_str()).collect()

@@ -1,5 +1,5 @@
-//! The link as a migration uses it: the pump takes runs out of a dirty set, posts them, and sends a fence at the
-//! end, which the target waits for.
+//! The link as a migration uses it: the pump takes runs out of a dirty set, posts them, and sends a
+//! fence at the end, which the target waits for.
 
 use super::{RdmaBenchOptions, TRANSFER_MAX};
 use crate::memory;
@@ -29,7 +29,8 @@ fn connect(options: &RdmaBenchOptions) -> Result<(RdmaInitiator, RdmaTarget)> {
     let (deadline, how) = (Instant::now() + CONNECT_MAX, RdmaOptions::default());
     let listener = RdmaListener::bind(options.to, TOKEN, options.lanes, &how)?;
     let to = SocketAddr::new(options.to, listener.port());
-    let initiator = RdmaInitiator::connect(to, Some(options.from), TOKEN, options.lanes, &how, deadline)?;
+    let initiator =
+        RdmaInitiator::connect(to, Some(options.from), TOKEN, options.lanes, &how, deadline)?;
     Ok((initiator, listener.into_target(deadline)?))
 }
 
@@ -48,7 +49,9 @@ pub(super) fn run(options: &RdmaBenchOptions, size: u64) -> Result<Sample> {
     let runs = memory::every_second(memory.pages(), size / PAGE_BYTES);
     let in_time = &mut || match Instant::now() < deadline {
         true => Ok(()),
-        false => Err(pageferry_engine::Error::Timeout { what: format!("{TRANSFER_MAX:?} for one transfer") }),
+        false => Err(pageferry_engine::Error::Timeout {
+            what: format!("{TRANSFER_MAX:?} for one transfer"),
+        }),
     };
     let state = (Arc::clone(source), remote);
     let mut pump = Pump::new(&mut initiator, &memory, vec![remote], state, None);

@@ -1,11 +1,13 @@
-//! Page-write goodput over RDMA: pageferry's link as its pump drives it, and perftest's `ib_write_bw`, in turns,
-//! with the same path, MTU and number of queue pairs. The first of a turn is the second of the one before it.
+//! Page-write goodput over RDMA: pageferry's link as its pump drives it, and perftest's
+//! `ib_write_bw`, in turns, with the same path, MTU and number of queue pairs. The first of a turn
+//! is the second of the one before it.
 //!
-//! pageferry pushes runs of pages of the given size with gaps as long between them, so that each is one write,
-//! out of guest memory into memory as large. Both its ends are in this process; the target's threads sleep while
-//! it is written to. `ib_write_bw` is two processes, as it must be, and writes one buffer over and over. Each
-//! times itself: the link from its first post until the target has its fence, perftest from its first post to its
-//! last completion. Connecting and registering are in neither time.
+//! pageferry pushes runs of pages of the given size with gaps as long between them, so that each is
+//! one write, out of guest memory into memory as large. Both its ends are in this process; the
+//! target's threads sleep while it is written to. `ib_write_bw` is two processes, as it must be,
+//! and writes one buffer over and over. Each times itself: the link from its first post until the
+//! target has its fence, perftest from its first post to its last completion. Connecting and
+//! registering are in neither time.
 
 mod link;
 mod perftest;
@@ -63,8 +65,9 @@ struct Row {
     way: Way,
 }
 
-/// Moves the same number of bytes `repeat` times by each way with each size, in turns, or until `progress` hears of an
-/// interruption. Fails without perftest or a path, before anything is measured.
+/// Moves the same number of bytes `repeat` times by each way with each size, in turns, or until
+/// `progress` hears of an interruption. Fails without perftest or a path, before anything is
+/// measured.
 pub fn run(options: &RdmaBenchOptions, progress: &Progress) -> Result<Record> {
     options.check()?;
     let perftest_version = perftest::version()?;
@@ -115,7 +118,11 @@ impl RdmaBenchOptions {
     fn check(&self) -> Result<()> {
         for &size in &self.sizes {
             let possible = size > 0 && size.is_multiple_of(PAGE_BYTES) && size <= STRIPE_BYTES / 2;
-            ensure!(possible, "--sizes: {size} is not a number of whole pages up to {}", STRIPE_BYTES / 2);
+            ensure!(
+                possible,
+                "--sizes: {size} is not a number of whole pages up to {}",
+                STRIPE_BYTES / 2
+            );
         }
         let largest = self.sizes.iter().max().context("--sizes: there is none")?;
         let least = (2 * largest * u64::from(self.lanes)).div_ceil(1 << 20);
@@ -126,8 +133,10 @@ impl RdmaBenchOptions {
     }
 
     fn rows(&self) -> Vec<Row> {
-        let ways = || std::iter::once(Way::Link).chain(self.perftest.iter().cloned().map(Way::Perftest));
-        let row = |size: u64, way: Way| Row { group: format!("{}, {size} bytes", way.name()), size, way };
+        let ways =
+            || std::iter::once(Way::Link).chain(self.perftest.iter().cloned().map(Way::Perftest));
+        let row =
+            |size: u64, way: Way| Row { group: format!("{}, {size} bytes", way.name()), size, way };
         self.sizes.iter().flat_map(|&size| ways().map(move |way| row(size, way))).collect()
     }
 
@@ -214,12 +223,18 @@ mod tests {
                     (Way::Perftest(_), 4096) => 25.0,
                     _ => 40.0,
                 };
-                let sample = Sample { mb_per_s, cpu_s_per_gib: 0.5, elsewhere_cores: 0.0, stolen_cores: 0.0 };
+                let sample = Sample {
+                    mb_per_s,
+                    cpu_s_per_gib: 0.5,
+                    elsewhere_cores: 0.0,
+                    stolen_cores: 0.0,
+                };
                 sample.keep(&row.group, turn, &mut record);
             }
         }
         let ratios = ratios(&record, &rows);
-        let goodput: Vec<f64> = ratios.iter().filter(|r| r.figure == GOODPUT.name).map(|r| r.ratio).collect();
+        let goodput: Vec<f64> =
+            ratios.iter().filter(|r| r.figure == GOODPUT.name).map(|r| r.ratio).collect();
         assert_eq!(goodput, [0.8, 0.75], "{ratios:?}");
         assert!(record.groups().contains(&"ib_write_bw -l 16, 4096 bytes"));
     }

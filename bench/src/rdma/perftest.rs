@@ -1,5 +1,5 @@
-//! `ib_write_bw`, the real one: a server and a client for each transfer, over connections that rdma_cm makes as it
-//! makes ours, and the client's report.
+//! `ib_write_bw`, the real one: a server and a client for each transfer, over connections that
+//! rdma_cm makes as it makes ours, and the client's report.
 
 use super::{RdmaBenchOptions, TRANSFER_MAX};
 use crate::process::Process;
@@ -18,9 +18,12 @@ const PROGRAM: &str = "ib_write_bw";
 pub(super) fn version() -> Result<String> {
     let said = Command::new(PROGRAM).arg("--version").stdin(Stdio::null()).output();
     let said = said.map_err(|e| {
-        anyhow!("{PROGRAM} cannot be started ({e}): scripts/setup --lab installs it (Debian's perftest)")
+        anyhow!(
+            "{PROGRAM} cannot be started ({e}): scripts/setup --lab installs it (Debian's perftest)"
+        )
     })?;
-    let line = String::from_utf8_lossy(&said.stdout).lines().next().unwrap_or_default().trim().to_owned();
+    let line =
+        String::from_utf8_lossy(&said.stdout).lines().next().unwrap_or_default().trim().to_owned();
     ensure!(line.contains("ersion"), "{PROGRAM} does not say its version, it says {line:?}");
     Ok(format!("{PROGRAM} {line}"))
 }
@@ -31,9 +34,11 @@ pub(super) fn run(options: &RdmaBenchOptions, mtu: u32, size: u64, flags: &str) 
     let (lanes, size) = (options.lanes.to_string(), size.to_string());
     // Free a moment ago; if somebody took it meanwhile, the server says so.
     let port = TcpListener::bind((options.to, 0))?.local_addr()?.port().to_string();
-    // -R: rdma_cm. -F: no word about the CPU's clock. -N: it does not look at the clock for each message.
-    let mut arguments =
-        vec!["-oL", PROGRAM, "-R", "-F", "-N", "-p", &port, "-q", &lanes, "-s", &size, "-n", &writes];
+    // -R: rdma_cm. -F: no word about the CPU's clock. -N: it does not look at the clock for each
+    // message.
+    let mut arguments = vec![
+        "-oL", PROGRAM, "-R", "-F", "-N", "-p", &port, "-q", &lanes, "-s", &size, "-n", &writes,
+    ];
     arguments.extend(flags.split_whitespace());
     let (from, to) = (options.from.to_string(), options.to.to_string());
     let client = [&arguments[1..], &["--source_ip", &from, &to]].concat();
@@ -53,7 +58,8 @@ pub(super) fn run(options: &RdmaBenchOptions, mtu: u32, size: u64, flags: &str) 
         }
     };
     server.end(SERVER_MAX)?.check()?;
-    let report = Report::parse(&report).with_context(|| format!("the report of {PROGRAM}: {report:?}"))?;
+    let report =
+        Report::parse(&report).with_context(|| format!("the report of {PROGRAM}: {report:?}"))?;
     let bytes = options.writes(report.size) * report.size;
     ensure!(
         report.mtu == mtu && report.queue_pairs == u32::from(options.lanes),
@@ -61,7 +67,11 @@ pub(super) fn run(options: &RdmaBenchOptions, mtu: u32, size: u64, flags: &str) 
         report.queue_pairs,
         report.mtu
     );
-    ensure!(report.bytes() == bytes, "{PROGRAM} moved {} bytes in place of {bytes}", report.bytes());
+    ensure!(
+        report.bytes() == bytes,
+        "{PROGRAM} moved {} bytes in place of {bytes}",
+        report.bytes()
+    );
     watch.stop(bytes, Some(Duration::try_from_secs_f64(bytes as f64 / report.bytes_per_s)?))
 }
 
@@ -76,14 +86,17 @@ struct Report {
 }
 
 impl Report {
-    /// From its table: `#bytes #iterations BW peak[MB/sec] BW average[MB/sec] MsgRate[Mpps]`, in which a MB is
-    /// 2^20 bytes and the iterations are those of all queue pairs together.
+    /// From its table: `#bytes #iterations BW peak[MB/sec] BW average[MB/sec] MsgRate[Mpps]`, in
+    /// which a MB is 2^20 bytes and the iterations are those of all queue pairs together.
     fn parse(text: &str) -> Result<Self> {
         let field = |name: &str| {
             let line = text.lines().find_map(|line| line.split_once(name)).map(|(_, rest)| rest);
-            let value = line.and_then(|rest| rest.trim_start().strip_prefix(':')).map(str::trim_start);
+            let value =
+                line.and_then(|rest| rest.trim_start().strip_prefix(':')).map(str::trim_start);
             let digits = value.and_then(|value| value.split(|c: char| !c.is_ascii_digit()).next());
-            digits.and_then(|digits| digits.parse().ok()).with_context(|| format!("it has no {name:?}"))
+            digits
+                .and_then(|digits| digits.parse().ok())
+                .with_context(|| format!("it has no {name:?}"))
         };
         let mut table = text.lines().skip_while(|line| !line.contains("BW average[MB/sec]"));
         let row = table.nth(1).context("it has no table of MB/sec")?;
@@ -94,7 +107,13 @@ impl Report {
         let (size, writes, mib_per_s) = (size.parse()?, writes.parse()?, average.parse::<f64>()?);
         ensure!(mib_per_s > 0.0 && mib_per_s.is_finite(), "its average is {mib_per_s}");
         let bytes_per_s = mib_per_s * f64::from(1 << 20);
-        Ok(Self { queue_pairs: field("Number of qps")?, mtu: field("Mtu")?, size, writes, bytes_per_s })
+        Ok(Self {
+            queue_pairs: field("Number of qps")?,
+            mtu: field("Mtu")?,
+            size,
+            writes,
+            bytes_per_s,
+        })
     }
 
     fn bytes(&self) -> u64 {

@@ -69,7 +69,9 @@ fn system() -> String {
 
 fn qemu() -> String {
     match Command::new("qemu-system-x86_64").arg("--version").output() {
-        Ok(output) => String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or("unknown").to_owned(),
+        Ok(output) => {
+            String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or("unknown").to_owned()
+        }
         Err(e) => format!("none ({e})"),
     }
 }

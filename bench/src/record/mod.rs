@@ -1,5 +1,5 @@
-//! What a run leaves behind: one JSON file with everything that was measured and on what, so that a figure can be
-//! looked at, compared and doubted long after.
+//! What a run leaves behind: one JSON file with everything that was measured and on what, so that a
+//! figure can be looked at, compared and doubted long after.
 //!
 //! ```text
 //!   a command (downtime, ...)  ->  Record  ->  COMMAND-TIME.json   every sample, failures included
@@ -7,7 +7,8 @@
 //!                                     +---- compare A.json B.json  (crate::compare)
 //! ```
 //!
-//! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it refuses.
+//! A record is told by [`FORMAT`]; what this release does not know it ignores, what it misses it
+//! refuses.
 
 mod host;
 pub mod ratio;
@@ -316,7 +317,8 @@ impl Record {
 
     /// Reads one from a file.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::metadata(path).with_context(|| format!("reading {}", path.display()))?.len();
+        let bytes =
+            std::fs::metadata(path).with_context(|| format!("reading {}", path.display()))?.len();
         if bytes > BYTES_MAX {
             bail!("{} has {bytes} bytes, which no record has", path.display());
         }
@@ -334,7 +336,8 @@ impl Record {
         let record: Self = serde_json::from_value(value)
             .with_context(|| format!("{} is a damaged record", path.display()))?;
         for figure in &record.figures {
-            if figure.turns.len() != figure.samples.0.len() || figure.samples.0.iter().any(|s| !s.is_finite())
+            if figure.turns.len() != figure.samples.0.len()
+                || figure.samples.0.iter().any(|s| !s.is_finite())
             {
                 bail!("{} is a damaged record: samples of {:?}", path.display(), figure.name);
             }

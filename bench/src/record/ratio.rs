@@ -20,10 +20,15 @@ pub struct Ratio {
     pub interval: Option<Interval>,
 }
 
-/// Compares every headline of each of `ours` with that of each of `theirs` and, if `best` names it, with the best of
-/// them. A group that has no such figure is left out.
+/// Compares every headline of each of `ours` with that of each of `theirs` and, if `best` names it,
+/// with the best of them. A group that has no such figure is left out.
 #[must_use]
-pub fn compare_groups(record: &Record, ours: &[&str], theirs: &[&str], best: Option<&str>) -> Vec<Ratio> {
+pub fn compare_groups(
+    record: &Record,
+    ours: &[&str],
+    theirs: &[&str],
+    best: Option<&str>,
+) -> Vec<Ratio> {
     let mut names: Vec<&str> = Vec::new();
     for figure in record.figures.iter().filter(|f| f.headline) {
         if !names.contains(&figure.name.as_str()) {
@@ -32,7 +37,8 @@ pub fn compare_groups(record: &Record, ours: &[&str], theirs: &[&str], best: Opt
     }
     let mut ratios = Vec::new();
     for name in names {
-        let figures: Vec<&Figure> = theirs.iter().filter_map(|group| record.figure(group, name)).collect();
+        let figures: Vec<&Figure> =
+            theirs.iter().filter_map(|group| record.figure(group, name)).collect();
         for our in ours.iter().filter_map(|group| record.figure(group, name)) {
             ratios.extend(best.and_then(|label| to_best(our, &figures, label)));
             let each = figures.iter().filter(|their| their.group != our.group);
@@ -51,10 +57,12 @@ fn to_best(our: &Figure, theirs: &[&Figure], label: &str) -> Option<Ratio> {
     let turns: Vec<u32> =
         our.turns.iter().copied().filter(|turn| theirs.iter().all(|f| had(f, *turn))).collect();
     let at = |figure: &Figure| -> Samples {
-        let value = |turn: &u32| Some(figure.samples.0[figure.turns.iter().position(|t| t == turn)?]);
+        let value =
+            |turn: &u32| Some(figure.samples.0[figure.turns.iter().position(|t| t == turn)?]);
         Samples(turns.iter().filter_map(value).collect())
     };
-    let (ours, all): (Samples, Vec<Samples>) = (at(our), theirs.iter().map(|figure| at(figure)).collect());
+    let (ours, all): (Samples, Vec<Samples>) =
+        (at(our), theirs.iter().map(|figure| at(figure)).collect());
     let best = if our.better == Better::Higher { f64::max } else { f64::min };
     let ratio = ours.median() / all.iter().map(Samples::median).fold(f64::NAN, best);
     ratio.is_finite().then(|| Ratio {
@@ -84,10 +92,14 @@ mod tests {
         }
         record.fail("broken", 0, "no device");
         let ratios = compare_groups(&record, &["ours"], &["slow", "fast", "broken"], Some("best"));
-        let found: Vec<_> = ratios.iter().map(|r| (r.to.as_str(), (r.ratio * 100.0).round())).collect();
+        let found: Vec<_> =
+            ratios.iter().map(|r| (r.to.as_str(), (r.ratio * 100.0).round())).collect();
         assert_eq!(found, [("best", 75.0), ("slow", 50.0), ("fast", 75.0)]);
         let interval = ratios[0].interval.unwrap();
-        assert!((interval.low - 0.75).abs() < 1e-9 && (interval.high - 0.75).abs() < 1e-9, "{interval:?}");
+        assert!(
+            (interval.low - 0.75).abs() < 1e-9 && (interval.high - 0.75).abs() < 1e-9,
+            "{interval:?}"
+        );
     }
 
     #[test]

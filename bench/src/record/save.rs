@@ -8,11 +8,13 @@ use std::path::{Path, PathBuf};
 
 /// Fails, before anything is measured, if `directory` is not one or cannot be made one.
 pub fn prepare(directory: &Path) -> Result<()> {
-    fs::create_dir_all(directory)
-        .with_context(|| format!("{} cannot take the results; give another --out", directory.display()))?;
+    fs::create_dir_all(directory).with_context(|| {
+        format!("{} cannot take the results; give another --out", directory.display())
+    })?;
     let probe = directory.join(format!(".pageferry-bench-{}", std::process::id()));
-    fs::write(&probe, [])
-        .with_context(|| format!("{} cannot be written; give another --out", directory.display()))?;
+    fs::write(&probe, []).with_context(|| {
+        format!("{} cannot be written; give another --out", directory.display())
+    })?;
     let _ = fs::remove_file(probe);
     Ok(())
 }

@@ -24,7 +24,8 @@ impl Record {
             text += &table.show();
         }
         for failure in &self.failures {
-            text += &format!("FAILED: {}, turn {}: {}\n", failure.group, failure.turn + 1, failure.why);
+            text +=
+                &format!("FAILED: {}, turn {}: {}\n", failure.group, failure.turn + 1, failure.why);
         }
         if self.interrupted {
             text += "interrupted: what was measured until then is here\n";
@@ -61,7 +62,8 @@ impl Record {
             .iter()
             .map(|(name, unit)| format!("{name} {unit}").trim_end().to_owned())
             .collect();
-        let widths: Vec<usize> = heads.iter().map(|head| head.chars().count().max(22) + 2).collect();
+        let widths: Vec<usize> =
+            heads.iter().map(|head| head.chars().count().max(22) + 2).collect();
         for (head, width) in heads.iter().zip(&widths) {
             text += &format!("{head:>width$}");
         }
@@ -84,13 +86,17 @@ impl Record {
     }
 
     fn figure_by_figure(&self) -> String {
-        let mut text = format!("{:<40}{:>10}{:>22}{:>24}\n", "", "median", "95 % of medians", "range");
+        let mut text =
+            format!("{:<40}{:>10}{:>22}{:>24}\n", "", "median", "95 % of medians", "range");
         let (headlines, others): (Vec<_>, Vec<_>) = self.figures.iter().partition(|f| f.headline);
         for figure in headlines.into_iter().chain(others) {
             let name = format!("{}, {} {}", figure.group, figure.name, figure.unit);
-            let interval = bootstrap::median(&figure.samples, bootstrap::LEVEL)
-                .map_or_else(|| "too few".into(), |i| format!("{} to {}", digits(i.low), digits(i.high)));
-            let range = format!("{} to {}", digits(figure.samples.min()), digits(figure.samples.max()));
+            let interval = bootstrap::median(&figure.samples, bootstrap::LEVEL).map_or_else(
+                || "too few".into(),
+                |i| format!("{} to {}", digits(i.low), digits(i.high)),
+            );
+            let range =
+                format!("{} to {}", digits(figure.samples.min()), digits(figure.samples.max()));
             let median = digits(figure.samples.median());
             text += &format!("{:<40}{median:>10}{interval:>22}{range:>24}\n", name.trim_end());
         }
@@ -118,14 +124,15 @@ impl Record {
         for r in &self.ratios {
             let head = (&r.figure, &r.of);
             if before != Some(head) {
-                text += &format!("{}{}, {}:", if before.is_some() { "\n" } else { "" }, r.figure, r.of);
+                text +=
+                    &format!("{}{}, {}:", if before.is_some() { "\n" } else { "" }, r.figure, r.of);
                 before = Some(head);
             } else {
                 text += ",";
             }
-            let interval = r
-                .interval
-                .map_or_else(String::new, |i| format!(" ({} to {})", digits(i.low), digits(i.high)));
+            let interval = r.interval.map_or_else(String::new, |i| {
+                format!(" ({} to {})", digits(i.low), digits(i.high))
+            });
             text += &format!(" {}x{interval} {}", digits(r.ratio), r.to);
         }
         if before.is_some() {
@@ -169,7 +176,8 @@ impl Table {
     fn show(&self) -> String {
         let mut text = format!("\n{}\n", self.title);
         let width = |column: usize| {
-            let cells = self.rows.iter().filter_map(|row| row.get(column)).chain(self.head.get(column));
+            let cells =
+                self.rows.iter().filter_map(|row| row.get(column)).chain(self.head.get(column));
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..self.head.len()).map(width).collect();
@@ -206,7 +214,10 @@ mod tests {
         record.sample("a", Spec::headline("total", "ms"), 0, 12.345);
         record.fail("b", 1, "it is not installed");
         let text = record.show();
-        assert!(text.contains("12.3") && text.contains("FAILED: b, turn 2: it is not installed"), "{text}");
+        assert!(
+            text.contains("12.3") && text.contains("FAILED: b, turn 2: it is not installed"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -224,7 +235,10 @@ mod tests {
         let text = map.table().show();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[1], "map");
-        assert!(lines[2].contains("MB/s \\ Gb/s") && lines[3].contains("1 s (5 ms) forced"), "{text}");
+        assert!(
+            lines[2].contains("MB/s \\ Gb/s") && lines[3].contains("1 s (5 ms) forced"),
+            "{text}"
+        );
         assert!(lines[4].ends_with("1 s (5 ms)") && lines[5] == "caption", "{text}");
     }
 

@@ -72,8 +72,9 @@ pub(super) fn ratios(record: &Record) -> String {
 }
 
 fn share(ratio: &Ratio) -> String {
-    let interval =
-        ratio.interval.map_or_else(String::new, |i| format!(" ({} to {})", digits(i.low), digits(i.high)));
+    let interval = ratio
+        .interval
+        .map_or_else(String::new, |i| format!(" ({} to {})", digits(i.low), digits(i.high)));
     format!("<td class=\"n\"><b>{}x</b>{interval}</td>", digits(ratio.ratio))
 }
 
@@ -107,7 +108,9 @@ mod tests {
         record.ratios = compare_groups(&record, &["ours"], &["<theirs>"], None);
         let html = side_by_side(&record);
         assert!(
-            html.contains("<td>broken</td>") && html.contains("1 failed") && html.contains("&lt;theirs&gt;")
+            html.contains("<td>broken</td>")
+                && html.contains("1 failed")
+                && html.contains("&lt;theirs&gt;")
         );
         let html = ratios(&record);
         assert_eq!(html.matches("<b>0.50x</b> (0.50 to 0.50)").count(), 2, "{html}");

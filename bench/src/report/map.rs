@@ -1,5 +1,6 @@
-//! A map of two settings: how a migration ends at each pair of them, as SVG. Drawn for a desktop and for a telephone; where
-//! a cell is too small for its words they are left to the table below it. An ending is told by a sign besides its colour.
+//! A map of two settings: how a migration ends at each pair of them, as SVG. Drawn for a desktop
+//! and for a telephone; where a cell is too small for its words they are left to the table below
+//! it. An ending is told by a sign besides its colour.
 
 use super::escape;
 use super::sections::section;
@@ -66,7 +67,11 @@ fn picture(map: &Map, width: usize, class: &str) -> String {
     );
     let mut text = |x: usize, y: usize, anchor: &str, words: &str| {
         // Writing to a string cannot fail.
-        let _ = writeln!(svg, "<text x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\">{}</text>", escape(words));
+        let _ = writeln!(
+            svg,
+            "<text x=\"{x}\" y=\"{y}\" text-anchor=\"{anchor}\">{}</text>",
+            escape(words)
+        );
     };
     text(0, 12, "start", &map.y);
     text(width - 4, height - 6, "end", &map.x);
@@ -74,7 +79,12 @@ fn picture(map: &Map, width: usize, class: &str) -> String {
         text(LEFT - 8, ABOVE + row * cell_height + cell_height / 2 + 4, "end", name);
     }
     for (column, name) in map.columns.iter().enumerate() {
-        text(LEFT + column * cell_width + cell_width / 2, ABOVE + rows * cell_height + 16, "middle", name);
+        text(
+            LEFT + column * cell_width + cell_width / 2,
+            ABOVE + rows * cell_height + 16,
+            "middle",
+            name,
+        );
     }
     for cell in map.cells.iter().filter(|cell| cell.at.0 < columns && cell.at.1 < rows) {
         let (left, top) = (LEFT + cell.at.0 * cell_width, ABOVE + cell.at.1 * cell_height);
@@ -85,7 +95,8 @@ fn picture(map: &Map, width: usize, class: &str) -> String {
             cell_width - 2,
             cell_height - 2
         );
-        let shown = std::iter::once(sign).chain(cell.lines.iter().filter(|_| words).map(String::as_str));
+        let shown =
+            std::iter::once(sign).chain(cell.lines.iter().filter(|_| words).map(String::as_str));
         for (line, words) in shown.enumerate() {
             let _ = writeln!(
                 svg,
@@ -101,7 +112,8 @@ fn picture(map: &Map, width: usize, class: &str) -> String {
 
 /// The same in rows, for who cannot see the picture or wants to copy a number.
 fn listed(map: &Map) -> String {
-    let name = |names: &[String], at: usize| names.get(at).map_or_else(String::new, |name| escape(name));
+    let name =
+        |names: &[String], at: usize| names.get(at).map_or_else(String::new, |name| escape(name));
     let row = |cell: &Cell| {
         format!(
             "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",

@@ -1,8 +1,9 @@
 //! Curves as SVG.
 //!
-//! Each plot is drawn twice, wide and narrow, and the page's style shows the one that fits: scaled down, letters would be
-//! too small to read on a telephone. Colours of letters and lines of the grid are stand-ins that become the page's own, so
-//! that a plot is legible on a light page and on a dark one.
+//! Each plot is drawn twice, wide and narrow, and the page's style shows the one that fits: scaled
+//! down, letters would be too small to read on a telephone. Colours of letters and lines of the
+//! grid are stand-ins that become the page's own, so that a plot is legible on a light page and on
+//! a dark one.
 
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
@@ -17,8 +18,8 @@ const INK: RGBColor = RGBColor(1, 2, 3);
 /// Stands for the page's colour of the grid.
 const GRID: RGBColor = RGBColor(4, 5, 6);
 
-/// Told apart also by who sees no red or no green, the first six of them, and legible on white and on black (after Okabe
-/// and Ito).
+/// Told apart also by who sees no red or no green, the first six of them, and legible on white and
+/// on black (after Okabe and Ito).
 pub const COLOURS: [RGBColor; 12] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -102,7 +103,10 @@ pub fn lines(axes: &Axes<'_>, lines: &[Line]) -> Result<String> {
 fn legend<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let entry = |(place, name): (usize, &str)| {
         let RGBColor(r, g, b) = COLOURS[place % COLOURS.len()];
-        format!("<li><span style=\"background:rgb({r},{g},{b})\"></span>{}</li>", super::escape(name))
+        format!(
+            "<li><span style=\"background:rgb({r},{g},{b})\"></span>{}</li>",
+            super::escape(name)
+        )
     };
     format!("<ul class=\"legend\">{}</ul>", names.enumerate().map(entry).collect::<String>())
 }
@@ -121,7 +125,10 @@ fn draw(
         .margin_right(24)
         .x_label_area_size(44)
         .y_label_area_size(64)
-        .build_cartesian_2d(Axis { range: x, scale: axes.x_scale }, Axis { range: y, scale: axes.y_scale })?;
+        .build_cartesian_2d(
+            Axis { range: x, scale: axes.x_scale },
+            Axis { range: y, scale: axes.y_scale },
+        )?;
     chart
         .configure_mesh()
         .disable_mesh()
@@ -213,7 +220,8 @@ impl ValueFormatter<f64> for Axis {
 fn steps((low, high): (f64, f64), most: usize) -> Vec<f64> {
     let raw = (high - low) / most.max(1) as f64;
     let power = 10f64.powf(raw.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|s| *s >= raw).unwrap_or(raw);
+    let step =
+        [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|s| *s >= raw).unwrap_or(raw);
     let first = (low / step).ceil() as i64;
     (first..).map(|n| n as f64 * step).take_while(|at| *at <= high).take(most + 2).collect()
 }
@@ -248,10 +256,16 @@ mod tests {
     #[test]
     fn a_plot_has_its_line_in_both_sizes_and_no_stand_in_colour() {
         let axes = Axes { x: "percent", x_scale: Scale::Nines, y: "ms", y_scale: Scale::Even };
-        let line = Line { name: "a < b".into(), points: vec![(0.0, 1.0), (90.0, 2.0), (100.0, 3.0)] };
+        let line =
+            Line { name: "a < b".into(), points: vec![(0.0, 1.0), (90.0, 2.0), (100.0, 3.0)] };
         let html = lines(&axes, &[line]).unwrap();
-        assert_eq!((html.matches("<svg").count(), html.matches("<polyline").count() >= 2), (2, true));
-        assert!(html.contains("a &lt; b") && html.contains("currentColor") && !html.contains("#010203"));
+        assert_eq!(
+            (html.matches("<svg").count(), html.matches("<polyline").count() >= 2),
+            (2, true)
+        );
+        assert!(
+            html.contains("a &lt; b") && html.contains("currentColor") && !html.contains("#010203")
+        );
         assert!(html.contains("90 %") && html.contains("percent"));
         assert_eq!(lines(&axes, &[]).unwrap(), "");
     }
@@ -261,7 +275,9 @@ mod tests {
         for points in [vec![(0.0, 0.0)], vec![(1.0, 1.0)], vec![(5.0, 5.0), (5.0, 5.0)]] {
             for scale in [Scale::Even, Scale::Powers] {
                 let axes = Axes { x: "x", x_scale: scale, y: "y", y_scale: Scale::Even };
-                assert!(lines(&axes, &[Line { name: "one".into(), points: points.clone() }]).is_ok());
+                assert!(
+                    lines(&axes, &[Line { name: "one".into(), points: points.clone() }]).is_ok()
+                );
             }
         }
     }

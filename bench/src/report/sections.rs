@@ -17,7 +17,11 @@ const SLICES: [&str; 7] = ["pause", "sync", "push", "save", "load", "commit", "r
 const STRETCH_MAX: f64 = 20.0;
 
 pub(super) fn section(title: &str, body: &str) -> String {
-    if body.is_empty() { String::new() } else { format!("<section>\n<h2>{title}</h2>\n{body}</section>\n") }
+    if body.is_empty() {
+        String::new()
+    } else {
+        format!("<section>\n<h2>{title}</h2>\n{body}</section>\n")
+    }
 }
 
 pub(super) fn table(head: &[&str], rows: &str) -> String {
@@ -29,7 +33,12 @@ pub(super) fn table(head: &[&str], rows: &str) -> String {
 
 pub(super) fn failures(record: &Record) -> String {
     let row = |f: &crate::record::Failure| {
-        format!("<tr><td>{}</td><td>{}</td><td>{}</td></tr>", escape(&f.group), f.turn + 1, escape(&f.why))
+        format!(
+            "<tr><td>{}</td><td>{}</td><td>{}</td></tr>",
+            escape(&f.group),
+            f.turn + 1,
+            escape(&f.why)
+        )
     };
     if record.failures.is_empty() {
         return String::new();
@@ -38,15 +47,26 @@ pub(super) fn failures(record: &Record) -> String {
     section("<span class=\"failed\">What failed</span>", &table(&["what", "turn", "why"], &rows))
 }
 
-/// The figures that the run was made for, and beside them how they compare with those of the first group.
+/// The figures that the run was made for, and beside them how they compare with those of the first
+/// group.
 pub(super) fn headlines(record: &Record) -> Result<String> {
     // Places of a map or of a check are no ways that are compared.
     let ways = record.maps.is_empty() && record.tables.is_empty();
-    let several = ways && record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
+    let several =
+        ways && record.figures.iter().any(|f| f.headline && f.group != record.figures[0].group);
     let mut rows = String::new();
     for figure in record.figures.iter().filter(|f| f.headline) {
-        let first = record.figures.iter().find(|f| f.name == figure.name).filter(|f| f.group != figure.group);
-        write!(rows, "<tr>{}{}", cells(figure), if several { ratio(figure, first) } else { String::new() })?;
+        let first = record
+            .figures
+            .iter()
+            .find(|f| f.name == figure.name)
+            .filter(|f| f.group != figure.group);
+        write!(
+            rows,
+            "<tr>{}{}",
+            cells(figure),
+            if several { ratio(figure, first) } else { String::new() }
+        )?;
         rows += "</tr>";
     }
     let mut head = vec!["what", "", "median", "95 %", "smallest", "largest", "turns"];
@@ -84,8 +104,10 @@ pub(super) fn curves(record: &Record) -> Result<String> {
     let mut html = String::new();
     for plot in &record.curves {
         let scale = |log: bool| if log { Scale::Powers } else { Scale::Even };
-        let axes = Axes { x: &plot.x, x_scale: scale(plot.x_log), y: &plot.y, y_scale: scale(plot.y_log) };
-        let series = plot.series.iter().map(|s| Line { name: s.name.clone(), points: s.points.clone() });
+        let axes =
+            Axes { x: &plot.x, x_scale: scale(plot.x_log), y: &plot.y, y_scale: scale(plot.y_log) };
+        let series =
+            plot.series.iter().map(|s| Line { name: s.name.clone(), points: s.points.clone() });
         let drawn = lines(&axes, &series.collect::<Vec<_>>())?;
         html += &section(
             &escape(&plot.title),
@@ -97,7 +119,8 @@ pub(super) fn curves(record: &Record) -> Result<String> {
 
 pub(super) fn tables(record: &Record) -> String {
     let cell = |text: &String| format!("<td>{}</td>", escape(text));
-    let row = |cells: &Vec<String>| format!("<tr>{}</tr>", cells.iter().map(cell).collect::<String>());
+    let row =
+        |cells: &Vec<String>| format!("<tr>{}</tr>", cells.iter().map(cell).collect::<String>());
     let one = |t: &crate::record::Table| {
         let head: Vec<String> = t.head.iter().map(|word| escape(word)).collect();
         let head: Vec<&str> = head.iter().map(String::as_str).collect();
@@ -123,11 +146,19 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
             let value = if d.can_tell(*percent) { digits(*ms) } else { "-".into() };
             write!(rows, "<td class=\"n\">{value}</td>")?;
         }
-        write!(rows, "<td class=\"n\">{}</td><td class=\"n\">{}</td></tr>", digits(d.max_ms), d.count)?;
+        write!(
+            rows,
+            "<td class=\"n\">{}</td><td class=\"n\">{}</td></tr>",
+            digits(d.max_ms),
+            d.count
+        )?;
         // The total is another order of time, and a part is in the whole.
-        if d.name != "total" && (headline(&d.name) || !record.figures.iter().any(|f| f.name == d.name)) {
+        if d.name != "total"
+            && (headline(&d.name) || !record.figures.iter().any(|f| f.name == d.name))
+        {
             let (title, name) = if several { (d.name.as_str(), &d.group) } else { ("", &d.name) };
-            let mut points = vec![(0.0, d.counts_us.first().map_or(0.0, |(us, _)| *us as f64 / 1e3))];
+            let mut points =
+                vec![(0.0, d.counts_us.first().map_or(0.0, |(us, _)| *us as f64 / 1e3))];
             points.extend(d.curve());
             let line = Line { name: name.clone(), points };
             match plots.iter_mut().find(|plot| plot.0 == title) {
@@ -144,8 +175,7 @@ pub(super) fn distributions(record: &Record) -> Result<String> {
     };
     let head = ["what", "", "p50 ms", "p90", "p99", "p99.9", "longest", "of"];
     let plot = titled(&axes, &plots)?;
-    let note =
-        "<p class=\"quiet\">A percentile that so few samples cannot tell from the longest is left out.</p>\n";
+    let note = "<p class=\"quiet\">A percentile that so few samples cannot tell from the longest is left out.</p>\n";
     Ok(section("Distributions", &format!("{plot}{}{note}", table(&head, &rows))))
 }
 
@@ -170,7 +200,10 @@ pub(super) fn slices(record: &Record) -> String {
                 digits(*ms)
             );
         }
-        html += &format!("<h3>{}</h3><table class=\"bars\"><tbody>{rows}</tbody></table>\n", escape(group));
+        html += &format!(
+            "<h3>{}</h3><table class=\"bars\"><tbody>{rows}</tbody></table>\n",
+            escape(group)
+        );
     }
     section("What a downtime is made of (medians of its slices)", &html)
 }
@@ -185,15 +218,19 @@ pub(super) fn turns(record: &Record) -> Result<String> {
     let several = record.groups().len() > 1;
     for f in shown {
         let (title, name) = if several { (f.name.as_str(), &f.group) } else { ("", &f.name) };
-        let points = f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect();
+        let points =
+            f.turns.iter().map(|t| f64::from(t + 1)).zip(f.samples.0.iter().copied()).collect();
         let line = Line { name: name.clone(), points };
         match plots.iter_mut().find(|plot| plot.0 == title) {
             Some(plot) => plot.1.push(line),
             None => plots.push((title, vec![line])),
         }
     }
-    let mut all: Vec<f64> =
-        plots.iter().flat_map(|plot| &plot.1).flat_map(|line| line.points.iter().map(|p| p.1)).collect();
+    let mut all: Vec<f64> = plots
+        .iter()
+        .flat_map(|plot| &plot.1)
+        .flat_map(|line| line.points.iter().map(|p| p.1))
+        .collect();
     let highest = all.iter().copied().fold(0.0, f64::max);
     let wide = highest > STRETCH_MAX * crate::stats::median_of(&mut all);
     let y_scale = if wide { Scale::Powers } else { Scale::Even };
@@ -249,7 +286,8 @@ fn timeline(title: &str, migration: &Migration) -> Result<String> {
         )?;
     }
     let downtime = report.downtime_us.total as f64 / 1e3;
-    // The downtime is where nothing is sent by rounds any more; its place is after the last of them.
+    // The downtime is where nothing is sent by rounds any more; its place is after the last of
+    // them.
     let high = sent.iter().map(|point| point.1).fold(1.0, f64::max);
     let dark = vec![(at, 0.0), (at, high), (at + downtime, high), (at + downtime, 0.0)];
     let named = |name: &str, points: Vec<(f64, f64)>| Line { name: name.into(), points };
@@ -278,8 +316,12 @@ fn timeline(title: &str, migration: &Migration) -> Result<String> {
 }
 
 pub(super) fn all_figures(record: &Record) -> String {
-    let rows: String =
-        record.figures.iter().filter(|f| !f.headline).map(|f| format!("<tr>{}</tr>", cells(f))).collect();
+    let rows: String = record
+        .figures
+        .iter()
+        .filter(|f| !f.headline)
+        .map(|f| format!("<tr>{}</tr>", cells(f)))
+        .collect();
     if rows.is_empty() {
         return rows;
     }
@@ -288,7 +330,8 @@ pub(super) fn all_figures(record: &Record) -> String {
 }
 
 pub(super) fn notes(record: &Record) -> String {
-    let notes: String = record.notes.iter().map(|note| format!("<p>{}</p>\n", escape(note))).collect();
+    let notes: String =
+        record.notes.iter().map(|note| format!("<p>{}</p>\n", escape(note))).collect();
     section("How to read this", &notes)
 }
 
@@ -296,7 +339,10 @@ pub(super) fn circumstances(record: &Record) -> String {
     let host = &record.host;
     let kind = if host.virtual_machine { "virtual machine" } else { "machine" };
     let facts = [
-        ("machine", format!("{kind}, {} cores of {}, {} MiB", host.cores, host.processor, host.memory_mib)),
+        (
+            "machine",
+            format!("{kind}, {} cores of {}, {} MiB", host.cores, host.processor, host.memory_mib),
+        ),
         ("kernel", host.kernel.clone()),
         ("system", host.system.clone()),
         ("QEMU", host.qemu.clone()),
@@ -306,7 +352,9 @@ pub(super) fn circumstances(record: &Record) -> String {
     ];
     let rows: String = facts
         .iter()
-        .map(|(name, value)| format!("<tr><td>{name}</td><td class=\"long\">{}</td></tr>", escape(value)))
+        .map(|(name, value)| {
+            format!("<tr><td>{name}</td><td class=\"long\">{}</td></tr>", escape(value))
+        })
         .collect();
     section("Taken on", &format!("<table class=\"facts\"><tbody>{rows}</tbody></table>\n"))
 }

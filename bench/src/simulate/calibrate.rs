@@ -1,5 +1,5 @@
-//! The costs of this host, from migrations over a cable that is not shaped: none of what is measured here is checked
-//! against afterwards, and none of what is checked is used here.
+//! The costs of this host, from migrations over a cable that is not shaped: none of what is
+//! measured here is checked against afterwards, and none of what is checked is used here.
 
 use super::model::{Cable, Costs, Line, Synced, downtime_us, round_us};
 use super::real::{Moved, Setting, move_once};
@@ -13,11 +13,12 @@ use anyhow::{Context, Result, bail};
 use pageferry_engine::report::Outcome;
 use serde::{Deserialize, Serialize};
 
-/// A limit that no downtime keeps: the engine goes on until rounds do not shrink any more, so there are many small ones.
+/// A limit that no downtime keeps: the engine goes on until rounds do not shrink any more, so there
+/// are many small ones.
 const NEVER_US: u64 = 1;
 
-/// Guests of different sizes, of which different shares are written: what a page of memory costs, a touched one and a dirty
-/// one can only be told apart so. None of them is among those of the check.
+/// Guests of different sizes, of which different shares are written: what a page of memory costs, a
+/// touched one and a dirty one can only be told apart so. None of them is among those of the check.
 const SETTINGS: [Setting; 4] = [
     Setting { memory_mib: 96, working_mib: 32, rate_mb: 30, downtime_us_max: NEVER_US },
     Setting { memory_mib: 768, working_mib: 96, rate_mb: 120, downtime_us_max: NEVER_US },
@@ -49,7 +50,11 @@ pub fn steps(moves: u32) -> u64 {
 }
 
 /// Measures them. None if the run was interrupted. The moves are kept in `record`.
-pub fn calibrate(moves: u32, record: &mut Record, progress: &Progress) -> Result<Option<Calibration>> {
+pub fn calibrate(
+    moves: u32,
+    record: &mut Record,
+    progress: &Progress,
+) -> Result<Option<Calibration>> {
     let mut moved: Vec<(Setting, Moved)> = Vec::new();
     for setting in SETTINGS {
         let shaped = Shaped::up(Rate(None))?;
@@ -60,7 +65,10 @@ pub fn calibrate(moves: u32, record: &mut Record, progress: &Progress) -> Result
             }
             let (next, one) = move_once(&setting, guest, &shaped).context("calibrating")?;
             if one.report.outcome != Outcome::Completed {
-                bail!("a move without a shaped cable failed: {}", one.report.reason.unwrap_or_default());
+                bail!(
+                    "a move without a shaped cable failed: {}",
+                    one.report.reason.unwrap_or_default()
+                );
             }
             guest = next;
             let group = format!("unshaped, {setting}");
@@ -75,7 +83,8 @@ pub fn calibrate(moves: u32, record: &mut Record, progress: &Progress) -> Result
 
 /// Median of what each move says, where it says something.
 fn median(moved: &[(Setting, Moved)], of: impl Fn(&Setting, &Moved) -> Option<f64>) -> f64 {
-    let mut samples: Vec<f64> = moved.iter().filter_map(|(setting, one)| of(setting, one)).collect();
+    let mut samples: Vec<f64> =
+        moved.iter().filter_map(|(setting, one)| of(setting, one)).collect();
     if samples.is_empty() { 0.0 } else { median_of(&mut samples) }
 }
 
@@ -87,17 +96,22 @@ fn us(from: std::time::Instant, to: std::time::Instant) -> f64 {
 type Row = dyn Fn(&Setting, &Moved) -> Option<([f64; 2], f64)>;
 
 fn fit(moved: &[(Setting, Moved)]) -> Calibration {
-    let rows =
-        |of: &Row| least_squares::costs(&moved.iter().filter_map(|(s, m)| of(s, m)).collect::<Vec<_>>());
+    let rows = |of: &Row| {
+        least_squares::costs(&moved.iter().filter_map(|(s, m)| of(s, m)).collect::<Vec<_>>())
+    };
     let line = |[fixed, each]: [f64; 2]| Line { fixed, each };
     let fixed = |us: f64| Line { fixed: us, each: 0.0 };
 
     let setup_us = line(rows(&|setting, one| {
         let (first, round) = (one.trace.syncs.first()?, one.report.rounds.first()?);
-        Some(([1.0, setting.pages().1 as f64], us(one.begun, first.begun) - round.elapsed_us as f64))
+        Some((
+            [1.0, setting.pages().1 as f64],
+            us(one.begun, first.begun) - round.elapsed_us as f64,
+        ))
     }));
-    let state_bytes =
-        line(rows(&|setting, one| Some(([1.0, setting.pages().1 as f64], one.report.state_bytes as f64))));
+    let state_bytes = line(rows(&|setting, one| {
+        Some(([1.0, setting.pages().1 as f64], one.report.state_bytes as f64))
+    }));
     let save_us = line(rows(&|_, one| {
         Some(([1.0, one.report.state_bytes as f64], one.report.downtime_us.save as f64))
     }));
@@ -119,7 +133,8 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
         setup_us,
         sync,
         last_sync,
-        // On one host the thread that posts and those that carry share the cores: what a request costs is in the rate.
+        // On one host the thread that posts and those that carry share the cores: what a request
+        // costs is in the rate.
         round_us: fixed(round_fixed),
         zero_us: 0.0,
         register_us: 0.0,
@@ -149,8 +164,8 @@ fn fit(moved: &[(Setting, Moved)]) -> Calibration {
     Calibration { costs, state_bytes, scanners: cores.min(SCANNERS) }
 }
 
-/// Harvests between rounds, and those in the downtime. The latter find few pages here, too few to tell what one of them costs:
-/// that is taken from the former.
+/// Harvests between rounds, and those in the downtime. The latter find few pages here, too few to
+/// tell what one of them costs: that is taken from the former.
 fn syncs(moved: &[(Setting, Moved)]) -> (Synced, Synced) {
     let (mut between, mut last) = (Vec::new(), Vec::new());
     for (setting, one) in moved {
@@ -162,8 +177,10 @@ fn syncs(moved: &[(Setting, Moved)]) -> (Synced, Synced) {
     }
     let [fixed, each, dirty_us] = least_squares::costs(&between);
     let between = Synced { memory_us: Line { fixed, each }, dirty_us };
-    let rows: Vec<([f64; 2], f64)> =
-        last.into_iter().map(|(memory, dirty, took)| ([1.0, memory], took - dirty * dirty_us)).collect();
+    let rows: Vec<([f64; 2], f64)> = last
+        .into_iter()
+        .map(|(memory, dirty, took)| ([1.0, memory], took - dirty * dirty_us))
+        .collect();
     let [fixed, each] = least_squares::costs(&rows);
     (between, Synced { memory_us: Line { fixed, each }, dirty_us })
 }

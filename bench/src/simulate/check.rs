@@ -1,4 +1,5 @@
-//! The model beside reality: the same guests over the same cables, once as arithmetic and several times for real.
+//! The model beside reality: the same guests over the same cables, once as arithmetic and several
+//! times for real.
 
 use super::calibrate::Calibration;
 use super::model::{Cable, Ending, Outlook, outlook};
@@ -67,14 +68,20 @@ impl Point {
     }
 }
 
-/// What the model says of one point. It is told the setting and the host's costs, and nothing of the moves.
+/// What the model says of one point. It is told the setting and the host's costs, and nothing of
+/// the moves.
 #[must_use]
 pub fn model_of(setting: &Setting, rate: Rate, calibration: &Calibration) -> Option<Outlook> {
     let state_bytes = calibration.state_bytes.of(setting.pages().1 as f64);
     let cable = Cable { bytes_per_second: rate.payload_bytes_per_second(), round_trip_us: 0.0 };
     // Only asked what it expects of itself.
     let guest = setting.idle().ok()?;
-    Some(outlook(&setting.modelled(state_bytes), &cable, &calibration.costs, &setting.engine(&guest)))
+    Some(outlook(
+        &setting.modelled(state_bytes),
+        &cable,
+        &calibration.costs,
+        &setting.engine(&guest),
+    ))
 }
 
 /// Moves every guest so often over every cable. What was measured until an interruption is kept.
@@ -139,7 +146,8 @@ fn keep(
         let last_pages = super::calibrate::last_pages(&moved);
         let report = moved.report;
         if report.outcome == Outcome::Completed {
-            let (total, downtime) = (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
+            let (total, downtime) =
+                (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
             record.sample(group, TOTAL, turn, total);
             record.sample(group, DOWNTIME, turn, downtime);
             record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
@@ -148,7 +156,11 @@ fn keep(
             downtimes.push(downtime);
             rounds.push(report.rounds.len() as f64);
         } else {
-            record.fail(group, turn, report.reason.clone().unwrap_or_else(|| "no reason was given".into()));
+            record.fail(
+                group,
+                turn,
+                report.reason.clone().unwrap_or_else(|| "no reason was given".into()),
+            );
         }
         record.migrations.push(Migration { group: group.into(), turn, report });
     }
@@ -190,8 +202,9 @@ pub fn table(points: &[Point]) -> Table {
         "rounds",
         "model",
     ];
-    let percent =
-        |share: f64, inside: bool| format!("{:+.0} %{}", share * 100.0, if inside { "" } else { " outside" });
+    let percent = |share: f64, inside: bool| {
+        format!("{:+.0} %{}", share * 100.0, if inside { "" } else { " outside" })
+    };
     let row = |p: &Point| {
         let (errors, fits) = (p.errors(), p.is_inside());
         vec![
@@ -237,7 +250,13 @@ mod tests {
     use super::*;
 
     fn point(model_ms: (f64, f64)) -> Point {
-        Point { gbit: 1.0, setting: SETTINGS[0], real_ms: (100.0, 10.0), model_ms, rounds: (3.0, 3) }
+        Point {
+            gbit: 1.0,
+            setting: SETTINGS[0],
+            real_ms: (100.0, 10.0),
+            model_ms,
+            rounds: (3.0, 3),
+        }
     }
 
     #[test]
@@ -246,7 +265,12 @@ mod tests {
         assert_eq!(inside(&points), (1, 2));
         let table = table(&points);
         assert_eq!(table.rows.len(), 3);
-        assert!(table.caption.contains("3 points 1 are") && table.caption.contains("2 within 20 %"));
-        assert!(table.rows[1][4].contains("+11 % outside") && table.rows[2][7].contains("+25 % outside"));
+        assert!(
+            table.caption.contains("3 points 1 are") && table.caption.contains("2 within 20 %")
+        );
+        assert!(
+            table.rows[1][4].contains("+11 % outside")
+                && table.rows[2][7].contains("+25 % outside")
+        );
     }
 }

@@ -13,8 +13,9 @@ const ROUND_TRIP_US: f64 = 10.0;
 /// Options of `simulate`.
 #[derive(Debug, clap::Args)]
 pub struct SimulateArgs {
-    /// Say by many moves how far the model is off: real migrations over shaped cables, beside what it says of them, some three
-    /// minutes. Without this and --from a quick check is made: nothing is said of other machines unchecked. Root only.
+    /// Say by many moves how far the model is off: real migrations over shaped cables, beside what
+    /// it says of them, some three minutes. Without this and --from a quick check is made: nothing
+    /// is said of other machines unchecked. Root only.
     #[arg(long)]
     check: bool,
     /// A check within two minutes: fewer guests and fewer moves.
@@ -26,10 +27,12 @@ pub struct SimulateArgs {
     /// Cables of the check, in Gb/s.
     #[arg(long, value_delimiter = ',', default_values_t = GBIT)]
     gbit: Vec<f64>,
-    /// Take this host's costs, and how far the model was off, from a record of --check: then nothing is moved.
+    /// Take this host's costs, and how far the model was off, from a record of --check: then
+    /// nothing is moved.
     #[arg(long, value_name = "RECORD.json")]
     from: Option<PathBuf>,
-    /// Model a guest of so much memory, in GiB. Without it the built-in guests are shown, up to 1 TiB.
+    /// Model a guest of so much memory, in GiB. Without it the built-in guests are shown, up to 1
+    /// TiB.
     #[arg(long, value_name = "GIB")]
     memory: Option<f64>,
     /// Of the memory, the share that is written over and over.

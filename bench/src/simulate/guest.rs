@@ -4,7 +4,8 @@ use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_transport::STRIPE_BYTES;
 use serde::{Deserialize, Serialize};
 
-/// Pages of one part of the memory that are written alike: each write goes to one of them, by chance.
+/// Pages of one part of the memory that are written alike: each write goes to one of them, by
+/// chance.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Area {
     /// How many there are.
@@ -33,8 +34,9 @@ pub struct ModelledGuest {
 impl ModelledGuest {
     /// Distinct pages that are written within so many seconds.
     ///
-    /// A page of an area is missed by one write with a probability of `1 - 1/n`, so by `k` writes with nearly `exp(-k/n)`:
-    /// what is expected is `n (1 - exp(-k/n))`. At first each write finds a clean page, in the end none does.
+    /// A page of an area is missed by one write with a probability of `1 - 1/n`, so by `k` writes
+    /// with nearly `exp(-k/n)`: what is expected is `n (1 - exp(-k/n))`. At first each write finds
+    /// a clean page, in the end none does.
     #[must_use]
     pub fn dirtied_pages(&self, seconds: f64) -> f64 {
         self.areas
@@ -44,8 +46,9 @@ impl ModelledGuest {
             .sum()
     }
 
-    /// Work requests for so many of the written pages. Neighbours go in one request: of pages that are dirty by chance with
-    /// a density of `d`, a run begins at each that has a clean one before it, which a share of `1 - d` has; and no request is longer than a stripe.
+    /// Work requests for so many of the written pages. Neighbours go in one request: of pages that
+    /// are dirty by chance with a density of `d`, a run begins at each that has a clean one before
+    /// it, which a share of `1 - d` has; and no request is longer than a stripe.
     #[must_use]
     pub fn requests(&self, pages: f64) -> f64 {
         let written: f64 = self.areas.iter().map(|area| area.pages).sum();
@@ -60,7 +63,14 @@ mod tests {
     use super::*;
 
     fn guest(areas: Vec<Area>) -> ModelledGuest {
-        ModelledGuest { pages: 1e6, touched_pages: 1e6, zero_pages: 0.0, areas, vcpus: 1, state_bytes: 1e5 }
+        ModelledGuest {
+            pages: 1e6,
+            touched_pages: 1e6,
+            zero_pages: 0.0,
+            areas,
+            vcpus: 1,
+            state_bytes: 1e5,
+        }
     }
 
     #[test]
@@ -78,11 +88,14 @@ mod tests {
         let mut seed = 1u64;
         let mut seen = vec![false; pages];
         for _ in 0..700 {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             seen[(seed >> 33) as usize % pages] = true;
         }
         let counted = seen.iter().filter(|page| **page).count() as f64;
-        let expected = guest(vec![Area { pages: pages as f64, writes_per_second: 700.0 }]).dirtied_pages(1.0);
+        let expected =
+            guest(vec![Area { pages: pages as f64, writes_per_second: 700.0 }]).dirtied_pages(1.0);
         assert!((counted / expected - 1.0).abs() < 0.05, "{counted} of {expected}");
     }
 

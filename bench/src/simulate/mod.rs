@@ -1,5 +1,6 @@
-//! `simulate`: the engine's own policy against a modelled guest, host and cable ([`model`]), checked against real
-//! migrations over shaped cables ([`check`]), and only then taken further than any machine at hand ([`scale`]).
+//! `simulate`: the engine's own policy against a modelled guest, host and cable ([`model`]),
+//! checked against real migrations over shaped cables ([`check`]), and only then taken further than
+//! any machine at hand ([`scale`]).
 //!
 //! ```text
 //!   calibrate: real moves, unshaped   ->  Costs of this host
@@ -57,7 +58,8 @@ pub struct SimulateOptions {
 pub struct Checked {
     /// This host.
     pub calibration: Calibration,
-    /// The lowest and the highest share by which the model's total was off; none if it was not checked.
+    /// The lowest and the highest share by which the model's total was off; none if it was not
+    /// checked.
     pub total_errors: Option<(f64, f64)>,
     /// The same of the downtime.
     pub downtime_errors: Option<(f64, f64)>,
@@ -85,9 +87,11 @@ impl Checked {
             total_errors: range(|p| p.errors().0),
             downtime_errors: range(|p| p.errors().1),
             points: points.len(),
-            gbit: points.iter().fold((points.first().map_or(0.0, |p| p.gbit), 0.0), |(low, high), p| {
-                (low.min(p.gbit), high.max(p.gbit))
-            }),
+            gbit: points
+                .iter()
+                .fold((points.first().map_or(0.0, |p| p.gbit), 0.0), |(low, high), p| {
+                    (low.min(p.gbit), high.max(p.gbit))
+                }),
             memory_mib_max: points.iter().map(|p| p.setting.memory_mib).max().unwrap_or(0),
         }
     }
@@ -131,21 +135,31 @@ pub fn run(options: &SimulateOptions, progress: &Progress) -> Result<Record> {
         "the engine's policy against a modelled guest"
     };
     let mut record = Record::begin("simulate", title.into(), options)?;
-    let settings = &check::SETTINGS[..if options.quick { SETTINGS_QUICK } else { check::SETTINGS.len() }];
+    let settings =
+        &check::SETTINGS[..if options.quick { SETTINGS_QUICK } else { check::SETTINGS.len() }];
     let checked = match &options.from {
         Some(path) => Record::read(path)?
             .model
             .with_context(|| format!("{} is no record of simulate", path.display()))?,
         None => {
             let points = if options.check { options.gbit.len() * settings.len() } else { 0 };
-            progress.expect(calibrate::steps(options.moves) + u64::from(options.moves) * points as u64);
-            let Some(calibration) = calibrate::calibrate(options.moves, &mut record, progress)? else {
+            progress
+                .expect(calibrate::steps(options.moves) + u64::from(options.moves) * points as u64);
+            let Some(calibration) = calibrate::calibrate(options.moves, &mut record, progress)?
+            else {
                 record.interrupted = true;
                 return Ok(record);
             };
             record.notes.push(calibrate::describe(&calibration));
             let points = if options.check {
-                check::check(&options.gbit, settings, options.moves, &calibration, &mut record, progress)?
+                check::check(
+                    &options.gbit,
+                    settings,
+                    options.moves,
+                    &calibration,
+                    &mut record,
+                    progress,
+                )?
             } else {
                 Vec::new()
             };

@@ -1,4 +1,5 @@
-//! A migration as arithmetic: the engine's own policy, fed with what a modelled guest, host and cable would have shown it.
+//! A migration as arithmetic: the engine's own policy, fed with what a modelled guest, host and
+//! cable would have shown it.
 //!
 //! ```text
 //!   ModelledGuest ----.
@@ -8,8 +9,9 @@
 //!                                                                     '--> GiveUp
 //! ```
 //!
-//! What it leaves out: chance (it walks with expectations), other load on host and cable, and that a guest is slowed
-//! while its pages are protected. How far off that makes it is what `simulate --check` measures.
+//! What it leaves out: chance (it walks with expectations), other load on host and cable, and that
+//! a guest is slowed while its pages are protected. How far off that makes it is what `simulate
+//! --check` measures.
 
 use super::guest::ModelledGuest;
 use pageferry_engine::guest::FixedCosts;
@@ -62,14 +64,15 @@ pub struct Cable {
 /// What the two hosts need for their parts of a migration, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Costs {
-    /// From the request to the first round, and for each touched page: connections, protection, the look at what was touched.
+    /// From the request to the first round, and for each touched page: connections, protection, the
+    /// look at what was touched.
     pub setup_us: Line,
     /// A sync between rounds, while the guest competes for cores and page tables.
     pub sync: Synced,
     /// One in the downtime.
     pub last_sync: Synced,
-    /// A round, and for each of its work requests, on the engine's one thread: from the first post to the fence's answer
-    /// beside what the bytes need.
+    /// A round, and for each of its work requests, on the engine's one thread: from the first post
+    /// to the fence's answer beside what the bytes need.
     pub round_us: Line,
     /// For each page of the first round, on the same thread: whether it is zero.
     pub zero_us: f64,
@@ -149,7 +152,8 @@ pub fn outlook(guest: &ModelledGuest, cable: &Cable, costs: &Costs, engine: &Eng
     let mut total_us = costs.setup_us.of(guest.touched_pages);
     let mut rounds: Vec<Round> = Vec::new();
     let mut sent_bytes = 0.0;
-    // What a round begins with. Pages that were written since the tracking began go with the second round.
+    // What a round begins with. Pages that were written since the tracking began go with the second
+    // round.
     let mut dirty = guest.touched_pages - guest.zero_pages;
     let (ending, predicted_us) = loop {
         let index = rounds.len() as u32;
@@ -223,10 +227,13 @@ impl Host<'_> {
         let costs = self.costs;
         let rate = self.cable.bytes_per_second.min(costs.first_bytes_per_second);
         let carried_us = pages * PAGE_BYTES as f64 / rate * 1e6;
-        // Memory that was touched lies together: its requests are whole stripes, which is next to nothing.
+        // Memory that was touched lies together: its requests are whole stripes, which is next to
+        // nothing.
         let thread_us = self.guest.touched_pages * costs.zero_us;
         let registered_us = self.guest.touched_pages * costs.register_us;
-        costs.round_us.fixed + self.cable.round_trip_us + carried_us.max(thread_us).max(registered_us)
+        costs.round_us.fixed
+            + self.cable.round_trip_us
+            + carried_us.max(thread_us).max(registered_us)
     }
 
     fn round_us(&self, pages: f64) -> f64 {
@@ -327,15 +334,21 @@ mod tests {
     fn a_guest_that_writes_nothing_takes_one_round_and_its_fixed_costs() {
         let still = outlook(&guest(0.0), &CABLE, &COSTS, &engine(10_000, WhenStuck::Abort));
         assert_eq!((still.ending, still.rounds.len()), (Ending::Converged, 1));
-        // Set-up 5277, 256 MiB at 1 GB/s in 268435 and 150; sync 312; last push 160;
-        // downtime: pause 100, sync 312, save 200, state 100 (beside the second sync of 312), round trips 100, load 300, messages 200, resume 50.
+        // Set-up 5277, 256 MiB at 1 GB/s in 268435 and 150; sync 312; last push 160; downtime:
+        // pause 100, sync 312, save 200, state 100 (beside the second sync of 312), round trips
+        // 100, load 300, messages 200, resume 50.
         assert!((still.downtime_us - 1574.0).abs() < 2.0, "{still:?}");
-        assert!((still.total_us - (5277.0 + 268_585.0 + 312.0 + 160.0 + 1574.0)).abs() < 5.0, "{still:?}");
+        assert!(
+            (still.total_us - (5277.0 + 268_585.0 + 312.0 + 160.0 + 1574.0)).abs() < 5.0,
+            "{still:?}"
+        );
     }
 
     #[test]
     fn a_guest_slower_than_the_cable_converges_and_a_faster_one_ends_as_told() {
-        let at = |rate, when_stuck| outlook(&guest(rate), &CABLE, &COSTS, &engine(10_000, when_stuck)).ending;
+        let at = |rate, when_stuck| {
+            outlook(&guest(rate), &CABLE, &COSTS, &engine(10_000, when_stuck)).ending
+        };
         assert_eq!(at(200.0, WhenStuck::Abort), Ending::Converged);
         assert_eq!(at(4000.0, WhenStuck::Abort), Ending::Refused);
         assert_eq!(at(4000.0, WhenStuck::Switchover), Ending::Forced);
@@ -358,7 +371,8 @@ mod tests {
     #[test]
     fn registration_is_beside_the_data_and_counts_where_it_is_slower() {
         let slow = Costs { register_us: 10.0, ..COSTS };
-        let moved = |costs| outlook(&guest(0.0), &CABLE, costs, &engine(10_000, WhenStuck::Abort)).total_us;
+        let moved =
+            |costs| outlook(&guest(0.0), &CABLE, costs, &engine(10_000, WhenStuck::Abort)).total_us;
         let more = moved(&slow) - moved(&COSTS);
         assert!((more - (655_360.0 - 268_435.0)).abs() < 2.0, "{more}");
         assert_eq!(moved(&Costs { register_us: 1.0, ..COSTS }), moved(&COSTS));

@@ -1,4 +1,5 @@
-//! Real migrations of the synthetic guest over a shaped cable: what the model is calibrated with and checked against.
+//! Real migrations of the synthetic guest over a shaped cable: what the model is calibrated with
+//! and checked against.
 
 use super::guest::{Area, ModelledGuest};
 use super::model::Engine;
@@ -88,13 +89,17 @@ impl Setting {
             pages: pages as f64,
             touched_pages: working as f64,
             zero_pages: 0.0,
-            areas: vec![Area { pages: working as f64, writes_per_second: self.writes_per_second() }],
+            areas: vec![Area {
+                pages: working as f64,
+                writes_per_second: self.writes_per_second(),
+            }],
             vcpus: 1,
             state_bytes,
         }
     }
 
-    /// What the engine is told. A guest that writes faster than the cable carries is to be measured, not to be refused.
+    /// What the engine is told. A guest that writes faster than the cable carries is to be
+    /// measured, not to be refused.
     #[must_use]
     pub fn engine(&self, guest: &dyn SourceGuest) -> Engine {
         Engine {
@@ -173,11 +178,13 @@ pub fn move_once(
     let pages = setting.pages().0;
     let (opened, listening) = channel();
     let (moved, arrived) = std::thread::scope(|scope| {
-        // A namespace is a thread's own, so each end is a thread of its own; the threads that it starts follow it.
+        // A namespace is a thread's own, so each end is a thread of its own; the threads that it
+        // starts follow it.
         let receiving = scope.spawn(move || -> Result<Option<SyntheticDestination>> {
             shaped.enter(End::Destination)?;
-            let listener = SessionListener::open(SocketAddr::new(shaped.address(End::Destination), 0).into())
-                .context("listening at the far end of the cable")?;
+            let listener =
+                SessionListener::open(SocketAddr::new(shaped.address(End::Destination), 0).into())
+                    .context("listening at the far end of the cable")?;
             // Nobody listens only if the source has failed already.
             let _ = opened.send(listener.address.clone());
             receive(listener, pages)
@@ -205,7 +212,9 @@ pub fn move_once(
 fn receive(listener: SessionListener, pages: u64) -> Result<Option<SyntheticDestination>> {
     let mut guest = SyntheticDestination::new(pages)?;
     let mut receiver = Receiver::new(listener, LinkChoice::default());
-    let Some(incoming) = receiver.listener().next(Instant::now() + CONNECT_MAX) else { return Ok(None) };
+    let Some(incoming) = receiver.listener().next(Instant::now() + CONNECT_MAX) else {
+        return Ok(None);
+    };
     match receiver.serve(incoming, &mut guest, &mut || Ok(())) {
         Served::Received(_) => Ok(Some(guest)),
         _ => Ok(None),

@@ -1,5 +1,6 @@
-//! What nobody here can measure: the checked model at the size of guests and cables of a data centre. Each row is a
-//! model's output and says so, with the range that the check has shown and with what lies beyond what was checked.
+//! What nobody here can measure: the checked model at the size of guests and cables of a data
+//! centre. Each row is a model's output and says so, with the range that the check has shown and
+//! with what lies beyond what was checked.
 
 use super::Checked;
 use super::calibrate::Calibration;
@@ -40,8 +41,8 @@ impl Tracking {
     }
 }
 
-/// Threads that the engine scans page tables with on a host that has as many cores; walking is bound by the latency of
-/// memory, so they are taken to share it evenly.
+/// Threads that the engine scans page tables with on a host that has as many cores; walking is
+/// bound by the latency of memory, so they are taken to share it evenly.
 pub const SCANNERS: u32 = 8;
 
 /// A guest and a cable that are modelled, not measured.
@@ -82,8 +83,9 @@ pub struct Assumed {
 
 impl Default for Assumed {
     fn default() -> Self {
-        // Pinning is a look at each page's table entry, some 100 ns. A vCPU is twenty ioctls of some microseconds at each end, but
-        // their threads do it side by side. Its largest part are the registers of XSAVE.
+        // Pinning is a look at each page's table entry, some 100 ns. A vCPU is twenty ioctls of
+        // some microseconds at each end, but their threads do it side by side. Its largest part are
+        // the registers of XSAVE.
         Self { register_us_mib: 25.0, vcpu_us: 20.0, vcpu_bytes: 12_000.0 }
     }
 }
@@ -134,7 +136,8 @@ pub struct PageCosts {
 
 /// Measures them. None if the run was interrupted.
 pub fn page_costs(progress: &Progress) -> Result<Option<PageCosts>> {
-    let cost = cost::run(COST, progress).context("measuring what a page costs on this side of the NIC")?;
+    let cost =
+        cost::run(COST, progress).context("measuring what a page costs on this side of the NIC")?;
     if cost.interrupted {
         return Ok(None);
     }
@@ -170,11 +173,12 @@ impl Scenario {
         }
     }
 
-    /// By RDMA: the NICs carry the bytes, so the hosts' own rate of copying does not bound them; each request costs the
-    /// engine's thread, and pages must be registered.
+    /// By RDMA: the NICs carry the bytes, so the hosts' own rate of copying does not bound them;
+    /// each request costs the engine's thread, and pages must be registered.
     fn costs(&self, host: &Calibration, page: PageCosts) -> Costs {
         let mut costs = host.costs;
-        // A host of that size has cores that its guests leave alone: a sync finds them free between rounds, too.
+        // A host of that size has cores that its guests leave alone: a sync finds them free between
+        // rounds, too.
         costs.sync = costs.last_sync;
         for sync in [&mut costs.sync, &mut costs.last_sync] {
             match self.tracking {
@@ -264,7 +268,12 @@ pub fn table(scenarios: &[Scenario], checked: &Checked, page_costs: PageCosts) -
 fn ranged(value: f64, errors: Option<(f64, f64)>) -> String {
     match errors {
         Some((low, high)) => {
-            format!("{} [{}..{}]", digits(value), digits(value / (1.0 + high)), digits(value / (1.0 + low)))
+            format!(
+                "{} [{}..{}]",
+                digits(value),
+                digits(value / (1.0 + high)),
+                digits(value / (1.0 + low))
+            )
         }
         None => format!("{} [unchecked]", digits(value)),
     }
@@ -286,7 +295,9 @@ fn caption(checked: &Checked, scenario: &Scenario, page: PageCosts) -> String {
             checked.gbit.1,
             checked.memory_mib_max
         ),
-        _ => "The model was not checked in this run: simulate --check says how far it is off.".into(),
+        _ => {
+            "The model was not checked in this run: simulate --check says how far it is off.".into()
+        }
     };
     let assumed = scenario.assumed;
     format!(

@@ -1,5 +1,5 @@
-//! The synthetic guest with a clock at each of its doors: what a host needs for a sync, and when the engine asked for
-//! what. The engine's report has no place for these.
+//! The synthetic guest with a clock at each of its doors: what a host needs for a sync, and when
+//! the engine asked for what. The engine's report has no place for these.
 
 use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
@@ -71,7 +71,10 @@ impl DirtySource for TracedDirty {
 }
 
 impl SourceGuest for Traced {
-    fn start_tracking(&mut self, watch: &mut Watch<'_>) -> pageferry_engine::Result<Box<dyn DirtySource>> {
+    fn start_tracking(
+        &mut self,
+        watch: &mut Watch<'_>,
+    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
         let inner = self.inner.start_tracking(watch)?;
         Ok(Box::new(TracedDirty { inner, trace: Arc::clone(&self.trace) }))
     }

@@ -1,8 +1,9 @@
 //! How sure a median and a ratio of medians are: percentile bootstrap (Efron 1979).
 //!
-//! The samples are drawn again, with replacement, and the figure is computed anew each time; the middle 95 % of what
-//! comes out are the interval. It says how far the median of *this* stretch of time may be off. What no resampling can
-//! see is that the machine was another one an hour later: only ratios within one run, taken in turns, are safe from that.
+//! The samples are drawn again, with replacement, and the figure is computed anew each time; the
+//! middle 95 % of what comes out are the interval. It says how far the median of *this* stretch of
+//! time may be off. What no resampling can see is that the machine was another one an hour later:
+//! only ratios within one run, taken in turns, are safe from that.
 
 use super::random::Random;
 use super::{Samples, median_of};
@@ -66,15 +67,16 @@ pub fn ratio(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
     })
 }
 
-/// Of `median(a) / median(b)`, where the samples with one index were taken in one turn: turns are drawn, so that what
-/// slowed both down together does not widen the interval. Samples without a partner are left out.
+/// Of `median(a) / median(b)`, where the samples with one index were taken in one turn: turns are
+/// drawn, so that what slowed both down together does not widen the interval. Samples without a
+/// partner are left out.
 #[must_use]
 pub fn ratio_in_turns(a: &Samples, b: &Samples, level: f64) -> Option<Interval> {
     ratio_to_best(a, std::slice::from_ref(b), f64::min, level)
 }
 
-/// The same of `median(a)` to the best of the medians of `others`, which is found anew for each drawing: which of them
-/// is the best is not certain either. `best` is the better of two.
+/// The same of `median(a)` to the best of the medians of `others`, which is found anew for each
+/// drawing: which of them is the best is not certain either. `best` is the better of two.
 #[must_use]
 pub fn ratio_to_best(
     a: &Samples,
@@ -104,7 +106,10 @@ fn interval(level: f64, mut figure: impl FnMut() -> f64) -> Interval {
     figures.sort_by(f64::total_cmp);
     let outside = (1.0 - level.clamp(0.0, 1.0)) / 2.0;
     let low = (outside * RESAMPLES as f64) as usize;
-    Interval { low: figures[low.min(RESAMPLES - 1)], high: figures[RESAMPLES - 1 - low.min(RESAMPLES - 1)] }
+    Interval {
+        low: figures[low.min(RESAMPLES - 1)],
+        high: figures[RESAMPLES - 1 - low.min(RESAMPLES - 1)],
+    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,12 @@
 //!
 //! # Coordinated omission
 //!
-//! A client that waits for each answer before it asks again asks only once during a downtime, and so sees one slow
-//! answer where a thousand users would have seen one each. Here clients ask on a fixed schedule, answered or not, and
-//! what counts is the time from the scheduled moment ([`crate::downtime::client`]); nothing is left out, so nothing has
-//! to be put back. [`Histogram::filled`] puts back what is missing where a series has one sample a *gap*: for each gap
-//! it counts what users would have waited that came in the middle of it.
+//! A client that waits for each answer before it asks again asks only once during a downtime, and
+//! so sees one slow answer where a thousand users would have seen one each. Here clients ask on a
+//! fixed schedule, answered or not, and what counts is the time from the scheduled moment
+//! ([`crate::downtime::client`]); nothing is left out, so nothing has to be put back.
+//! [`Histogram::filled`] puts back what is missing where a series has one sample a *gap*: for each
+//! gap it counts what users would have waited that came in the middle of it.
 
 use anyhow::{Result, anyhow};
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,8 @@ pub const PERCENTILES: [f64; 4] = [50.0, 90.0, 99.0, 99.9];
 #[derive(Debug, Clone)]
 pub struct Histogram(hdrhistogram::Histogram<u64>);
 
-/// A histogram as it is kept in a record: the counts of its values, and its percentiles for those who only look.
+/// A histogram as it is kept in a record: the counts of its values, and its percentiles for those
+/// who only look.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Distribution {
     /// What moved the guest, or what else the samples have in common.
@@ -44,7 +46,9 @@ pub struct Distribution {
 impl Histogram {
     /// An empty one.
     pub fn new() -> Result<Self> {
-        hdrhistogram::Histogram::new_with_bounds(1, US_MAX, DIGITS).map(Self).map_err(|e| anyhow!("{e}"))
+        hdrhistogram::Histogram::new_with_bounds(1, US_MAX, DIGITS)
+            .map(Self)
+            .map_err(|e| anyhow!("{e}"))
     }
 
     /// One of these times in milliseconds.
@@ -57,7 +61,8 @@ impl Histogram {
         Ok(histogram)
     }
 
-    /// One of these gaps in milliseconds, and of what was waited within them by users `every_us` apart.
+    /// One of these gaps in milliseconds, and of what was waited within them by users `every_us`
+    /// apart.
     pub fn filled(gaps_ms: &[f64], every_us: u64) -> Result<Self> {
         let mut histogram = Self::new()?;
         for ms in gaps_ms.iter().filter(|ms| ms.is_finite()) {
@@ -109,7 +114,11 @@ impl Histogram {
             count: self.count(),
             percentiles_ms: PERCENTILES.iter().map(|p| self.percentile_ms(*p)).collect(),
             max_ms: self.max_ms(),
-            counts_us: self.0.iter_recorded().map(|v| (v.value_iterated_to(), v.count_at_value())).collect(),
+            counts_us: self
+                .0
+                .iter_recorded()
+                .map(|v| (v.value_iterated_to(), v.count_at_value()))
+                .collect(),
         }
     }
 }
@@ -146,7 +155,10 @@ mod tests {
             assert!((found / truth - 1.0).abs() < 0.002, "{found} {truth}");
         }
         assert!((kept.max_ms / 1000.0 - 1.0).abs() < 0.002);
-        assert!(kept.can_tell(99.9) && !Histogram::of_ms(&times[..50]).unwrap().keep("", "").can_tell(99.0));
+        assert!(
+            kept.can_tell(99.9)
+                && !Histogram::of_ms(&times[..50]).unwrap().keep("", "").can_tell(99.0)
+        );
     }
 
     #[test]

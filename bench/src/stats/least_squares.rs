@@ -1,10 +1,13 @@
-//! Straight lines through measured points: what of a cost is fixed, and what grows with which amount.
+//! Straight lines through measured points: what of a cost is fixed, and what grows with which
+//! amount.
 
-/// Of the points, so many of a hundred are left out that lie furthest off the first line: on a shared host some always do.
+/// Of the points, so many of a hundred are left out that lie furthest off the first line: on a
+/// shared host some always do.
 const OUTLIERS_PERCENT: usize = 20;
 
-/// The `N` coefficients, none below zero, with which the rows' sums come closest to their values: a cost that seems to
-/// shrink with its amount is noise, and is taken for nothing. All zero without rows.
+/// The `N` coefficients, none below zero, with which the rows' sums come closest to their values: a
+/// cost that seems to shrink with its amount is noise, and is taken for nothing. All zero without
+/// rows.
 #[must_use]
 pub fn costs<const N: usize>(rows: &[([f64; N], f64)]) -> [f64; N] {
     let first = not_negative(rows);
@@ -30,7 +33,8 @@ fn not_negative<const N: usize>(rows: &[([f64; N], f64)]) -> [f64; N] {
     }
 }
 
-/// The normal equations by Gaussian elimination, amounts scaled to one so that pages and constants can be compared.
+/// The normal equations by Gaussian elimination, amounts scaled to one so that pages and constants
+/// can be compared.
 fn solve<const N: usize>(rows: &[([f64; N], f64)], used: &[bool; N]) -> [f64; N] {
     let scale: [f64; N] = std::array::from_fn(|n| {
         let largest = rows.iter().map(|row| row.0[n].abs()).fold(0.0, f64::max);
@@ -54,7 +58,9 @@ fn solve<const N: usize>(rows: &[([f64; N], f64)], used: &[bool; N]) -> [f64; N]
             .filter(|r| !order.iter().any(|(row, _)| row == r))
             .max_by(|a, b| matrix[*a][n].abs().total_cmp(&matrix[*b][n].abs()));
         // A column of which nothing is left says nothing that the others did not say.
-        let Some(pivot) = pivot.filter(|p| matrix[*p][n].abs() > 1e-9 * rows.len() as f64) else { continue };
+        let Some(pivot) = pivot.filter(|p| matrix[*p][n].abs() > 1e-9 * rows.len() as f64) else {
+            continue;
+        };
         order.push((pivot, n));
         for r in (0..N).filter(|r| *r != pivot) {
             let factor = matrix[r][n] / matrix[pivot][n];
@@ -82,7 +88,11 @@ mod tests {
         rows[3].1 += 10_000.0;
         rows[20].1 += 5_000.0;
         let [fixed, each, other] = costs(&rows);
-        assert!((fixed - 50.0).abs() < 1e-6 && (each - 0.002).abs() < 1e-9 && (other - 3.0).abs() < 1e-6);
+        assert!(
+            (fixed - 50.0).abs() < 1e-6
+                && (each - 0.002).abs() < 1e-9
+                && (other - 3.0).abs() < 1e-6
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! What a run's samples say: medians and ranges, intervals ([`bootstrap`]), percentiles ([`histogram`]), lines
-//! ([`least_squares`]), and whether two sets of them differ ([`permutation`]).
+//! What a run's samples say: medians and ranges, intervals ([`bootstrap`]), percentiles
+//! ([`histogram`]), lines ([`least_squares`]), and whether two sets of them differ
+//! ([`permutation`]).
 
 pub mod bootstrap;
 pub mod histogram;

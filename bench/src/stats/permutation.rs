@@ -1,8 +1,10 @@
-//! Whether two sets of samples differ at all: a permutation test on the sum of ranks (Wilcoxon, Mann and Whitney).
+//! Whether two sets of samples differ at all: a permutation test on the sum of ranks (Wilcoxon,
+//! Mann and Whitney).
 //!
-//! If they came from one source, it would not matter which sample bears which name. So the names are dealt anew many
-//! times; the share of dealings with a difference as large as the real one is the probability that chance alone made
-//! it. Ranks, so that one outlier is worth no more than any other sample, and no shape of distribution is assumed.
+//! If they came from one source, it would not matter which sample bears which name. So the names
+//! are dealt anew many times; the share of dealings with a difference as large as the real one is
+//! the probability that chance alone made it. Ranks, so that one outlier is worth no more than any
+//! other sample, and no shape of distribution is assumed.
 
 use super::Samples;
 use super::random::Random;
@@ -13,7 +15,8 @@ const DEALINGS: usize = 10_000;
 /// So that a comparison says the same whenever it is made.
 const SEED: u64 = 0x6665_7272_7970_6167;
 
-/// The probability that chance alone would make a difference as large as this one. 1 if either is empty.
+/// The probability that chance alone would make a difference as large as this one. 1 if either is
+/// empty.
 #[must_use]
 pub fn probability(a: &Samples, b: &Samples) -> f64 {
     let (n, m) = (a.0.len(), b.0.len());
@@ -53,8 +56,8 @@ fn ranks(all: &[f64]) -> Vec<f64> {
     ranks
 }
 
-/// Holm's correction: of so many probabilities, those that are small enough that no false alarm among all of them is
-/// likelier than `alarm`.
+/// Holm's correction: of so many probabilities, those that are small enough that no false alarm
+/// among all of them is likelier than `alarm`.
 #[must_use]
 pub fn holm(probabilities: &[f64], alarm: f64) -> Vec<bool> {
     let mut order: Vec<usize> = (0..probabilities.len()).collect();

@@ -1,4 +1,5 @@
-//! Numbers that look random and are the same in every run: a figure that is computed twice is the same twice.
+//! Numbers that look random and are the same in every run: a figure that is computed twice is the
+//! same twice.
 
 /// Sebastiano Vigna's SplitMix64.
 #[derive(Debug, Clone)]

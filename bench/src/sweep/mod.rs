@@ -1,6 +1,6 @@
-//! `sweep`: dirty rate against bandwidth. Where rounds still shrink, where a switchover must be forced, and what both
-//! cost: by real moves over shaped cables ([`crate::shaped`]), beside them the model, and the model alone where no machine
-//! at hand reaches ([`crate::simulate`]).
+//! `sweep`: dirty rate against bandwidth. Where rounds still shrink, where a switchover must be
+//! forced, and what both cost: by real moves over shaped cables ([`crate::shaped`]), beside them
+//! the model, and the model alone where no machine at hand reaches ([`crate::simulate`]).
 
 mod command;
 mod qemu;
@@ -40,7 +40,8 @@ const CALIBRATION_MOVES: [u32; 2] = [4, 2];
 const MODEL_GBIT: [f64; 7] = [10.0, 25.0, 40.0, 100.0, 200.0, 300.0, 400.0];
 const MODEL_RATES_MB: [f64; 7] = [100_000.0, 50_000.0, 20_000.0, 10_000.0, 5_000.0, 1_000.0, 200.0];
 
-/// The downtime that is allowed there. By page tables two syncs of a TiB alone take a good part of it.
+/// The downtime that is allowed there. By page tables two syncs of a TiB alone take a good part of
+/// it.
 const LARGE_DOWNTIME_US_MAX: u64 = 1_000_000;
 
 const TOTAL: Spec = Spec::headline("total", "ms");
@@ -134,7 +135,8 @@ pub fn run(options: &SweepOptions, progress: &Progress) -> Result<Record> {
     let mut record = Record::begin("sweep", title, options)?;
     let places = options.gbit.len() as u64 * options.rates_mb.len() as u64;
     let calibration_moves = CALIBRATION_MOVES[usize::from(options.quick)];
-    let calibration_steps = if options.from.is_some() { 0 } else { calibrate::steps(calibration_moves) };
+    let calibration_steps =
+        if options.from.is_some() { 0 } else { calibrate::steps(calibration_moves) };
     let qemu_steps = if options.qemu { places * qemu::Way::ALL.len() as u64 } else { 0 };
     progress.expect(calibration_steps + places * u64::from(options.moves) + qemu_steps);
     let checked = match &options.from {
@@ -158,9 +160,9 @@ pub fn run(options: &SweepOptions, progress: &Progress) -> Result<Record> {
     if !record.interrupted {
         match scale::page_costs(progress)? {
             Some(page_costs) => {
-                record
-                    .maps
-                    .extend([Tracking::Scan, Tracking::Ring].map(|by| large(by, &checked, page_costs)));
+                record.maps.extend(
+                    [Tracking::Scan, Tracking::Ring].map(|by| large(by, &checked, page_costs)),
+                );
             }
             None => record.interrupted = true,
         }
@@ -221,7 +223,8 @@ fn maps(
     Ok((real, model))
 }
 
-/// QEMU's own ways over the same cables. One guest boots for each dirty rate, and goes from end to end.
+/// QEMU's own ways over the same cables. One guest boots for each dirty rate, and goes from end to
+/// end.
 fn qemu_maps(options: &SweepOptions, record: &mut Record, progress: &Progress) -> Vec<Map> {
     let caption = format!(
         "QEMU's own migration of a Linux guest of {} MiB that writes at this rate over {} MiB, with a downtime-limit of {} ms and no bound on \
@@ -232,8 +235,8 @@ fn qemu_maps(options: &SweepOptions, record: &mut Record, progress: &Progress) -
         digits(options.downtime_us_max as f64 / 1e3),
         qemu::PATIENCE.as_secs()
     );
-    let mut maps =
-        qemu::Way::ALL.map(|way| options.map(&format!("{}, measured", way.name()), caption.clone()));
+    let mut maps = qemu::Way::ALL
+        .map(|way| options.map(&format!("{}, measured", way.name()), caption.clone()));
     for (row, rate_mb) in options.rates().into_iter().enumerate() {
         if let Err(e) = qemu_row(options, row, rate_mb, &mut maps, record, progress) {
             record.fail(&format!("QEMU, {rate_mb} MB/s"), 0, format!("{e:#}"));
@@ -255,7 +258,11 @@ fn qemu_row(
         return Ok(());
     }
     let shaped = Shaped::up(Rate(None))?;
-    let size = qemu::GuestSize { memory_mib: options.memory_mib, working_mib: options.working_mib, rate_mb };
+    let size = qemu::GuestSize {
+        memory_mib: options.memory_mib,
+        working_mib: options.working_mib,
+        rate_mb,
+    };
     let mut guest = qemu::Traveller::boot(&shaped, size)?;
     for (column, gbit) in options.gbit.iter().enumerate() {
         shaped.reshape(Rate::gbit(*gbit))?;
@@ -315,7 +322,8 @@ fn real_cell(
     let mut forced = 0;
     for (turn, Moved { report, .. }) in (0..).zip(moved) {
         if report.outcome == Outcome::Completed {
-            let (total, downtime) = (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
+            let (total, downtime) =
+                (report.total_us as f64 / 1e3, report.downtime_us.total as f64 / 1e3);
             record.sample(group, TOTAL, turn, total);
             record.sample(group, DOWNTIME, turn, downtime);
             record.sample(group, ROUNDS, turn, report.rounds.len() as f64);
@@ -323,7 +331,11 @@ fn real_cell(
             downtimes.push(downtime);
             forced += usize::from(report.predicted_downtime_us > setting.downtime_us_max);
         } else {
-            record.fail(group, turn, report.reason.clone().unwrap_or_else(|| "no reason was given".into()));
+            record.fail(
+                group,
+                turn,
+                report.reason.clone().unwrap_or_else(|| "no reason was given".into()),
+            );
         }
         record.migrations.push(Migration { group: group.into(), turn, report });
     }
@@ -346,7 +358,11 @@ fn model_cell(at: (usize, usize), outlook: &Outlook) -> Cell {
 
 fn lines(total_us: f64, downtime_us: f64) -> Vec<String> {
     let time = |us: f64| {
-        if us < 1e6 { format!("{} ms", digits(us / 1e3)) } else { format!("{} s", digits(us / 1e6)) }
+        if us < 1e6 {
+            format!("{} ms", digits(us / 1e3))
+        } else {
+            format!("{} s", digits(us / 1e6))
+        }
     };
     vec![time(total_us), format!("({})", time(downtime_us))]
 }
@@ -368,7 +384,8 @@ fn large(tracking: Tracking, checked: &Checked, page_costs: PageCosts) -> Map {
     let mut cells = Vec::new();
     for (row, rate_mb) in MODEL_RATES_MB.into_iter().enumerate() {
         for (column, gbit) in MODEL_GBIT.into_iter().enumerate() {
-            let outlook = Scenario { rate_mb, gbit, ..base }.outlook(&checked.calibration, page_costs);
+            let outlook =
+                Scenario { rate_mb, gbit, ..base }.outlook(&checked.calibration, page_costs);
             cells.push(model_cell((column, row), &outlook));
         }
     }

@@ -1,5 +1,6 @@
-//! QEMU's own migration over the same cables: a Linux guest in a QEMU at one end, moved to one at the other end and back.
-//! QEMU never gives up by itself, so one that has not converged after [`PATIENCE`] is cancelled, and the guest stays.
+//! QEMU's own migration over the same cables: a Linux guest in a QEMU at one end, moved to one at
+//! the other end and back. QEMU never gives up by itself, so one that has not converged after
+//! [`PATIENCE`] is cancelled, and the guest stays.
 
 use crate::shaped::{End, Shaped};
 use anyhow::{Context, Result, anyhow, bail};
@@ -14,7 +15,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-/// How long QEMU may go over memory again and again: several times what all of it takes on the slowest cable.
+/// How long QEMU may go over memory again and again: several times what all of it takes on the
+/// slowest cable.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// For QEMU to start and to answer, and for a migration that was cancelled to end.
@@ -114,15 +116,17 @@ pub fn check() -> Result<()> {
             bail!("--qemu: {} is not there: scripts/guest-image makes it", path.display());
         }
     }
-    let started = Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status();
+    let started =
+        Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status();
     started.map(drop).context("--qemu: starting qemu-system-x86_64; scripts/setup installs it")
 }
 
 impl<'s> Traveller<'s> {
     /// Boots the guest at the source end, and waits until its memory is filled.
     pub fn boot(shaped: &'s Shaped, size: GuestSize) -> Result<Self> {
-        let directory =
-            Directory(std::env::temp_dir().join(format!("pageferry-bench-sweep-{}", std::process::id())));
+        let directory = Directory(
+            std::env::temp_dir().join(format!("pageferry-bench-sweep-{}", std::process::id())),
+        );
         std::fs::create_dir_all(&directory.0)
             .and_then(|()| std::fs::set_permissions(&directory.0, PermissionsExt::from_mode(0o700)))
             .with_context(|| format!("making {}", directory.0.display()))?;
@@ -143,7 +147,8 @@ impl<'s> Traveller<'s> {
         let deadline = Instant::now() + ANSWER_MAX;
         let here = &mut self.qemu;
         for (qmp, sends) in [(&mut here.qmp, true), (&mut there.qmp, false)] {
-            let capability = |name: &str, state: bool| json!({ "capability": name, "state": state });
+            let capability =
+                |name: &str, state: bool| json!({ "capability": name, "state": state });
             let wanted = [capability("events", true), capability("multifd", way == Way::Multifd)];
             qmp.execute("migrate-set-capabilities", json!({ "capabilities": wanted }), deadline)?;
             let mut parameters = json!({ "multifd-channels": CHANNELS });
@@ -159,13 +164,16 @@ impl<'s> Traveller<'s> {
         there.qmp.drain_events()?;
         let begun = Instant::now();
         here.qmp.execute("migrate", uri, deadline)?;
-        let over = here.qmp.wait_event(begun + PATIENCE, |e| is_migration(e, &["completed", "failed"]));
+        let over =
+            here.qmp.wait_event(begun + PATIENCE, |e| is_migration(e, &["completed", "failed"]));
         let over = match over {
             Err(pageferry_engine::Error::Timeout { .. }) => {
                 let deadline = Instant::now() + ANSWER_MAX;
                 here.qmp.execute("migrate_cancel", Value::Null, deadline)?;
                 // It may have been over in this very moment.
-                here.qmp.wait_event(deadline, |e| is_migration(e, &["completed", "failed", "cancelled"]))?
+                here.qmp.wait_event(deadline, |e| {
+                    is_migration(e, &["completed", "failed", "cancelled"])
+                })?
             }
             over => over?,
         };
@@ -194,12 +202,29 @@ impl<'s> Traveller<'s> {
 }
 
 fn is_migration(event: &Event, states: &[&str]) -> bool {
-    event.name == "MIGRATION" && event.data["status"].as_str().is_some_and(|status| states.contains(&status))
+    event.name == "MIGRATION"
+        && event.data["status"].as_str().is_some_and(|status| states.contains(&status))
 }
 
-fn start(shaped: &Shaped, end: End, socket: &Path, size: GuestSize, incoming: bool) -> Result<Qemu> {
+fn start(
+    shaped: &Shaped,
+    end: End,
+    socket: &Path,
+    size: GuestSize,
+    incoming: bool,
+) -> Result<Qemu> {
     let mut command = Command::new("qemu-system-x86_64");
-    command.args(["-accel", "tcg", "-machine", "q35", "-nodefaults", "-display", "none", "-serial", "stdio"]);
+    command.args([
+        "-accel",
+        "tcg",
+        "-machine",
+        "q35",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+    ]);
     command.args(["-m", &format!("{}M", size.memory_mib)]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
     command.arg("-kernel").arg(Path::new(GUEST).join("vmlinuz"));
@@ -258,7 +283,8 @@ fn read_lines(process: &mut Child) -> Receiver<String> {
     if let Some(stdout) = process.stdout.take() {
         std::thread::spawn(move || {
             for line in BufReader::new(stdout).split(b'\n').map_while(std::result::Result::ok) {
-                // Nobody listens any more once it is over; it is read all the same, or the guest would wait.
+                // Nobody listens any more once it is over; it is read all the same, or the guest
+                // would wait.
                 let _ = sender.send(String::from_utf8_lossy(&line).trim_end().to_owned());
             }
         });
@@ -277,8 +303,12 @@ impl Qemu {
                 }
                 Ok(line) if line.contains(text) => return Ok(line),
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => bail!("the guest did not say {text:?} within {wait:?}"),
-                Err(RecvTimeoutError::Disconnected) => bail!("QEMU ended before its guest said {text:?}"),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("the guest did not say {text:?} within {wait:?}")
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    bail!("QEMU ended before its guest said {text:?}")
+                }
             }
         }
     }

@@ -1,8 +1,9 @@
-//! What a page holds: every word is a function of (page, generation, index), and can be read backwards.
+//! What a page holds: every word is a function of (page, generation, index), and can be read
+//! backwards.
 //!
-//! For one index, different (page, generation) pairs never give the same word: each step is a bijection
-//! of 64 bits. So one wrong word is always seen, and [`Origin`] says where it came from. The words look
-//! random, so nothing on the way can compress them.
+//! For one index, different (page, generation) pairs never give the same word: each step is a
+//! bijection of 64 bits. So one wrong word is always seen, and [`Origin`] says where it came from.
+//! The words look random, so nothing on the way can compress them.
 
 use crate::pages::{PAGE_WORDS, Page};
 use std::fmt;
@@ -14,8 +15,8 @@ const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 const SPREAD: u64 = 0xD6E8_FEB8_6659_FD93;
 const SPREAD_INVERSE: u64 = inverse(SPREAD);
 
-/// The inverse of an odd number modulo 2^64: Newton's iteration doubles the right bits each time, from
-/// three to more than 64.
+/// The inverse of an odd number modulo 2^64: Newton's iteration doubles the right bits each time,
+/// from three to more than 64.
 const fn inverse(odd: u64) -> u64 {
     let mut x = odd;
     let mut round = 0;
@@ -104,8 +105,11 @@ pub struct BadPage {
 pub fn check(page: &Page, expected: Origin, pages: u32) -> Result<(), BadPage> {
     let seed = expected.seed();
     // One pass without a branch a word: nearly always all is well.
-    let difference =
-        page.0.iter().enumerate().fold(0, |acc, (i, cell)| acc | (cell.load(Relaxed) ^ word(seed, i)));
+    let difference = page
+        .0
+        .iter()
+        .enumerate()
+        .fold(0, |acc, (i, cell)| acc | (cell.load(Relaxed) ^ word(seed, i)));
     if difference == 0 {
         return Ok(());
     }

@@ -1,4 +1,5 @@
-//! A disk worker: reads and writes a disk past the page cache, into pages of its own, and checks them.
+//! A disk worker: reads and writes a disk past the page cache, into pages of its own, and checks
+//! them.
 //!
 //! ```text
 //!   disk    | extents that are only read (7 of 8)         | written: each belongs to one worker |
@@ -6,10 +7,10 @@
 //!                               read any extent into it and check that, or write the next generation
 //! ```
 //!
-//! A page that a disk transfer filled and no processor ever wrote is what tracking by page tables can lose. It
-//! then shows when its slot is looked at again, before it is used anew: it holds what the slot held before.
-//! Only one word of each sector is compared then, for the disk shall be busy and not the processor; a sweep
-//! compares all.
+//! A page that a disk transfer filled and no processor ever wrote is what tracking by page tables
+//! can lose. It then shows when its slot is looked at again, before it is used anew: it holds what
+//! the slot held before. Only one word of each sector is compared then, for the disk shall be busy
+//! and not the processor; a sweep compares all.
 
 use crate::content::{self, BadPage, Origin, word};
 use crate::pages::{PAGE_BYTES, PAGE_WORDS, Page, PageMemory};
@@ -31,8 +32,8 @@ const EXTENT_BYTES: usize = EXTENT_PAGES * PAGE_BYTES;
 const SLOTS: usize = 32;
 /// One transfer of so many is a write, and one extent of so many is written.
 const WRITE_ONE_OF: u32 = 8;
-/// What the image holds to begin with. Far from the generations of pages that live in memory only, so that a
-/// stale page tells where it is from.
+/// What the image holds to begin with. Far from the generations of pages that live in memory only,
+/// so that a stale page tells where it is from.
 const FIRST_GENERATION: u32 = 1 << 30;
 /// The smallest unit that a transfer could be cut at.
 const SECTOR_WORDS: usize = 64;
@@ -62,7 +63,10 @@ pub struct Disk {
 impl Disk {
     /// Opens it for direct I/O by so many workers.
     pub fn open(path: &Path, workers: u32) -> io::Result<Self> {
-        Self::over(File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?, workers)
+        Self::over(
+            File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?,
+            workers,
+        )
     }
 
     fn over(mut file: File, workers: u32) -> io::Result<Self> {
@@ -92,8 +96,9 @@ impl Disk {
     fn transfer(&self, slot: &[Page], extent: u32, write: bool) -> io::Result<()> {
         let (fd, memory) = (self.file.as_raw_fd(), slot.as_ptr().cast_mut().cast::<libc::c_void>());
         let at = i64::from(extent) * EXTENT_BYTES as i64;
-        // SAFETY: the descriptor is open; `slot` is live memory of `size_of_val(slot)` bytes, and made of
-        // atomics, so that it may be written through a shared borrow. O_DIRECT is done with it on return.
+        // SAFETY: the descriptor is open; `slot` is live memory of `size_of_val(slot)` bytes, and
+        // made of atomics, so that it may be written through a shared borrow. O_DIRECT is done with
+        // it on return.
         let done = unsafe {
             if write {
                 libc::pwrite(fd, memory, size_of_val(slot), at)
@@ -129,7 +134,10 @@ struct Extent {
 
 impl Extent {
     fn origin(self, page: usize) -> Origin {
-        Origin { page: self.number * EXTENT_PAGES as u32 + page as u32, generation: self.generation }
+        Origin {
+            page: self.number * EXTENT_PAGES as u32 + page as u32,
+            generation: self.generation,
+        }
     }
 }
 
@@ -148,7 +156,12 @@ impl Worker {
     }
 
     /// Reads, writes and checks until nobody holds the other end of `orders`.
-    pub fn run<T: From<News>>(mut self, stats: &Arc<Stats>, orders: &Receiver<SweepNow>, news: &Sender<T>) {
+    pub fn run<T: From<News>>(
+        mut self,
+        stats: &Arc<Stats>,
+        orders: &Receiver<SweepNow>,
+        news: &Sender<T>,
+    ) {
         // A closed channel means that the program is ending.
         let tell = |item: News| drop(news.send(item.into()));
         let bad = |what: String| {
@@ -171,7 +184,9 @@ impl Worker {
             match orders.try_recv() {
                 Ok(SweepNow) => {
                     for slot in 0..SLOTS {
-                        self.check(slot, None, stats).into_iter().for_each(|page| bad(page.to_string()));
+                        self.check(slot, None, stats)
+                            .into_iter()
+                            .for_each(|page| bad(page.to_string()));
                     }
                     tell(News::Swept(self.memory.len() as u64));
                 }
@@ -207,8 +222,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Compares what a slot holds: all of it, or a word of each sector. A bad page is put right, so that it is
-    /// counted once.
+    /// Compares what a slot holds: all of it, or a word of each sector. A bad page is put right, so
+    /// that it is counted once.
     fn check(&self, slot: usize, glance: Option<usize>, stats: &Stats) -> Vec<BadPage> {
         let Some(extent) = self.holds[slot] else { return Vec::new() };
         let pages = &self.memory[slot * EXTENT_PAGES..(slot + 1) * EXTENT_PAGES];
@@ -227,14 +242,17 @@ impl Worker {
     /// splitmix64, as in the other workers.
     fn random(&mut self, below: u32) -> u32 {
         self.random = self.random.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        ((u64::from((content::mix(content::mix(self.random)) >> 32) as u32) * u64::from(below)) >> 32) as u32
+        ((u64::from((content::mix(content::mix(self.random)) >> 32) as u32) * u64::from(below))
+            >> 32) as u32
     }
 }
 
 /// One word of each sector, another one each time.
 fn looks_right(page: &Page, expected: Origin, round: usize) -> bool {
     let seed = expected.seed();
-    (round % SECTOR_WORDS..PAGE_WORDS).step_by(SECTOR_WORDS).all(|i| page.0[i].load(Relaxed) == word(seed, i))
+    (round % SECTOR_WORDS..PAGE_WORDS)
+        .step_by(SECTOR_WORDS)
+        .all(|i| page.0[i].load(Relaxed) == word(seed, i))
 }
 
 #[cfg(test)]
@@ -247,7 +265,8 @@ mod tests {
 
     /// An image; not read past the page cache, which not every file system can.
     fn image(name: &str) -> File {
-        let path = std::env::temp_dir().join(format!("pageferry-disk-{name}-{}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("pageferry-disk-{name}-{}", std::process::id()));
         write_image(&path, MIB).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
         std::fs::remove_file(path).unwrap();
@@ -314,7 +333,8 @@ mod tests {
     fn a_worker_sweeps_when_asked_and_says_what_is_bad() {
         let (mut worker, stats) = worker("sweep");
         let file = worker.disk.file.try_clone().unwrap();
-        let (stats, (orders, inbox), (outbox, news)) = (Arc::new(stats), channel(), channel::<News>());
+        let (stats, (orders, inbox), (outbox, news)) =
+            (Arc::new(stats), channel(), channel::<News>());
         worker.transfer(0, &stats).unwrap();
         let counted = Arc::clone(&stats);
         let thread = std::thread::spawn(move || worker.run(&counted, &inbox, &outbox));
@@ -326,7 +346,8 @@ mod tests {
         // A disk that ends too soon.
         file.set_len(EXTENT_BYTES as u64).unwrap();
         let deadline = Instant::now() + wait;
-        while !matches!(news.recv_timeout(wait).unwrap(), News::Corrupt(what) if what.contains("failed")) {
+        while !matches!(news.recv_timeout(wait).unwrap(), News::Corrupt(what) if what.contains("failed"))
+        {
             assert!(Instant::now() < deadline);
         }
         drop(orders);

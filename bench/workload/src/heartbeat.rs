@@ -1,13 +1,14 @@
 //! The host's side of the heartbeat: arrivals of COM2's bytes, timed by the host's clock.
 //!
-//! The guest sends one byte a beat (every millisecond by default), numbered modulo 256. The longest time
-//! between two arrivals is the longest time in which the guest did nothing, the downtime and everything
-//! around it included: no clock of the guest's is involved. Bytes of the source's and then of the
-//! destination's QEMU go into the same meter, in the order of their arrival.
+//! The guest sends one byte a beat (every millisecond by default), numbered modulo 256. The longest
+//! time between two arrivals is the longest time in which the guest did nothing, the downtime and
+//! everything around it included: no clock of the guest's is involved. Bytes of the source's and
+//! then of the destination's QEMU go into the same meter, in the order of their arrival.
 
 use std::time::{Duration, Instant};
 
-/// The bit that tells a beat from a letter, where both come from one port. The other seven count the beats.
+/// The bit that tells a beat from a letter, where both come from one port. The other seven count
+/// the beats.
 pub const SHARED_BEAT: u8 = 0x80;
 
 /// Finds the largest gap between heartbeats.
@@ -82,8 +83,8 @@ impl GapMeter {
         self.beats
     }
 
-    /// Beats that were sent and did not arrive, modulo 256 at each gap. More than a few mean that the
-    /// bytes were not read fast enough, and that gaps are not to be trusted.
+    /// Beats that were sent and did not arrive, modulo 256 at each gap. More than a few mean that
+    /// the bytes were not read fast enough, and that gaps are not to be trusted.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.lost

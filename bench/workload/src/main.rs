@@ -1,4 +1,5 @@
-//! The program inside the guest: console lines out, one-line commands in. See the library's first page.
+//! The program inside the guest: console lines out, one-line commands in. See the library's first
+//! page.
 //!
 //! `pageferry-workload --guest` takes its parameters from /proc/cmdline and uses I/O ports; without
 //! `--guest` they are the arguments and no port is touched, to try it on any machine.
@@ -20,7 +21,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// Corrupt pages are printed up to this number, then only counted: a lost gigabyte would take an hour.
+/// Corrupt pages are printed up to this number, then only counted: a lost gigabyte would take an
+/// hour.
 const CORRUPT_LINES_MAX: u64 = 64;
 
 /// The disk of `pf.disk`.
@@ -40,8 +42,10 @@ impl From<News> for Event {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let in_guest = arguments.iter().any(|a| a == "--guest");
-    let line = if in_guest { std::fs::read_to_string("/proc/cmdline") } else { Ok(arguments.join(" ")) };
-    let params = line.map_err(|e| format!("/proc/cmdline: {e}")).and_then(|line| Params::parse(&line));
+    let line =
+        if in_guest { std::fs::read_to_string("/proc/cmdline") } else { Ok(arguments.join(" ")) };
+    let params =
+        line.map_err(|e| format!("/proc/cmdline: {e}")).and_then(|line| Params::parse(&line));
     match params.and_then(|params| Workload::start(&params, in_guest)).and_then(Workload::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
@@ -106,7 +110,8 @@ impl Workload {
             orders.push(order);
         }
         if params.echo > 0 {
-            let socket = echo::open(params.echo).map_err(|e| format!("pf.echo={}: {e}", params.echo))?;
+            let socket =
+                echo::open(params.echo).map_err(|e| format!("pf.echo={}: {e}", params.echo))?;
             spawn("echo", move || echo::run(&socket))?;
         }
         spawn("console", move || {
@@ -128,7 +133,8 @@ impl Workload {
             events,
             orders,
             started: Instant::now(),
-            status_every: (params.status_s > 0).then(|| Duration::from_secs(params.status_s.into())),
+            status_every: (params.status_s > 0)
+                .then(|| Duration::from_secs(params.status_s.into())),
             writes_before: 0,
             status_before: Instant::now(),
             corrupt_lines: 0,
@@ -153,7 +159,9 @@ impl Workload {
                     }
                     next = (next + every).max(Instant::now());
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err("the console thread is gone".into()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err("the console thread is gone".into());
+                }
             }
         }
     }
@@ -215,7 +223,8 @@ impl Workload {
     fn status(&mut self) {
         let writes = self.stats.writes.load(Relaxed);
         let seconds = self.status_before.elapsed().as_secs_f64().max(1e-3);
-        let rate = ((writes - self.writes_before) as f64 * PAGE_BYTES as f64 / 1e6 / seconds).round();
+        let rate =
+            ((writes - self.writes_before) as f64 * PAGE_BYTES as f64 / 1e6 / seconds).round();
         (self.writes_before, self.status_before) = (writes, Instant::now());
         say(format_args!(
             "t={:.1} writes={writes} checked={} errors={} write_mb={rate} {}{}",
@@ -229,8 +238,13 @@ impl Workload {
 
     /// Nothing without a disk.
     fn disk_figures(&self) -> String {
-        let (read, written) = (self.stats.disk_read.load(Relaxed), self.stats.disk_written.load(Relaxed));
-        if read + written == 0 { String::new() } else { format!(" disk_read={read} disk_written={written}") }
+        let (read, written) =
+            (self.stats.disk_read.load(Relaxed), self.stats.disk_written.load(Relaxed));
+        if read + written == 0 {
+            String::new()
+        } else {
+            format!(" disk_read={read} disk_written={written}")
+        }
     }
 
     fn gap_figures(&self) -> String {
@@ -259,7 +273,9 @@ fn disk_workers(params: &Params) -> Result<Vec<disk::Worker>, String> {
     }
     let failed = |e: std::io::Error| format!("{DISK} for pf.disk={}: {e}", params.disk);
     let disk = Arc::new(Disk::open(Path::new(DISK), params.disk).map_err(failed)?);
-    (0..params.disk).map(|index| disk::Worker::new(Arc::clone(&disk), index).map_err(failed)).collect()
+    (0..params.disk)
+        .map(|index| disk::Worker::new(Arc::clone(&disk), index).map_err(failed))
+        .collect()
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), String> {

@@ -43,7 +43,8 @@ mod tests {
     #[test]
     fn the_rate_is_kept_in_small_steps() {
         let mut pacer = Pacer::new(20_000.0);
-        let taken: usize = (1..=10_000).map(|i| pacer.take(Duration::from_micros(100 * i), 64)).sum();
+        let taken: usize =
+            (1..=10_000).map(|i| pacer.take(Duration::from_micros(100 * i), 64)).sum();
         assert!((19_990..=20_000).contains(&taken), "{taken}");
     }
 

@@ -1,7 +1,7 @@
 //! Page-aligned memory straight from the kernel.
 //!
-//! Words are relaxed atomics: every load is a real load (a migration may put other bytes there), and the
-//! compiler never turns the loops into vector code, which QEMU's TCG emulates slowly.
+//! Words are relaxed atomics: every load is a real load (a migration may put other bytes there),
+//! and the compiler never turns the loops into vector code, which QEMU's TCG emulates slowly.
 
 use std::io;
 use std::ops::Deref;
@@ -59,8 +59,8 @@ impl Deref for PageMemory {
     type Target = [Page];
 
     fn deref(&self) -> &[Page] {
-        // SAFETY: `first` is page-aligned and, unless count is zero, a live mapping of `count` pages
-        // that ends with self; all-zero bytes are valid atomics.
+        // SAFETY: `first` is page-aligned and, unless count is zero, a live mapping of `count`
+        // pages that ends with self; all-zero bytes are valid atomics.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }
 }

@@ -20,7 +20,8 @@ pub struct Params {
     pub mib: u32,
     /// `pf.touch`: memory that is filled once and then only checked, in MiB.
     pub touch_mib: u32,
-    /// `pf.rate`: writing rate of all threads together in MB/s (10^6 bytes); 0 is as fast as possible.
+    /// `pf.rate`: writing rate of all threads together in MB/s (10^6 bytes); 0 is as fast as
+    /// possible.
     pub rate_mb: u32,
     /// `pf.sweep`: rate of the background check in MB/s; 0 is none.
     pub sweep_mb: u32,
@@ -32,14 +33,17 @@ pub struct Params {
     pub disk: u32,
     /// `pf.tick_us`: period of the pulse in microseconds.
     pub tick_us: u32,
-    /// `pf.ports`: 0 keeps the pulse away from I/O ports, which nested virtualization in emulation lets nobody
-    /// but the kernel use. Gaps are then known without the time in which the guest was stopped.
+    /// `pf.ports`: 0 keeps the pulse away from I/O ports, which nested virtualization in emulation
+    /// lets nobody but the kernel use. Gaps are then known without the time in which the guest was
+    /// stopped.
     pub ports: u32,
-    /// `pf.beat_us`: period of heartbeats on the console in microseconds; 0 is none. They go through the kernel, so that
-    /// they work where ports are the kernel's alone, and where there is no COM2.
+    /// `pf.beat_us`: period of heartbeats on the console in microseconds; 0 is none. They go
+    /// through the kernel, so that they work where ports are the kernel's alone, and where there is
+    /// no COM2.
     pub beat_us: u32,
-    /// `pf.status_s`: seconds between two status lines; 0 is none but those that are asked for. A line on the console costs
-    /// the guest some ten accesses to ports for each character, and heartbeats on it wait until it is out.
+    /// `pf.status_s`: seconds between two status lines; 0 is none but those that are asked for. A
+    /// line on the console costs the guest some ten accesses to ports for each character, and
+    /// heartbeats on it wait until it is out.
     pub status_s: u32,
     /// `pf.echo`: UDP port on which datagrams are answered; 0 is none.
     pub echo: u16,
@@ -80,7 +84,10 @@ impl fmt::Display for Params {
             status_s,
             echo,
         } = self;
-        write!(f, "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern=")?;
+        write!(
+            f,
+            "pf.mib={mib} pf.touch={touch_mib} pf.rate={rate_mb} pf.sweep={sweep_mb} pf.pattern="
+        )?;
         match pattern {
             Pattern::Sequential => f.write_str("sequential")?,
             Pattern::Random => f.write_str("random")?,
@@ -134,7 +141,9 @@ fn pattern(value: &str) -> Option<Pattern> {
     match value.split_once(':') {
         None if value == "sequential" => Some(Pattern::Sequential),
         None if value == "random" => Some(Pattern::Random),
-        Some(("hot", percent)) => percent.parse().ok().filter(|p| (1..=99).contains(p)).map(Pattern::Hot),
+        Some(("hot", percent)) => {
+            percent.parse().ok().filter(|p| (1..=99).contains(p)).map(Pattern::Hot)
+        }
         _ => None,
     }
 }
@@ -163,8 +172,14 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused_by_name() {
-        for word in ["pf.mib=0", "pf.mib=x", "pf.mib", "pf.nothing=1", "pf.pattern=hot:100", "pf.threads=65"]
-        {
+        for word in [
+            "pf.mib=0",
+            "pf.mib=x",
+            "pf.mib",
+            "pf.nothing=1",
+            "pf.pattern=hot:100",
+            "pf.threads=65",
+        ] {
             assert!(Params::parse(word).unwrap_err().starts_with(word), "{word}");
         }
     }

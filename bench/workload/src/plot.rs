@@ -1,21 +1,23 @@
 //! A worker's own pages and the ledger of what it wrote there.
 //!
-//! The ledger has two forms, in different pages of guest memory: the generation of every page, and two
-//! running totals over them. See the crate's first page for what that finds.
+//! The ledger has two forms, in different pages of guest memory: the generation of every page, and
+//! two running totals over them. See the crate's first page for what that finds.
 
 use crate::content::{self, BadPage, Origin, mix};
 use crate::pages::PageMemory;
 use std::fmt;
 use std::io;
 
-/// Generation of a page that was filled and not yet rewritten. Not zero: a zero ledger is a lost one.
+/// Generation of a page that was filled and not yet rewritten. Not zero: a zero ledger is a lost
+/// one.
 const FIRST_GENERATION: u32 = 1;
 
 /// Pages `[first, first + len)` of the workload, owned by one worker.
 pub struct Plot {
     first: u32,
     pages_of_all: u32,
-    /// How many of the pages, from the beginning, are written again and again; the rest is only checked.
+    /// How many of the pages, from the beginning, are written again and again; the rest is only
+    /// checked.
     written: usize,
     pages: PageMemory,
     generations: Vec<u32>,
@@ -45,7 +47,10 @@ impl fmt::Display for BadLedger {
         write!(
             f,
             "ledger kept_checksum={:016x} counted_checksum={:016x} kept_generations={} counted_generations={}",
-            self.kept.checksum, self.counted.checksum, self.kept.generations, self.counted.generations
+            self.kept.checksum,
+            self.counted.checksum,
+            self.kept.generations,
+            self.counted.generations
         )
     }
 }
@@ -105,7 +110,8 @@ impl Plot {
         let after = Origin { generation: before.generation.wrapping_add(1), ..before };
         content::write(&self.pages[index], after);
         self.generations[index] = after.generation;
-        self.totals.checksum = self.totals.checksum.wrapping_sub(mark(before)).wrapping_add(mark(after));
+        self.totals.checksum =
+            self.totals.checksum.wrapping_sub(mark(before)).wrapping_add(mark(after));
         self.totals.generations += 1;
         found
     }
@@ -118,14 +124,17 @@ impl Plot {
     }
 
     fn count(&self) -> Totals {
-        (0..self.len()).map(|index| self.origin(index)).fold(Totals::default(), |totals, origin| Totals {
-            checksum: totals.checksum.wrapping_add(mark(origin)),
-            generations: totals.generations + u64::from(origin.generation),
+        (0..self.len()).map(|index| self.origin(index)).fold(Totals::default(), |totals, origin| {
+            Totals {
+                checksum: totals.checksum.wrapping_add(mark(origin)),
+                generations: totals.generations + u64::from(origin.generation),
+            }
         })
     }
 }
 
-/// The share of one page in the checksum: mixed once more than the seed, so that it is no word's seed.
+/// The share of one page in the checksum: mixed once more than the seed, so that it is no word's
+/// seed.
 fn mark(origin: Origin) -> u64 {
     mix(origin.seed())
 }

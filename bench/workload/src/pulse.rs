@@ -1,11 +1,13 @@
 //! The pulse: the one thread that must run on time, to notice when it did not.
 //!
-//! Every tick (500 us) it reads the guest's clock, sends a heartbeat byte when one is due, and reads the
-//! CMOS clock. It writes COM2's and the CMOS ports directly: one byte a beat needs no driver, no
-//! interrupt and no buffer in the guest's kernel, so the byte leaves QEMU the moment it is written.
+//! Every tick (500 us) it reads the guest's clock, sends a heartbeat byte when one is due, and
+//! reads the CMOS clock. It writes COM2's and the CMOS ports directly: one byte a beat needs no
+//! driver, no interrupt and no buffer in the guest's kernel, so the byte leaves QEMU the moment it
+//! is written.
 //!
-//! Where that is not possible, beats can go to the console, through the kernel's driver, which takes some accesses to
-//! ports a byte. There they lie between the bytes of lines, and are told from them by their highest bit.
+//! Where that is not possible, beats can go to the console, through the kernel's driver, which
+//! takes some accesses to ports a byte. There they lie between the bytes of lines, and are told
+//! from them by their highest bit.
 
 use crate::heartbeat::SHARED_BEAT;
 use crate::stopped::{Seen, StopMeter};
@@ -21,8 +23,8 @@ use std::time::Duration;
 const CONSOLE: &str = "/dev/console";
 /// One heartbeat byte in this time.
 const BEAT: Duration = Duration::from_millis(1);
-/// The CMOS clock is read without a pause from this long before a change of its second is expected (a
-/// busy host often wakes the thread a millisecond late) ...
+/// The CMOS clock is read without a pause from this long before a change of its second is expected
+/// (a busy host often wakes the thread a millisecond late) ...
 const CLOSE_BEFORE: Duration = Duration::from_micros(2000);
 /// ... until this long after, should it not come.
 const CLOSE_AFTER: Duration = Duration::from_micros(500);
@@ -71,10 +73,15 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// A pulse with this period. With `use_ports`, and the right to use them, it beats on COM2 and reads
-    /// the CMOS clock: meant for the guest only.
+    /// A pulse with this period. With `use_ports`, and the right to use them, it beats on COM2 and
+    /// reads the CMOS clock: meant for the guest only.
     #[must_use]
-    pub fn new(gaps: Arc<Gaps>, tick: Duration, use_ports: bool, console: Option<ConsoleBeats>) -> Self {
+    pub fn new(
+        gaps: Arc<Gaps>,
+        tick: Duration,
+        use_ports: bool,
+        console: Option<ConsoleBeats>,
+    ) -> Self {
         let now = monotonic();
         Self {
             console,
@@ -93,8 +100,8 @@ impl Pulse {
     /// Ticks for ever.
     pub fn run(mut self) -> ! {
         let parameter = libc::sched_param { sched_priority: PRIORITY };
-        // SAFETY: a valid parameter block for the calling thread. Refused without the right to it, and
-        // then the gaps are merely less exact.
+        // SAFETY: a valid parameter block for the calling thread. Refused without the right to it,
+        // and then the gaps are merely less exact.
         unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameter) };
         let mut next = monotonic() + self.tick;
         loop {
@@ -105,7 +112,8 @@ impl Pulse {
                 while self.last < change + CLOSE_AFTER && !self.step() {}
             }
             next = (next + self.tick).max(self.last);
-            let close = self.meter.expected_change().unwrap_or(Duration::ZERO).saturating_sub(CLOSE_BEFORE);
+            let close =
+                self.meter.expected_change().unwrap_or(Duration::ZERO).saturating_sub(CLOSE_BEFORE);
             if self.last < close {
                 next = next.min(close);
             }
@@ -162,8 +170,10 @@ impl ConsoleBeats {
     /// One beat in this time.
     pub fn open(every: Duration) -> std::io::Result<Self> {
         // A console that takes nothing shall not hold up the pulse.
-        let console =
-            File::options().write(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(CONSOLE)?;
+        let console = File::options()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(CONSOLE)?;
         Ok(Self { console, every, next: monotonic(), number: 0 })
     }
 
@@ -185,10 +195,18 @@ fn monotonic() -> Duration {
 }
 
 fn sleep_until(at: Duration) {
-    let at = libc::timespec { tv_sec: at.as_secs() as libc::time_t, tv_nsec: i64::from(at.subsec_nanos()) };
+    let at = libc::timespec {
+        tv_sec: at.as_secs() as libc::time_t,
+        tv_nsec: i64::from(at.subsec_nanos()),
+    };
     // SAFETY: a valid timespec, and no remainder is asked for. Waking early does no harm.
     unsafe {
-        libc::clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &raw const at, std::ptr::null_mut())
+        libc::clock_nanosleep(
+            libc::CLOCK_MONOTONIC,
+            libc::TIMER_ABSTIME,
+            &raw const at,
+            std::ptr::null_mut(),
+        )
     };
 }
 
@@ -220,8 +238,11 @@ impl Ports {
         if refused {
             return None;
         }
-        let mut ports =
-            Self { has_com2: false, cmos_is_binary: false, minute: std::cell::Cell::new((u8::MAX, 0)) };
+        let mut ports = Self {
+            has_com2: false,
+            cmos_is_binary: false,
+            minute: std::cell::Cell::new((u8::MAX, 0)),
+        };
         // A bus without a device at this address reads as all ones.
         ports.has_com2 = ports.read(COM2_LINE_STATUS) != 0xff;
         ports.cmos_is_binary = ports.cmos(CMOS_STATUS_B) & CMOS_BINARY != 0;

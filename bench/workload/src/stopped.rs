@@ -1,13 +1,13 @@
 //! How long the guest was stopped, seen from inside: how far the CMOS clock ran ahead.
 //!
 //! While QEMU holds the guest, `CLOCK_MONOTONIC` is paused and the CMOS clock follows the host's
-//! (`-rtc clock=host`, QEMU's default). The CMOS clock only tells whole seconds, but the moment at which
-//! its second changes can be caught to a few microseconds. So: catch every change, and see whether it
-//! comes early. A steady deviation is the drift between the two clocks and taken off.
+//! (`-rtc clock=host`, QEMU's default). The CMOS clock only tells whole seconds, but the moment at
+//! which its second changes can be caught to a few microseconds. So: catch every change, and see
+//! whether it comes early. A steady deviation is the drift between the two clocks and taken off.
 //!
-//! A change that comes early is caught roughly only (nobody was watching closely yet); the one after it
-//! gives the exact figure, so a stop is known one to two seconds later. Several stops within that time
-//! are one. A step of the host's clock looks like a stop when it goes forward.
+//! A change that comes early is caught roughly only (nobody was watching closely yet); the one
+//! after it gives the exact figure, so a stop is known one to two seconds later. Several stops
+//! within that time are one. A step of the host's clock looks like a stop when it goes forward.
 
 use std::time::Duration;
 
@@ -17,7 +17,8 @@ const EXACT_WITHIN: Duration = Duration::from_micros(150);
 const NOISE_MICROS: i64 = 250;
 /// The drift is the median over this many changes, so that a few stops do not disturb it.
 const DRIFT_WINDOW: usize = 9;
-/// No two clocks drift apart faster than this (parts per million); what looks faster is a stop or a step.
+/// No two clocks drift apart faster than this (parts per million); what looks faster is a stop or a
+/// step.
 const DRIFT_MAX: i64 = 800;
 /// The clock is read as a second within the hour.
 const SECONDS_PER_HOUR: i64 = 3600;
@@ -64,10 +65,13 @@ impl StopMeter {
         self.expected
     }
 
-    /// A reading: `second` within the hour, asked for and answered at these times of `CLOCK_MONOTONIC`.
+    /// A reading: `second` within the hour, asked for and answered at these times of
+    /// `CLOCK_MONOTONIC`.
     pub fn observe(&mut self, asked: Duration, answered: Duration, second: u32) -> Seen {
         let before = self.last.replace(Reading { asked, second });
-        let Some(before) = before.filter(|before| before.second != second) else { return Seen::Same };
+        let Some(before) = before.filter(|before| before.second != second) else {
+            return Seen::Same;
+        };
         let width = answered.saturating_sub(before.asked);
         let change = Change { at: before.asked + width / 2, second };
         self.expected = Some(change.at + Duration::from_micros((1_000_000 - self.drift()) as u64));
@@ -113,21 +117,24 @@ impl StopMeter {
 mod tests {
     use super::*;
 
-    /// Reads a clock that gains `drift_ppm` as the pulse would (every 500 us, closely around an expected
-    /// change), with the guest stopped at the given times; returns what the meter reports.
+    /// Reads a clock that gains `drift_ppm` as the pulse would (every 500 us, closely around an
+    /// expected change), with the guest stopped at the given times; returns what the meter reports.
     fn run(seconds: u64, drift_ppm: i64, stops: &[(u64, u64)]) -> Vec<u64> {
         let (mut meter, mut found) = (StopMeter::default(), Vec::new());
         let mut now = 0u64;
         while now < seconds * 1_000_000 {
-            let stopped: u64 = stops.iter().filter(|(at, _)| *at <= now).map(|(_, length)| length).sum();
-            let cmos = 3_590_400_000 + now as i64 + now as i64 * drift_ppm / 1_000_000 + stopped as i64;
+            let stopped: u64 =
+                stops.iter().filter(|(at, _)| *at <= now).map(|(_, length)| length).sum();
+            let cmos =
+                3_590_400_000 + now as i64 + now as i64 * drift_ppm / 1_000_000 + stopped as i64;
             let second = (cmos / 1_000_000 % 3600) as u32;
             let t = Duration::from_micros(now);
             if let Seen::Exact(stopped) = meter.observe(t, t + Duration::from_micros(4), second) {
                 found.extend((stopped > Duration::ZERO).then_some(stopped.as_micros() as u64));
             }
-            let close =
-                meter.expected_change().is_some_and(|at| (at.as_micros() as u64).abs_diff(now + 250) < 600);
+            let close = meter
+                .expected_change()
+                .is_some_and(|at| (at.as_micros() as u64).abs_diff(now + 250) < 600);
             now += if close { 10 } else { 500 };
         }
         found

@@ -64,7 +64,12 @@ pub struct Share {
 }
 
 /// Fills the plot, then writes and checks until nobody holds the other end of `orders`.
-pub fn run<T: From<News>>(share: Share, stats: &Arc<Stats>, orders: &Receiver<SweepNow>, news: &Sender<T>) {
+pub fn run<T: From<News>>(
+    share: Share,
+    stats: &Arc<Stats>,
+    orders: &Receiver<SweepNow>,
+    news: &Sender<T>,
+) {
     // A closed channel means that the program is ending.
     let tell = |item: News| drop(news.send(item.into()));
     let mut plot = match Plot::fill(share.first, share.written, share.still, share.pages_of_all) {
@@ -130,7 +135,11 @@ struct Order {
 
 impl Order {
     fn new(pattern: Pattern, pages: usize, seed: u32) -> Self {
-        Self { pattern, pages, state: if pattern == Pattern::Sequential { 0 } else { u64::from(seed) } }
+        Self {
+            pattern,
+            pages,
+            state: if pattern == Pattern::Sequential { 0 } else { u64::from(seed) },
+        }
     }
 
     fn next(&mut self) -> usize {

@@ -46,7 +46,10 @@ impl Guest {
             .arg(images.join("vmlinuz"))
             .arg("-initrd")
             .arg(images.join("initramfs.gz"))
-            .args(["-append", "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib=8 pf.touch=16 pf.rate=4"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib=8 pf.touch=16 pf.rate=4",
+            ])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -89,7 +92,9 @@ impl Guest {
         let fds = std::fs::read_dir(format!("/proc/{}/fd", self.qemu.id())).unwrap();
         let memory = fds
             .map(|fd| fd.unwrap().path())
-            .find(|fd| std::fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().contains("memfd:")))
+            .find(|fd| {
+                std::fs::read_link(fd).is_ok_and(|to| to.to_string_lossy().contains("memfd:"))
+            })
             .expect("QEMU has a memfd");
         OpenOptions::new().read(true).write(true).open(memory).unwrap()
     }
@@ -149,7 +154,11 @@ fn damage_to_guest_memory_is_found_and_nothing_else() {
         "CORRUPT page=4000 ".into(),
         "CORRUPT page=5000 ".into(),
     ] {
-        assert!(guest.seen.iter().any(|line| line.contains(&wanted)), "{wanted}: {:#?}", guest.seen);
+        assert!(
+            guest.seen.iter().any(|line| line.contains(&wanted)),
+            "{wanted}: {:#?}",
+            guest.seen
+        );
     }
     guest.console.write_all(b"quit\n").unwrap();
     guest.wait_for("WORKLOAD BYE");

@@ -11,7 +11,10 @@ const BLOCKS_SHOWN_MAX: usize = 8;
 /// What must hold before anything is touched.
 pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Result<()> {
     let (theirs, ours) = (&hello.guest, guest.describe());
-    let differ = |what: &str, theirs: &dyn std::fmt::Display, ours: &dyn std::fmt::Display, fix: &str| {
+    let differ = |what: &str,
+                  theirs: &dyn std::fmt::Display,
+                  ours: &dyn std::fmt::Display,
+                  fix: &str| {
         let theirs = text::reason(&theirs.to_string());
         Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {fix}")))
     };
@@ -40,12 +43,11 @@ pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Re
         return differ("the memory", &show(&theirs.blocks), &show(&ours.blocks), fix);
     }
     if theirs.images != ours.images {
-        let show =
-            |images: &[crate::guest::ImageDescription]| {
-                listed(images.iter().map(|i| {
-                    format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest)
-                }))
-            };
+        let show = |images: &[crate::guest::ImageDescription]| {
+            listed(images.iter().map(|i| {
+                format!("{} of {} MiB with the digest {:032x}", i.name, i.bytes >> 20, i.digest)
+            }))
+        };
         let fix = "they are not moved, so both hosts must have the same files: copy the source's";
         return differ("the read-only memory", &show(&theirs.images), &show(&ours.images), fix);
     }

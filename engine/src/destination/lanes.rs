@@ -1,4 +1,5 @@
-//! The lanes of a session at the destination: listens for them, by RDMA if both hosts can, and takes them.
+//! The lanes of a session at the destination: listens for them, by RDMA if both hosts can, and
+//! takes them.
 
 use crate::destination::listener::Incoming;
 use crate::error::{Error, Result};
@@ -13,7 +14,8 @@ use pageferry_transport::rdma::RdmaListener;
 use std::net::IpAddr;
 use std::time::Instant;
 
-/// Before a receiver says that it waits: fails, with the fix, if this host can take no guest in the chosen way.
+/// Before a receiver says that it waits: fails, with the fix, if this host can take no guest in the
+/// chosen way.
 pub fn check_receiver(choice: &LinkChoice) -> Result<()> {
     descriptors::ensure(descriptors::RECEIVER, "a receiver")?;
     match (pageferry_transport::tcp::probe().map_err(Error::from), choice.transport) {
@@ -32,7 +34,8 @@ pub fn check_receiver(choice: &LinkChoice) -> Result<()> {
 pub struct Listening(Option<RdmaListener>);
 
 impl Listening {
-    /// Listens by RDMA at `local`, the address that the source has reached, if both sides would have it.
+    /// Listens by RDMA at `local`, the address that the source has reached, if both sides would
+    /// have it.
     #[must_use]
     pub fn start(
         choice: &LinkChoice,
@@ -48,7 +51,10 @@ impl Listening {
             return (Self(None), RdmaAnswer::No("it was started with --transport tcp".into()));
         }
         let Some(local) = local else {
-            return (Self(None), RdmaAnswer::No("the control connection does not go over IP".into()));
+            return (
+                Self(None),
+                RdmaAnswer::No("the control connection does not go over IP".into()),
+            );
         };
         match RdmaListener::bind(local, token, lanes, &choice.options()) {
             Ok(listener) => {
@@ -59,7 +65,8 @@ impl Listening {
         }
     }
 
-    /// Takes the lanes that the source says it has opened. `collect` waits for those that are connections.
+    /// Takes the lanes that the source says it has opened. `collect` waits for those that are
+    /// connections.
     pub fn take(
         self,
         choice: &LinkChoice,
@@ -70,7 +77,9 @@ impl Listening {
             (Lanes::Rdma, Some(listener)) => {
                 Ok(Box::new(listener.into_target(Instant::now() + CONNECT_MAX)?))
             }
-            (Lanes::Rdma, None) => Err(Error::Protocol("lanes by RDMA where none were offered".into())),
+            (Lanes::Rdma, None) => {
+                Err(Error::Protocol("lanes by RDMA where none were offered".into()))
+            }
             (Lanes::Tcp, _) if choice.transport == Transport::Rdma => Err(Error::refused(
                 "this receiver takes guests by RDMA alone (--transport rdma), and the source came by TCP",
             )),

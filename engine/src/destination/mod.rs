@@ -30,8 +30,8 @@ const COMMIT_MAX: Duration = Duration::from_secs(30);
 /// Connections of this session that a look takes; all lanes may come together.
 const KNOWN_A_LOOK_MAX: usize = LANES_MAX;
 
-/// How long strangers are still answered once the guest runs here: long enough for a second order to the
-/// same address to get a reason, and no longer.
+/// How long strangers are still answered once the guest runs here: long enough for a second order
+/// to the same address to get a reason, and no longer.
 const OPEN_AFTERWARDS: Duration = Duration::from_secs(300);
 
 /// What a finished migration looked like from here.
@@ -48,7 +48,8 @@ pub struct Received {
 /// How a session ended.
 #[derive(Debug)]
 pub enum Served {
-    /// The connection was not the beginning of a session, or was refused; the guest was not touched.
+    /// The connection was not the beginning of a session, or was refused; the guest was not
+    /// touched.
     Nothing,
     /// The guest is ours and runs.
     Received(Received),
@@ -124,10 +125,13 @@ impl Receiver {
                 return Served::Nothing;
             }
         };
-        if let Err(refusal) =
-            hello.check().and_then(|()| check_guest(&hello, guest)).and_then(|()| check_lanes(hello.lanes))
+        if let Err(refusal) = hello
+            .check()
+            .and_then(|()| check_guest(&hello, guest))
+            .and_then(|()| check_lanes(hello.lanes))
         {
-            self.listener.say_of_stranger(&format!("refused the guest of {peer}: {}", refusal.chain()));
+            self.listener
+                .say_of_stranger(&format!("refused the guest of {peer}: {}", refusal.chain()));
             control.abort(&refusal.chain(), Cause::Refused, clock::now() + SETUP_MAX);
             return Served::Nothing;
         }
@@ -140,11 +144,14 @@ impl Receiver {
         let (offer, target) = match self.open(&mut control, &hello, token, guest, watch) {
             Ok(opened) => opened,
             Err(error) => {
-                // Its source has sent no Commit, and never asks. Those that may ask are not to be forgotten for it.
+                // Its source has sent no Commit, and never asks. Those that may ask are not to be
+                // forgotten for it.
                 self.listener.forget(token);
-                self.listener.say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
+                self.listener
+                    .say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
-                let cause = if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
+                let cause =
+                    if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
                 return Served::Nothing;
             }
@@ -153,7 +160,16 @@ impl Receiver {
             Ok(resources) => resources,
             Err(error) => return self.discard(token, guest, &mut control, error),
         };
-        match self.session(&mut control, token, offer, &mut resources, guest, &mut phase, watch, begun) {
+        match self.session(
+            &mut control,
+            token,
+            offer,
+            &mut resources,
+            guest,
+            &mut phase,
+            watch,
+            begun,
+        ) {
             Ok(received) => {
                 resources.retire();
                 Served::Received(received)
@@ -167,8 +183,9 @@ impl Receiver {
         }
     }
 
-    /// One look at the listener: takes what bears a session's token, and answers a single stranger, so that
-    /// who looks comes back to its deadlines however many there are. `take` gives back what it has no use for.
+    /// One look at the listener: takes what bears a session's token, and answers a single stranger,
+    /// so that who looks comes back to its deadlines however many there are. `take` gives back what
+    /// it has no use for.
     pub(super) fn look_at_listener(
         &self,
         mut take: impl FnMut(Incoming) -> Result<Option<Incoming>>,

@@ -11,7 +11,8 @@ use crate::protocol::{Cause, Control, Message, Running};
 use pageferry_transport::preamble::Token;
 use std::time::{Duration, Instant};
 
-/// For a few words to a connection that has no place: they fit into its socket, or its peer reads none.
+/// For a few words to a connection that has no place: they fit into its socket, or its peer reads
+/// none.
 const ANSWER_MAX: Duration = Duration::from_millis(100);
 
 /// Tokens of discarded sessions that are remembered, to answer a source that asks.
@@ -28,12 +29,16 @@ pub(crate) struct Completed {
 }
 
 impl Completed {
-    /// The word to the source, whenever it asks. What is not known makes the downtime longer, not shorter.
+    /// The word to the source, whenever it asks. What is not known makes the downtime longer, not
+    /// shorter.
     pub(crate) fn word(&self) -> Message {
         let now = clock::now();
         let since = self.since.unwrap_or(now);
         let us = |from: Instant, to: Instant| to.saturating_duration_since(from).as_micros() as u64;
-        Message::Running(Running { resume_us: us(self.resuming, since), running_us: us(since, now) })
+        Message::Running(Running {
+            resume_us: us(self.resuming, since),
+            running_us: us(since, now),
+        })
     }
 }
 
@@ -57,7 +62,9 @@ impl Receiver {
                 };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
             }
-            Err(e) => say(&format!("the unfinished copy of the guest could not be ended: {}", e.chain())),
+            Err(e) => {
+                say(&format!("the unfinished copy of the guest could not be ended: {}", e.chain()))
+            }
         }
         Served::Discarded(error)
     }
@@ -89,15 +96,20 @@ impl Receiver {
             };
             control.abort(why, cause, deadline);
         } else if self.discarded.contains(&token) {
-            control.abort("the destination discarded its copy of this guest", Cause::Failed, deadline);
+            control.abort(
+                "the destination discarded its copy of this guest",
+                Cause::Failed,
+                deadline,
+            );
         } else {
             // No answer: its session may have been another receiver's, whose guest runs.
             tracing::warn!(%peer, "a connection of a session that is not known here");
         }
     }
 
-    /// For as long as this process lives: tells a source that asks again how its session ended. Strangers are
-    /// told some minutes long that there is nothing for them; after that they are not heard any more.
+    /// For as long as this process lives: tells a source that asks again how its session ended.
+    /// Strangers are told some minutes long that there is nothing for them; after that they are not
+    /// heard any more.
     pub fn answer_afterwards(self) {
         let answering = clock::spawn("afterwards", move || {
             let closing = clock::now() + self.patience.open_afterwards;

@@ -1,5 +1,5 @@
-//! What a session has at the destination besides the guest: the lanes' target, and memory for the device state and for
-//! staged pages. Exposes it, and takes it down.
+//! What a session has at the destination besides the guest: the lanes' target, and memory for the
+//! device state and for staged pages. Exposes it, and takes it down.
 
 use crate::clock;
 use crate::error::Result;
@@ -32,8 +32,8 @@ impl SessionResources {
         Ok(Self { target, state, staging: MemoryRegion::anonymous(STAGING_BYTES)? })
     }
 
-    /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a guest that lives in
-    /// this process, and it has many at first.
+    /// Takes them down a while after the guest has begun to run: unmapping holds up the faults of a
+    /// guest that lives in this process, and it has many at first.
     pub(crate) fn retire(self) {
         let retiring = clock::spawn("retire", move || {
             clock::sleep(RETIRE_AFTER);
@@ -44,12 +44,13 @@ impl SessionResources {
         }
     }
 
-    /// Exposes every slot, the state and the staging region. The memory reads as zeros: whoever made the destination saw
-    /// to that ([`GuestMemory::make_zero`]).
+    /// Exposes every slot, the state and the staging region. The memory reads as zeros: whoever
+    /// made the destination saw to that ([`GuestMemory::make_zero`]).
     pub(crate) fn expose(&mut self, memory: &GuestMemory, touched: &[PageRun]) -> Result<Accept> {
         let Self { target, state, staging } = self;
         let mut slots = Vec::with_capacity(memory.slots().len());
-        // The state first: it is written last, in the downtime, and must not wait behind all of memory then.
+        // The state first: it is written last, in the downtime, and must not wait behind all of
+        // memory then.
         let exposed_state = target.expose(state)?.into();
         let warm = 0..STATE_WARM_BYTES.min(state.len());
         state.populate(0, warm.len())?;

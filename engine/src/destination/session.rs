@@ -34,13 +34,13 @@ pub fn new_token() -> Result<Token> {
     Ok(token)
 }
 
-/// For the source to start its tracking and look at its memory, and longer by the time that such a look may
-/// take: memory is protected in short calls with pauses between them.
+/// For the source to start its tracking and look at its memory, and longer by the time that such a
+/// look may take: memory is protected in short calls with pauses between them.
 const OFFER_MAX: Duration = Duration::from_secs(60);
 
-/// Without a byte for this long the source counts as dead, and longer by the time that it may need to
-/// look through all of its memory (zero pages, digest). A host that vanished is noticed much earlier, by
-/// TCP keep-alive on the control connection.
+/// Without a byte for this long the source counts as dead, and longer by the time that it may need
+/// to look through all of its memory (zero pages, digest). A host that vanished is noticed much
+/// earlier, by TCP keep-alive on the control connection.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 
 /// The slowest such look.
@@ -60,14 +60,15 @@ fn longest_look(guest: &dyn DestinationGuest) -> Duration {
     Duration::from_secs(guest.memory().bytes() / LOOK_BYTES_PER_SECOND_MIN)
 }
 
-/// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit to
-/// deliver when Prepare overtakes it.
+/// Waits for the last fence as long as bytes go on coming: a slow lane still has all of its credit
+/// to deliver when Prepare overtakes it.
 fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
     let (mut placed, mut moved) = (target.bytes_placed()?, clock::now());
     loop {
         match target.wait_fence(tag, clock::now() + FENCE_LOOK_EVERY) {
             Ok(()) => return Ok(()),
-            Err(pageferry_transport::Error::Timeout { .. }) if clock::elapsed(moved) < FENCE_MAX => {}
+            Err(pageferry_transport::Error::Timeout { .. })
+                if clock::elapsed(moved) < FENCE_MAX => {}
             Err(e) => return Err(e.into()),
         }
         let now_placed = target.bytes_placed()?;
@@ -77,7 +78,8 @@ fn wait_for_fence(target: &mut dyn Target, tag: FenceTag) -> Result<()> {
     }
 }
 
-/// Puts staged pages in their places, loads the device state and, if asked, compares digests before. Returns the microseconds of both.
+/// Puts staged pages in their places, loads the device state and, if asked, compares digests
+/// before. Returns the microseconds of both.
 fn take_in(
     prepare: &Prepare,
     offer: &Offer,
@@ -101,7 +103,8 @@ fn take_in(
         && crate::memory::digest::digest(guest.memory())? != digest
     {
         return Err(Error::Guest(
-            "the memory that arrived is not the memory that was sent: digests differ (--verify)".into(),
+            "the memory that arrived is not the memory that was sent: digests differ (--verify)"
+                .into(),
         ));
     }
     let verified = clock::now();
@@ -112,7 +115,8 @@ fn take_in(
 }
 
 impl Receiver {
-    /// Welcome, and then the lanes that the Offer names. Fails also where there is no room for what it offers.
+    /// Welcome, and then the lanes that the Offer names. Fails also where there is no room for what
+    /// it offers.
     pub(super) fn open(
         &self,
         control: &mut Control,
@@ -123,14 +127,15 @@ impl Receiver {
     ) -> Result<(Offer, Box<dyn Target>)> {
         let (listening, rdma) =
             Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
-        let welcome = Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
+        let welcome =
+            Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
         // Known before anybody is told of it.
         self.listener.expect(token);
         control.send(&Message::Welcome(welcome), clock::now() + SETUP_MAX)?;
         let mut lanes = LaneCollector::new(token, hello.lanes);
         let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
-        let target =
-            listening.take(&self.choice, offer.lanes, || self.wait_for_lanes(lanes, guest, watch))?;
+        let target = listening
+            .take(&self.choice, offer.lanes, || self.wait_for_lanes(lanes, guest, watch))?;
         let touched = offer.runs(guest.memory().pages())?;
         room::check(guest.memory(), &touched, guest.has_huge_pages_set_aside())?;
         hold::point("room");
@@ -153,7 +158,9 @@ impl Receiver {
             watch()?;
             alive()?;
             if clock::now() >= deadline {
-                return Err(Error::Timeout { what: "waiting for the source to open its lanes".into() });
+                return Err(Error::Timeout {
+                    what: "waiting for the source to open its lanes".into(),
+                });
             }
             if let Some(incoming) = self.listener.next(deadline.min(clock::now() + LOOK_EVERY))
                 && let Some(other) = lanes.take(incoming)?
@@ -188,7 +195,10 @@ impl Receiver {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "one private call, whose arguments are the session")]
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one private call, whose arguments are the session"
+    )]
     pub(super) fn session(
         &mut self,
         control: &mut Control,
@@ -219,8 +229,8 @@ impl Receiver {
         let fence_us = clock::elapsed(waiting).as_micros() as u64;
         let bytes_placed = target.bytes_placed()?;
 
-        // The whole guest. The lanes end by themselves meanwhile, as that was the last fence; that they have is made
-        // sure of before Ready is said.
+        // The whole guest. The lanes end by themselves meanwhile, as that was the last fence; that
+        // they have is made sure of before Ready is said.
         let taken = take_in(&prepare, &offer, state, staging, guest);
         let revoked = target.revoke();
         drop(prefault);
@@ -242,7 +252,8 @@ impl Receiver {
             hold::point("owner");
             guest.run(prepare.was_running)
         });
-        // Unless it may run, it is thrown away, and the source is told so: also where it could not be sealed.
+        // Unless it may run, it is thrown away, and the source is told so: also where it could not
+        // be sealed.
         match resumed {
             Ok(()) => {}
             Err(doubt @ Error::Unknown(_)) => return Err(doubt),
@@ -289,15 +300,18 @@ impl Receiver {
             if now_placed != placed {
                 (placed, moved) = (now_placed, clock::now());
             } else if clock::elapsed(moved) > idle_max {
-                let what =
-                    format!("waiting for the source, which has sent nothing for {} s", idle_max.as_secs());
+                let what = format!(
+                    "waiting for the source, which has sent nothing for {} s",
+                    idle_max.as_secs()
+                );
                 return Err(Error::Timeout { what });
             }
             self.look_at_listener(|incoming| Ok(Some(incoming)))?;
         }
     }
 
-    /// Waits for Commit, on this connection or on a new one of the same session. Returns the new one.
+    /// Waits for Commit, on this connection or on a new one of the same session. Returns the new
+    /// one.
     pub(super) fn wait_for_commit(
         &self,
         control: &mut Control,
@@ -317,13 +331,13 @@ impl Receiver {
             Err(Error::Timeout { what: "waiting for the source's Commit".into() })
         };
         loop {
-            // A guest that has died, or a receiver that is told to stop, is discarded; until Commit is
-            // read, that is this side's to decide.
+            // A guest that has died, or a receiver that is told to stop, is discarded; until Commit
+            // is read, that is this side's to decide.
             alive()?;
             watch()?;
             let readable = connected && control.readable(LOOK_EVERY)?;
-            // Before anything is taken: this process may have been frozen, and the operator may have let the guest
-            // run at the source when nobody was to be reached here.
+            // Before anything is taken: this process may have been frozen, and the operator may
+            // have let the guest run at the source when nobody was to be reached here.
             in_time().inspect_err(|_| event(DestinationEvent::Deadline))?;
             if readable {
                 match control.receive("Commit", deadline.min(clock::now() + SETUP_MAX)) {
@@ -349,17 +363,18 @@ impl Receiver {
             // A single one a look, those of this session first.
             if let Some(incoming) = self.listener.next(clock::now() + wait) {
                 match incoming {
-                    Incoming::Control { token: theirs, control, first: Message::Commit, .. }
-                        if theirs == token =>
-                    {
+                    Incoming::Control {
+                        token: theirs, control, first: Message::Commit, ..
+                    } if theirs == token => {
                         in_time().inspect_err(|_| event(DestinationEvent::Deadline))?;
                         event(DestinationEvent::CommitReceived);
                         return Ok(Some(control));
                     }
-                    // The operator lets the guest run at the source: Commit would come too late now.
-                    Incoming::Control { token: theirs, first: first @ Message::Abort(_), .. }
-                        if theirs == token =>
-                    {
+                    // The operator lets the guest run at the source: Commit would come too late
+                    // now.
+                    Incoming::Control {
+                        token: theirs, first: first @ Message::Abort(_), ..
+                    } if theirs == token => {
                         event(DestinationEvent::AbortReceived);
                         return Err(unexpected(first, "Commit"));
                     }

@@ -1,5 +1,5 @@
-//! Strangers at the listener while a guest is loaded: they delay neither the deadline nor a signal, and
-//! they do not shut out the source that asks again.
+//! Strangers at the listener while a guest is loaded: they delay neither the deadline nor a signal,
+//! and they do not shut out the source that asks again.
 
 use super::*;
 use crate::destination::admission::listed;
@@ -26,7 +26,8 @@ use std::time::Instant;
 const TOKEN: Token = Token([7; 16]);
 /// For what takes milliseconds.
 const SOON: Duration = Duration::from_secs(10);
-/// More than any of these waits takes; a flood ends after it, and with it the wait that it stretched.
+/// More than any of these waits takes; a flood ends after it, and with it the wait that it
+/// stretched.
 const FLOOD_MAX: Duration = Duration::from_secs(20);
 
 /// A guest that never comes.
@@ -55,7 +56,14 @@ impl DestinationGuest for EmptyGuest {
     fn describe(&self) -> GuestDescription {
         let blocks = vec![BlockDescription { name: "ram".into(), bytes: self.memory.bytes() }];
         let (monitor, machine) = ("empty".into(), "none".into());
-        GuestDescription { monitor, machine, vcpus: 1, blocks, images: Vec::new(), platform: Vec::new() }
+        GuestDescription {
+            monitor,
+            machine,
+            vcpus: 1,
+            blocks,
+            images: Vec::new(),
+            platform: Vec::new(),
+        }
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {
@@ -182,7 +190,10 @@ fn a_flood_of_strangers_does_not_keep_a_signal_from_being_heard() {
     let told = Instant::now() + Duration::from_millis(200);
     let mut watch = || if Instant::now() < told { Ok(()) } else { Err(Error::Cancelled) };
     let (ended, _, took) = wait(&receiver, &mut watch);
-    assert!(matches!(ended, Err(Error::Cancelled)) && took < Duration::from_secs(6), "{ended:?}, {took:?}");
+    assert!(
+        matches!(ended, Err(Error::Cancelled)) && took < Duration::from_secs(6),
+        "{ended:?}, {took:?}"
+    );
 }
 
 #[test]
@@ -191,8 +202,9 @@ fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
     let _flood = Flood::of(at);
     let address = at.into();
     let asking = std::thread::spawn(move || {
-        let mut control =
-            Control::new(dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap());
+        let mut control = Control::new(
+            dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap(),
+        );
         control.send(&Message::Commit, Instant::now() + SOON).unwrap();
         control
     });
@@ -203,13 +215,15 @@ fn a_flood_of_strangers_does_not_shut_out_the_source_that_asks_again() {
     drop(asking.join().unwrap());
 }
 
-/// As after a freeze: Commit lies there, and so does the deadline, behind which the operator may have decided.
+/// As after a freeze: Commit lies there, and so does the deadline, behind which the operator may
+/// have decided.
 #[test]
 fn a_commit_that_is_found_after_the_deadline_is_not_taken() {
     let (receiver, at) = receiver(Duration::from_millis(100));
     let address = at.into();
-    let mut control =
-        Control::new(dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap());
+    let mut control = Control::new(
+        dial(&System, &address, Preamble { role: Role::Control, token: TOKEN }).unwrap(),
+    );
     control.send(&Message::Commit, Instant::now() + SOON).unwrap();
     let mut watch = || {
         std::thread::sleep(Duration::from_millis(500));
@@ -256,7 +270,8 @@ fn sessions_that_come_to_nothing_push_out_no_token_that_may_be_asked_for() {
         let mut control = dialled(at, Token::default());
         control.send(&hello(&guest), Instant::now() + SOON).unwrap();
         let incoming = receiver.listener.next(Instant::now() + SOON).expect("it comes");
-        let source = std::thread::spawn(move || control.receive("Welcome", Instant::now() + SOON).unwrap());
+        let source =
+            std::thread::spawn(move || control.receive("Welcome", Instant::now() + SOON).unwrap());
         let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
         assert!(matches!(served, Served::Nothing), "{served:?}");
         assert!(matches!(source.join().unwrap(), Message::Welcome(_)), "it came far enough");
@@ -284,11 +299,13 @@ fn a_copy_that_is_discarded_is_no_refusal() {
     let (mut receiver, at) = receiver(SOON);
     let mut asking = dialled(at, TOKEN);
     asking.send(&Message::Commit, Instant::now() + SOON).unwrap();
-    let Some(Incoming::Control { mut control, .. }) = receiver.listener.next(Instant::now() + SOON) else {
+    let Some(Incoming::Control { mut control, .. }) = receiver.listener.next(Instant::now() + SOON)
+    else {
         panic!("it comes")
     };
     let mut guest = EmptyGuest::new();
-    let served = receiver.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
+    let served =
+        receiver.discard(TOKEN, &mut guest, &mut control, Error::refused("too late to refuse"));
     assert!(matches!(served, Served::Discarded(_)), "{served:?}");
     let said = answer(&mut asking);
     assert_eq!((said.cause, said.reason.as_str()), (Cause::Failed, "too late to refuse"));
@@ -303,7 +320,9 @@ fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
     let stranger = || {
         let mut stream = TcpStream::connect(at).unwrap();
         let greeting = Preamble { role: Role::Control, token: Token::default() }.encode();
-        stream.write_all(&[&greeting[..], &control::encode(&Message::Commit).unwrap()].concat()).unwrap();
+        stream
+            .write_all(&[&greeting[..], &control::encode(&Message::Commit).unwrap()].concat())
+            .unwrap();
         stream.set_read_timeout(Some(SOON)).unwrap();
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
@@ -322,7 +341,8 @@ fn some_minutes_after_the_guest_runs_only_its_source_is_answered() {
 
 #[test]
 fn a_refusal_names_some_blocks_and_says_how_many_more() {
-    let names = |count: usize| listed((0..count).map(|i| format!("b{i}")).collect::<Vec<_>>().into_iter());
+    let names =
+        |count: usize| listed((0..count).map(|i| format!("b{i}")).collect::<Vec<_>>().into_iter());
     assert_eq!([names(0), names(2)], ["none", "b0, b1"]);
     assert_eq!(names(1000), "b0, b1, b2, b3, b4, b5, b6, b7, and 992 more");
 }

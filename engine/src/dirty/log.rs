@@ -17,15 +17,15 @@ use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::watch::Watch;
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    kvm_enable_cap,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 use std::io;
 use std::sync::Arc;
 
-/// Pages that one call clears, 256 MiB: KVM holds the machine's page tables for so long, and flushes
-/// translations once a call.
+/// Pages that one call clears, 256 MiB: KVM holds the machine's page tables for so long, and
+/// flushes translations once a call.
 const CHUNK_PAGES: u64 = 64 * 1024;
 const _: () = assert!(CHUNK_PAGES.is_multiple_of(64), "KVM takes whole words");
 
@@ -54,14 +54,19 @@ impl LogSource {
     /// Starts to follow writes. Every page counts as not written until it is written again.
     ///
     /// # Errors
-    /// If the machine has rings: it cannot have a log besides. Whatever was started until then is ended again.
+    /// If the machine has rings: it cannot have a log besides. Whatever was started until then is
+    /// ended again.
     pub fn start(slots: Arc<KvmSlots>, kick: Arc<dyn KickVcpus>) -> Result<Self> {
         Self::watched(slots, kick, &mut || Ok(()))
     }
 
     /// The same, which ends when the watch fails. Asked ahead of each call that protects pages;
     /// that KVM switches the log of a slot on is one call.
-    pub fn watched(slots: Arc<KvmSlots>, kick: Arc<dyn KickVcpus>, watch: &mut Watch<'_>) -> Result<Self> {
+    pub fn watched(
+        slots: Arc<KvmSlots>,
+        kick: Arc<dyn KickVcpus>,
+        watch: &mut Watch<'_>,
+    ) -> Result<Self> {
         refuse_rings(&slots)?;
         let clearing = manual(slots.vm())?;
         Self::with(slots, kick, clearing, watch)
@@ -73,7 +78,8 @@ impl LogSource {
         clearing: Clearing,
         watch: &mut Watch<'_>,
     ) -> Result<Self> {
-        let longest = slots.slots().iter().map(|slot| abi::log_words(slot.pages())).max().unwrap_or(0);
+        let longest =
+            slots.slots().iter().map(|slot| abi::log_words(slot.pages())).max().unwrap_or(0);
         let mut source = Self { slots, kick, clearing, words: vec![u64::MAX; longest] };
         source.slots.set_logging(true)?;
         if clearing == (Clearing::Manual { initially_set: true }) {
@@ -89,11 +95,15 @@ impl LogSource {
 /// Before anything is changed: with bits that begin set, rings would not be filled any more.
 fn refuse_rings(slots: &KvmSlots) -> Result<()> {
     let Some(slot) = slots.slots().first() else { return Ok(()) };
-    match abi::get_dirty_log(slots.vm(), slot.slot, slot.pages(), &mut vec![0; abi::log_words(slot.pages())])
-    {
-        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => {
-            Err(Error::refused("the machine was made with KVM's dirty rings, and so has no dirty log"))
-        }
+    match abi::get_dirty_log(
+        slots.vm(),
+        slot.slot,
+        slot.pages(),
+        &mut vec![0; abi::log_words(slot.pages())],
+    ) {
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => Err(Error::refused(
+            "the machine was made with KVM's dirty rings, and so has no dirty log",
+        )),
         // There is no log yet.
         _ => Ok(()),
     }
@@ -101,7 +111,8 @@ fn refuse_rings(slots: &KvmSlots) -> Result<()> {
 
 /// Asks for clearing by hand, as far as the kernel has it.
 fn manual(vm: &VmFd) -> Result<Clearing> {
-    let has = u32::try_from(vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into())).unwrap_or(0);
+    let has = u32::try_from(vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()))
+        .unwrap_or(0);
     if has & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
         return Ok(Clearing::ByReading);
     }
@@ -112,8 +123,9 @@ fn manual(vm: &VmFd) -> Result<Clearing> {
         args: [flags.into(), 0, 0, 0],
         ..Default::default()
     };
-    vm.enable_cap(&arg)
-        .map_err(|e| Error::os("asking KVM for a dirty log that is cleared by hand", io::Error::from(e)))?;
+    vm.enable_cap(&arg).map_err(|e| {
+        Error::os("asking KVM for a dirty log that is cleared by hand", io::Error::from(e))
+    })?;
     Ok(Clearing::Manual { initially_set })
 }
 
@@ -128,8 +140,9 @@ fn clear(vm: &VmFd, slot: &KvmSlot, words: &[u64], watch: &mut Watch<'_>) -> Res
         watch()?;
         let first = index as u64 * CHUNK_PAGES;
         let count = CHUNK_PAGES.min(pages - first);
-        abi::clear_dirty_log(vm, slot.slot, first, count as u32, chunk)
-            .map_err(|e| Error::os(format!("clearing the dirty log of KVM's slot {}", slot.slot), e))?;
+        abi::clear_dirty_log(vm, slot.slot, first, count as u32, chunk).map_err(|e| {
+            Error::os(format!("clearing the dirty log of KVM's slot {}", slot.slot), e)
+        })?;
     }
     Ok(())
 }
@@ -140,8 +153,9 @@ impl DirtySource for LogSource {
         let mut sync = Synced::default();
         for slot in self.slots.slots() {
             let words = &mut self.words[..abi::log_words(slot.pages())];
-            abi::get_dirty_log(self.slots.vm(), slot.slot, slot.pages(), words)
-                .map_err(|e| Error::os(format!("reading the dirty log of KVM's slot {}", slot.slot), e))?;
+            abi::get_dirty_log(self.slots.vm(), slot.slot, slot.pages(), words).map_err(|e| {
+                Error::os(format!("reading the dirty log of KVM's slot {}", slot.slot), e)
+            })?;
             // The last word reaches beyond the slot.
             if let (Some(last), used @ 1..) = (words.last_mut(), slot.pages() % 64) {
                 *last &= (1 << used) - 1;

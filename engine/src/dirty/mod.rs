@@ -1,6 +1,7 @@
 //! Where dirty pages come from.
 //!
-//! Three sources, for two ways to run a guest. Of a process that is not ours (QEMU) the page tables tell:
+//! Three sources, for two ways to run a guest. Of a process that is not ours (QEMU) the page tables
+//! tell:
 //! [`pagemap`]. Of a virtual machine that this process made, KVM tells: [`ring`], or [`log`] where
 //! [`probe`] finds that the ring cannot be trusted. [`kvm`] is what these two know of the machine.
 
@@ -31,8 +32,9 @@ pub trait DirtySource: Send {
     /// Adds to `into` every page written since the last call.
     fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced>;
 
-    /// Called in mid-round, between batches: may move what is pending out of buffers of the kernel that
-    /// can run full, and must not lose or report anything. Cheap where there is nothing to move.
+    /// Called in mid-round, between batches: may move what is pending out of buffers of the kernel
+    /// that can run full, and must not lose or report anything. Cheap where there is nothing to
+    /// move.
     fn drain_early(&mut self) -> Result<()> {
         Ok(())
     }

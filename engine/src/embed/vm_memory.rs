@@ -1,12 +1,13 @@
-//! Memory of a monitor that is built on vm-memory, as pageferry takes it. Behind the feature `vm-memory`.
+//! Memory of a monitor that is built on vm-memory, as pageferry takes it. Behind the feature
+//! `vm-memory`.
 //!
 //! ```text
 //!   GuestMemoryMmap --+-- guest_memory    the same files, mapped once more: what the lanes read and write
 //!                     +-- kvm_slots       the monitor's own mapping, as it registered it with KVM
 //! ```
 //!
-//! Both lay the regions end to end in the order of their guest addresses. A region's name, by which the other end knows
-//! it, is its guest address.
+//! Both lay the regions end to end in the order of their guest addresses. A region's name, by which
+//! the other end knows it, is its guest address.
 //!
 //! ```
 //! use pageferry::memory::rust_vmm::{guest_memory, kvm_slots};
@@ -48,7 +49,10 @@ pub fn guest_memory<B: Bitmap>(memory: &GuestMemoryMmap<B>, access: Access) -> R
     for region in memory.iter() {
         let (block, file) = block(region)?;
         if files.contains(&file) {
-            return Err(refused(region, "shares its file with another region: give each a file of its own"));
+            return Err(refused(
+                region,
+                "shares its file with another region: give each a file of its own",
+            ));
         }
         files.push(file);
         blocks.push(block);
@@ -56,8 +60,8 @@ pub fn guest_memory<B: Bitmap>(memory: &GuestMemoryMmap<B>, access: Access) -> R
     GuestMemory::map(blocks, access)
 }
 
-/// What KVM has of these regions, for [`crate::dirty::kvm::KvmSlots::new`]. `numbers` are the numbers under which the
-/// monitor has registered them, in the order of their guest addresses.
+/// What KVM has of these regions, for [`crate::dirty::kvm::KvmSlots::new`]. `numbers` are the
+/// numbers under which the monitor has registered them, in the order of their guest addresses.
 ///
 /// # Errors
 /// [`Error::Refused`] if a region is not whole pages, or there is no number for it.
@@ -70,10 +74,19 @@ pub fn kvm_slots<B: Bitmap>(
     for region in memory.iter() {
         check_whole(region, PAGE_BYTES)?;
         let slot = numbers.next().ok_or_else(|| {
-            refused(region, "has no number: name the slot of KVM under which each region is registered")
+            refused(
+                region,
+                "has no number: name the slot of KVM under which each region is registered",
+            )
         })?;
         let (guest_address, bytes) = (region.start_addr().raw_value(), region.len());
-        slots.push(KvmSlot { slot, guest_address, bytes, host_address: region.as_ptr() as u64, first_page });
+        slots.push(KvmSlot {
+            slot,
+            guest_address,
+            bytes,
+            host_address: region.as_ptr() as u64,
+            first_page,
+        });
         first_page += bytes / PAGE_BYTES;
     }
     Ok(slots)
@@ -119,7 +132,8 @@ fn block<B: Bitmap>(region: &GuestRegionMmap<B>) -> Result<(SlotSource, (u64, u6
     }
     let name = format!("{:#x}", region.start_addr().raw_value());
     let (bytes, process_address) = (region.len(), region.as_ptr() as u64);
-    let block = SlotSource { name, file, file_offset: 0, bytes, backing_page_bytes, process_address };
+    let block =
+        SlotSource { name, file, file_offset: 0, bytes, backing_page_bytes, process_address };
     Ok((block, (stat.st_dev, stat.st_ino)))
 }
 
@@ -160,11 +174,17 @@ mod tests {
         file.into()
     }
 
-    fn at(address: u64, bytes: usize, file: Option<FileOffset>) -> (GuestAddress, usize, Option<FileOffset>) {
+    fn at(
+        address: u64,
+        bytes: usize,
+        file: Option<FileOffset>,
+    ) -> (GuestAddress, usize, Option<FileOffset>) {
         (GuestAddress(address), bytes, file)
     }
 
-    fn mapped<const N: usize>(ranges: [(GuestAddress, usize, Option<FileOffset>); N]) -> GuestMemoryMmap {
+    fn mapped<const N: usize>(
+        ranges: [(GuestAddress, usize, Option<FileOffset>); N],
+    ) -> GuestMemoryMmap {
         GuestMemoryMmap::from_ranges_with_files(ranges).unwrap()
     }
 
@@ -205,7 +225,8 @@ mod tests {
         let private = GuestRegionMmap::new(private, GuestAddress(0x10_0000)).unwrap();
         let private = GuestMemoryMmap::from_regions(vec![private]).unwrap();
         let shared = file();
-        let twice = [at(0, BYTES, whole(shared.try_clone().unwrap())), at(0x10_0000, BYTES, whole(shared))];
+        let twice =
+            [at(0, BYTES, whole(shared.try_clone().unwrap())), at(0x10_0000, BYTES, whole(shared))];
         let cut = file();
         let short = mapped([at(0x10_0000, BYTES, whole(cut.try_clone().unwrap()))]);
         ftruncate(&cut, 4096).unwrap();

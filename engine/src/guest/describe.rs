@@ -39,7 +39,8 @@ pub struct BlockDescription {
     pub bytes: u64,
 }
 
-/// A block of guest memory that nobody writes, and that both ends have: an image that is mapped read-only.
+/// A block of guest memory that nobody writes, and that both ends have: an image that is mapped
+/// read-only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDescription {
     /// Name of the block.
@@ -68,7 +69,8 @@ pub struct GuestDescription {
     /// The blocks that are not moved because nobody writes them, in the order of their names.
     #[serde(deserialize_with = "bounded::list::<_, _, BLOCKS_MAX>")]
     pub images: Vec<ImageDescription>,
-    /// What only the monitor at the other end can compare, in a form of its own ([`DestinationGuest::admit`](super::DestinationGuest::admit)).
+    /// What only the monitor at the other end can compare, in a form of its own
+    /// ([`DestinationGuest::admit`](super::DestinationGuest::admit)).
     #[serde(deserialize_with = "bounded::list::<_, _, PLATFORM_BYTES_MAX>")]
     pub platform: Vec<u8>,
 }
@@ -76,11 +78,11 @@ pub struct GuestDescription {
 /// What the operator vouches for, where the engine cannot know.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vouched {
-    /// Move the guest although it has a device, netdev, object or block driver of this type: you know that it writes no
-    /// guest memory that the tracking does not see. May be given again.
+    /// Move the guest although it has a device, netdev, object or block driver of this type: you
+    /// know that it writes no guest memory that the tracking does not see. May be given again.
     pub devices: Vec<String>,
-    /// Move the guest although it has virtualization switched on under KVM: you know that it runs no guest of its own.
-    /// What the processor writes for one is not seen.
+    /// Move the guest although it has virtualization switched on under KVM: you know that it runs
+    /// no guest of its own. What the processor writes for one is not seen.
     #[serde(default)]
     pub no_nested_guest: bool,
 }

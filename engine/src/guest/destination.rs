@@ -14,8 +14,8 @@ pub trait DestinationGuest: Send {
     /// What it is; must equal the source's.
     fn describe(&self) -> GuestDescription;
 
-    /// Fails, naming the difference, if a guest of this description cannot run here although the rest of the
-    /// description is equal: its processor, above all. Touches nothing.
+    /// Fails, naming the difference, if a guest of this description cannot run here although the
+    /// rest of the description is equal: its processor, above all. Touches nothing.
     fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
         let _ = theirs;
         Ok(())
@@ -28,12 +28,14 @@ pub trait DestinationGuest: Send {
     /// A check, usable from anywhere, that whoever will run the guest still lives.
     fn liveness(&self) -> Liveness;
 
-    /// Whether every huge page of its memory was reserved when it was made, so that none can be missing later.
+    /// Whether every huge page of its memory was reserved when it was made, so that none can be
+    /// missing later.
     fn has_huge_pages_set_aside(&self) -> bool {
         true
     }
 
-    /// Maps pages of populated memory for the guest before it is here; `None` where that cannot be done.
+    /// Maps pages of populated memory for the guest before it is here; `None` where that cannot be
+    /// done.
     fn map_ahead(&self) -> Option<MapAhead> {
         None
     }
@@ -41,16 +43,17 @@ pub trait DestinationGuest: Send {
     /// Takes the device state from the first `len` bytes of `state`. All memory has arrived.
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()>;
 
-    /// Commit has come: from here on the guest must run here, if it ran before, even if this process dies.
+    /// Commit has come: from here on the guest must run here, if it ran before, even if this
+    /// process dies.
     fn seal(&mut self, was_running: bool) -> Result<()>;
 
-    /// Lets the vCPUs run, if they ran at the source. [`crate::Error::Unknown`] if it cannot be told whether
-    /// they do; any other error means that they do not.
+    /// Lets the vCPUs run, if they ran at the source. [`crate::Error::Unknown`] if it cannot be
+    /// told whether they do; any other error means that they do not.
     fn run(&mut self, was_running: bool) -> Result<()>;
 
-    /// Asked after [`Self::run`]: since when all of its vCPUs run; `None` while one does not. A busy guest may take the
-    /// processor from the thread that let it run: a monitor that notes when each vCPU enters the guest knows better than
-    /// the caller.
+    /// Asked after [`Self::run`]: since when all of its vCPUs run; `None` while one does not. A
+    /// busy guest may take the processor from the thread that let it run: a monitor that notes when
+    /// each vCPU enters the guest knows better than the caller.
     fn running_since(&self) -> Option<Instant> {
         Some(clock::now())
     }

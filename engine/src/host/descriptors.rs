@@ -1,9 +1,11 @@
-//! Whether this process may still open what it needs: out of descriptors halfway, nobody could even be told why.
+//! Whether this process may still open what it needs: out of descriptors halfway, nobody could even
+//! be told why.
 
 use crate::error::{Error, Result};
 use rustix::process::{Resource, getrlimit};
 
-/// What a receiver has besides lanes: sockets, QEMU's monitor and memory, pipes, a guardian, a few strangers.
+/// What a receiver has besides lanes: sockets, QEMU's monitor and memory, pipes, a guardian, a few
+/// strangers.
 pub const RECEIVER: u64 = 64;
 /// What a lane has at each end: its socket, its io_uring, an eventfd, and one to spare.
 pub const PER_LANE: u64 = 4;

@@ -1,7 +1,8 @@
 //! Which pages must be sent: one bit a page, one owner, no syscalls.
 //!
-//! A [`crate::dirty::DirtySource`] sets bits, the pump of a round takes them out as runs. After a failure
-//! nothing is given back: the next attempt follows writes anew and begins with every touched page.
+//! A [`crate::dirty::DirtySource`] sets bits, the pump of a round takes them out as runs. After a
+//! failure nothing is given back: the next attempt follows writes anew and begins with every
+//! touched page.
 
 use crate::memory::page::PageRun;
 
@@ -56,7 +57,8 @@ impl DirtyBitmap {
     pub fn insert(&mut self, run: PageRun) {
         self.set += self.change(run, |word, mask| {
             let added = mask & !*word;
-            // Often nothing is new, and counting bits takes a dozen instructions on the plainest x86-64.
+            // Often nothing is new, and counting bits takes a dozen instructions on the plainest
+            // x86-64.
             if added == 0 {
                 return 0;
             }
@@ -119,14 +121,20 @@ impl DirtyBitmap {
     #[must_use]
     pub fn next_gap(&self, from: u64, end: u64) -> Option<PageRun> {
         let first = self.next_bit(from, end, true)?;
-        Some(PageRun::between(first, self.next_bit(first, end, false).unwrap_or(end.min(self.pages))))
+        Some(PageRun::between(
+            first,
+            self.next_bit(first, end, false).unwrap_or(end.min(self.pages)),
+        ))
     }
 
     /// The first run of the set in `[from, end)`.
     #[must_use]
     pub fn next_run_within(&self, from: u64, end: u64) -> Option<PageRun> {
         let first = self.next_bit(from, end, false)?;
-        Some(PageRun::between(first, self.next_bit(first, end, true).unwrap_or(end.min(self.pages))))
+        Some(PageRun::between(
+            first,
+            self.next_bit(first, end, true).unwrap_or(end.min(self.pages)),
+        ))
     }
 
     /// Whether a page is in both sets, which range over the same pages.
@@ -136,7 +144,9 @@ impl DirtyBitmap {
     #[must_use]
     pub fn intersects(&self, other: &Self) -> bool {
         assert_eq!(self.pages, other.pages, "sets of pages of one guest");
-        !self.is_empty() && !other.is_empty() && self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
+        !self.is_empty()
+            && !other.is_empty()
+            && self.words.iter().zip(&other.words).any(|(a, b)| a & b != 0)
     }
 
     /// All runs in rising order, each at most `pages_max` long.
@@ -166,8 +176,8 @@ impl DirtyBitmap {
         (word != 0 && bit < end).then_some(bit)
     }
 
-    /// Calls `change` for each word that the run touches with the mask of its bits there. Returns how many
-    /// pages it says have changed.
+    /// Calls `change` for each word that the run touches with the mask of its bits there. Returns
+    /// how many pages it says have changed.
     #[inline]
     fn change(&mut self, run: PageRun, change: impl Fn(&mut u64, u64) -> u32) -> u64 {
         let (first, end) = (run.first.0, run.end());

@@ -9,10 +9,12 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 /// Bytes read at once: small enough to stay in a core's second-level cache.
 const CHUNK_BYTES: usize = 256 << 10;
 
-/// The wrapping sum of the XXH3-128 of every page that is not all zeros, seeded with its number. So a
-/// hole and a page of zeros count alike, and only touched pages are read. The guest must be stopped.
+/// The wrapping sum of the XXH3-128 of every page that is not all zeros, seeded with its number. So
+/// a hole and a page of zeros count alike, and only touched pages are read. The guest must be
+/// stopped.
 ///
-/// Fails if the hardware lost a page that was read before: what the other end holds of it cannot be compared any more.
+/// Fails if the hardware lost a page that was read before: what the other end holds of it cannot be
+/// compared any more.
 pub fn digest(memory: &GuestMemory) -> Result<u128> {
     let faults = memory.faults();
     let mut sum = 0u128;
@@ -25,7 +27,9 @@ pub fn digest(memory: &GuestMemory) -> Result<u128> {
             let len = (run.bytes() - done).min(CHUNK_BYTES as u64);
             let piece = &mut chunk[..len as usize];
             region.read((offset + done) as usize, piece)?;
-            for (page, bytes) in (run.first.0 + done / PAGE_BYTES..).zip(piece.chunks(PAGE_BYTES as usize)) {
+            for (page, bytes) in
+                (run.first.0 + done / PAGE_BYTES..).zip(piece.chunks(PAGE_BYTES as usize))
+            {
                 if bytes.iter().any(|b| *b != 0) {
                     sum = sum.wrapping_add(xxh3_128_with_seed(bytes, page));
                 }

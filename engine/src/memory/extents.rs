@@ -1,10 +1,11 @@
 //! What a memory file has, in short calls.
 //!
-//! `SEEK_HOLE` looks at every page up to the next hole, which may be the end of the file, and lets go
-//! of nothing meanwhile: of no processor (where the kernel is not built to be preempted), not of the
-//! file, whose holes a balloon cannot punch then. Of 6 GiB without a hole it took 60 ms, in which a
-//! guest that shared the processor was paused. So `cachestat` (Linux 6.5) counts the pages of a
-//! window first, which can be preempted, and `SEEK_HOLE` is asked only where it finds one there.
+//! `SEEK_HOLE` looks at every page up to the next hole, which may be the end of the file, and lets
+//! go of nothing meanwhile: of no processor (where the kernel is not built to be preempted), not of
+//! the file, whose holes a balloon cannot punch then. Of 6 GiB without a hole it took 60 ms, in
+//! which a guest that shared the processor was paused. So `cachestat` (Linux 6.5) counts the pages
+//! of a window first, which can be preempted, and `SEEK_HOLE` is asked only where it finds one
+//! there.
 
 use crate::memory::page::PAGE_BYTES;
 use rustix::fs::{SeekFrom, seek};
@@ -36,8 +37,8 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// The parts of this range that the file has, rising. What changes meanwhile may be told either way,
-/// and a hole that was punched meanwhile may be followed by more that are told as data.
+/// The parts of this range that the file has, rising. What changes meanwhile may be told either
+/// way, and a hole that was punched meanwhile may be followed by more that are told as data.
 pub(super) fn data_within(file: &File, range: Range<u64>) -> Result<Vec<Range<u64>>, Errno> {
     let mut found: Vec<Range<u64>> = Vec::new();
     let mut add = |part: Range<u64>| match found.last_mut() {
@@ -87,12 +88,15 @@ fn sought(
 
 /// How many pages of this range the file has; `None` where the kernel does not tell.
 fn count(file: &File, range: Range<u64>) -> Option<u64> {
-    let (asked, mut told) =
-        (CachestatRange { offset: range.start, len: range.end - range.start }, Cachestat::default());
-    // SAFETY: a descriptor that lives, and two structures of the kernel's layout, which it reads and
-    // fills.
-    let answer =
-        unsafe { libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const asked, &raw mut told, 0) };
+    let (asked, mut told) = (
+        CachestatRange { offset: range.start, len: range.end - range.start },
+        Cachestat::default(),
+    );
+    // SAFETY: a descriptor that lives, and two structures of the kernel's layout, which it reads
+    // and fills.
+    let answer = unsafe {
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), &raw const asked, &raw mut told, 0)
+    };
     (answer == 0).then_some(told.cached + told.evicted)
 }
 

@@ -1,8 +1,9 @@
 //! Which file a piece of memory lies in, and the lock that says whose it is.
 //!
-//! A memory file has a name that anybody may give to a second QEMU. So whoever holds a guest's memory locks its
-//! file: with a lock of the open file description (`F_OFD_SETLK`, fcntl(2)), which the kernel lifts when its holder
-//! dies, and which no other process inherits, as the descriptor closes on exec.
+//! A memory file has a name that anybody may give to a second QEMU. So whoever holds a guest's
+//! memory locks its file: with a lock of the open file description (`F_OFD_SETLK`, fcntl(2)), which
+//! the kernel lifts when its holder dies, and which no other process inherits, as the descriptor
+//! closes on exec.
 
 use crate::error::{Error, Result};
 use rustix::fs::fstat;
@@ -38,7 +39,8 @@ impl FileId {
         Ok(Self { device: stat.st_dev, inode: stat.st_ino })
     }
 
-    /// Whether a line of `/proc/PID/maps` with this device (major, minor) and inode is a mapping of it.
+    /// Whether a line of `/proc/PID/maps` with this device (major, minor) and inode is a mapping of
+    /// it.
     #[must_use]
     pub fn is_mapped_as(&self, device: (u64, u64), inode: u64) -> bool {
         let (major, minor) = (rustix::fs::major(self.device), rustix::fs::minor(self.device));
@@ -54,16 +56,22 @@ pub struct FileLock {
 }
 
 impl FileLock {
-    /// Locks the file at this path (`/proc/PID/fd/N` will do), through an open file description of its own. `None` if
-    /// another process holds it.
+    /// Locks the file at this path (`/proc/PID/fd/N` will do), through an open file description of
+    /// its own. `None` if another process holds it.
     ///
-    /// A file that this process may read and not write gets a lock that others may share. It keeps everybody from
-    /// the exclusive one, which a receiver asks for before it writes.
+    /// A file that this process may read and not write gets a lock that others may share. It keeps
+    /// everybody from the exclusive one, which a receiver asks for before it writes.
     pub fn take(path: &Path) -> Result<Option<Self>> {
-        let failed = |e: std::io::Error| Error::os(format!("locking the memory file {}", path.display()), e);
+        let failed =
+            |e: std::io::Error| Error::os(format!("locking the memory file {}", path.display()), e);
         let (file, kind) = match File::options().read(true).write(true).open(path) {
             Ok(file) => (file, libc::F_WRLCK),
-            Err(e) if matches!(e.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
                 (File::open(path).map_err(failed)?, libc::F_RDLCK)
             }
             Err(e) => return Err(failed(e)),
@@ -82,12 +90,13 @@ impl FileLock {
         self.id
     }
 
-    /// Whether anybody else has the file open, in whatever process, container or user's name: the kernel grants a
-    /// write lease (`F_SETLEASE`, fcntl(2)) only to who has it open alone. `None` where it grants none to us.
+    /// Whether anybody else has the file open, in whatever process, container or user's name: the
+    /// kernel grants a write lease (`F_SETLEASE`, fcntl(2)) only to who has it open alone. `None`
+    /// where it grants none to us.
     #[must_use]
     pub fn is_open_elsewhere(&self) -> Option<bool> {
-        // Who opens the file in these microseconds waits for the lease's end, and we are sent a signal for it: not
-        // SIGIO, which would end this process, but one that is ignored.
+        // Who opens the file in these microseconds waits for the lease's end, and we are sent a
+        // signal for it: not SIGIO, which would end this process, but one that is ignored.
         fcntl(&self.file, F_SETSIG, libc::SIGURG).ok()?;
         match fcntl(&self.file, libc::F_SETLEASE, libc::F_WRLCK) {
             Ok(()) => {
@@ -139,7 +148,8 @@ mod tests {
         (directory, path)
     }
 
-    /// Tests beside this one start processes, which have our descriptors until they are another program.
+    /// Tests beside this one start processes, which have our descriptors until they are another
+    /// program.
     fn soon(path: &Path) -> Option<FileLock> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {

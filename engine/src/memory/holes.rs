@@ -1,5 +1,5 @@
-//! Pages that may have been taken away from the guest: by a balloon, free page reporting, virtio-mem. No dirty source
-//! reports that.
+//! Pages that may have been taken away from the guest: by a balloon, free page reporting,
+//! virtio-mem. No dirty source reports that.
 //!
 //! Asking the file costs some 14 ms a GiB, as it looks at every page that is there; and it does not
 //! tell of a page that was freed and is back: whoever touches a hole makes a page there, and a mere
@@ -48,7 +48,8 @@ use std::os::unix::fs::FileExt;
 pub struct Freed {
     /// Those that are holes in their file.
     pub holes: DirtyBitmap,
-    /// Those that may have been holes and are there now: what they hold may be another thing than what was read here.
+    /// Those that may have been holes and are there now: what they hold may be another thing than
+    /// what was read here.
     pub back: DirtyBitmap,
     /// What the witness does not map, whether or not it was asked for.
     unmapped: Vec<PageRun>,
@@ -140,8 +141,9 @@ impl Witness {
         };
         let run = |part: Range<u64>| {
             let index = ranges.iter().position(|range| range.contains(&part.start))?;
-            let page =
-                |address: u64| memory.slots[index].first_page + (address - ranges[index].start) / PAGE_BYTES;
+            let page = |address: u64| {
+                memory.slots[index].first_page + (address - ranges[index].start) / PAGE_BYTES
+            };
             Some(PageRun::between(page(part.start), page(part.end)))
         };
         Ok(unmapped.into_iter().filter_map(run).collect())
@@ -150,7 +152,12 @@ impl Witness {
 
 impl GuestMemory {
     /// Adds the holes of a run within one slot.
-    fn holes_within(&self, run: PageRun, holes: &mut DirtyBitmap, huge: &mut HugeFiles) -> Result<()> {
+    fn holes_within(
+        &self,
+        run: PageRun,
+        holes: &mut DirtyBitmap,
+        huge: &mut HugeFiles,
+    ) -> Result<()> {
         let (index, offset) = self.locate(run.first.0);
         let slot = &self.slots[index];
         if slot.backing_page_bytes != PAGE_BYTES {
@@ -181,7 +188,10 @@ impl MemorySlot {
 
     /// The pages of a part of its file.
     pub(super) fn pages_of(&self, part: &Range<u64>) -> PageRun {
-        PageRun::between(self.first_page + part.start / PAGE_BYTES, self.first_page + part.end / PAGE_BYTES)
+        PageRun::between(
+            self.first_page + part.start / PAGE_BYTES,
+            self.first_page + part.end / PAGE_BYTES,
+        )
     }
 }
 
@@ -216,8 +226,8 @@ fn holes_between(run: PageRun, data: impl Iterator<Item = PageRun>, holes: &mut 
     }
 }
 
-/// The same for huge pages that the kernel does not tell of: a page that reads as zeros is as good as a hole, and reading
-/// the file, unlike reading a mapping, allocates nothing.
+/// The same for huge pages that the kernel does not tell of: a page that reads as zeros is as good
+/// as a hole, and reading the file, unlike reading a mapping, allocates nothing.
 fn zeros_within(slot: &MemorySlot, run: PageRun, holes: &mut DirtyBitmap) -> Result<()> {
     let mut bytes = [0; PAGE_BYTES as usize];
     for page in run.first.0..run.end() {
@@ -302,20 +312,27 @@ mod tests {
         // What was given back and is there again is no hole.
         memory.slots()[0].region().write(offset as usize, &[2]).unwrap();
         let freed = witness.look(&memory, &sent).unwrap();
-        assert_eq!(listed(&freed.holes), [3, 31, 32, 58, 59], "not page 60 and above, which were never sent");
+        assert_eq!(
+            listed(&freed.holes),
+            [3, 31, 32, 58, 59],
+            "not page 60 and above, which were never sent"
+        );
         assert_eq!(listed(&freed.back), [4]);
     }
 
-    /// The file is asked about nothing that is mapped: it takes the walk, not the look at every page.
+    /// The file is asked about nothing that is mapped: it takes the walk, not the look at every
+    /// page.
     #[test]
     fn a_page_that_is_there_but_was_not_noted_is_no_hole() {
         let (memory, _files) = memory(16);
-        let freed = Witness::new(&memory).unwrap().look(&memory, &set(&memory, &[(0, 32)])).unwrap();
+        let freed =
+            Witness::new(&memory).unwrap().look(&memory, &set(&memory, &[(0, 32)])).unwrap();
         assert!(freed.holes.is_empty());
         assert_eq!(freed.back.count(), 32, "it may have been one");
     }
 
-    /// As where a guest reads memory that it gave back: the kernel makes a page of zeros there, and no dirty source tells.
+    /// As where a guest reads memory that it gave back: the kernel makes a page of zeros there, and
+    /// no dirty source tells.
     #[test]
     fn a_page_that_was_freed_and_only_read_since_is_back_until_it_is_noted_again() {
         let (memory, files) = memory(16);
@@ -352,7 +369,8 @@ mod tests {
         assert_eq!(witness.look(&memory, &set(&memory, &[(0, 128)])).unwrap().back, others);
     }
 
-    /// hugetlbfs calls all of a file data. Nothing may be allocated by looking, and the pool may be empty.
+    /// hugetlbfs calls all of a file data. Nothing may be allocated by looking, and the pool may be
+    /// empty.
     #[test]
     fn holes_among_huge_pages_are_found_and_not_filled() {
         const HUGE: u64 = 512;
@@ -373,7 +391,8 @@ mod tests {
         };
         let memory = GuestMemory::map_unreserved(vec![slot], Access::Write).unwrap();
         let huge = |first: u64, end: u64| PageRun::between(first * HUGE, end * HUGE);
-        let there = || rustix::fs::fstat(&file).unwrap().st_blocks as u64 * 512 / (HUGE * PAGE_BYTES);
+        let there =
+            || rustix::fs::fstat(&file).unwrap().st_blocks as u64 * 512 / (HUGE * PAGE_BYTES);
         for page in [0, 1, 2, 5, 6] {
             memory.slots()[0].region().write((page * HUGE * PAGE_BYTES) as usize, &[1]).unwrap();
         }

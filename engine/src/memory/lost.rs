@@ -1,8 +1,10 @@
-//! Pages of guest memory that this host cannot read any more: found, named, and what becomes of them.
+//! Pages of guest memory that this host cannot read any more: found, named, and what becomes of
+//! them.
 //!
-//! Hardware loses a page (the kernel calls it poisoned), or somebody cuts the memory file. Our mapping shows zeros in
-//! the place of such a page and remembers it ([`MemoryRegion::lost`](pageferry_transport::MemoryRegion::lost)); nothing
-//! that was read counts before [`GuestMemory::check_readable`] has said so.
+//! Hardware loses a page (the kernel calls it poisoned), or somebody cuts the memory file. Our
+//! mapping shows zeros in the place of such a page and remembers it
+//! ([`MemoryRegion::lost`](pageferry_transport::MemoryRegion::lost)); nothing that was read counts
+//! before [`GuestMemory::check_readable`] has said so.
 //!
 //! | lost | the source | the destination |
 //! | --- | --- | --- |
@@ -89,13 +91,14 @@ impl MemorySlot {
 }
 
 impl GuestMemory {
-    /// Maps what was lost from its file again: it may be another page by now. Before a migration, when nobody uses the
-    /// mappings.
+    /// Maps what was lost from its file again: it may be another page by now. Before a migration,
+    /// when nobody uses the mappings.
     pub fn look_again(&self) -> Result<()> {
         self.slots.iter().try_for_each(|slot| Ok(slot.region.look_at_all_again()?))
     }
 
-    /// The same for lost pages that were written since: the guest's process has put another page there.
+    /// The same for lost pages that were written since: the guest's process has put another page
+    /// there.
     pub(crate) fn look_again_at(&self, written: &DirtyBitmap) -> Result<()> {
         for slot in self.slots.iter().filter(|slot| slot.region.faults() > 0) {
             for lost in slot.region.lost() {
@@ -109,7 +112,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// How often a page could not be read so far. Unchanged means that everything read in between was there.
+    /// How often a page could not be read so far. Unchanged means that everything read in between
+    /// was there.
     #[must_use]
     pub fn faults(&self) -> usize {
         self.slots.iter().map(|slot| slot.region.faults()).sum()
@@ -120,13 +124,18 @@ impl GuestMemory {
     pub fn lost_pages(&self) -> Vec<LostPage> {
         let of = |slot: &MemorySlot| -> Vec<_> {
             let poisoned = |lost: &Lost| lost.loss == Loss::Poisoned;
-            slot.region.lost().iter().filter(|lost| poisoned(lost)).map(|lost| slot.named(lost)).collect()
+            slot.region
+                .lost()
+                .iter()
+                .filter(|lost| poisoned(lost))
+                .map(|lost| slot.named(lost))
+                .collect()
         };
         self.slots.iter().flat_map(of).collect()
     }
 
-    /// Fails, naming them, if pages could not be read, unless the hardware lost them and they may go as zeros. Costs
-    /// nothing where none was lost.
+    /// Fails, naming them, if pages could not be read, unless the hardware lost them and they may
+    /// go as zeros. Costs nothing where none was lost.
     pub fn check_readable(&self, poisoned: Poisoned) -> Result<()> {
         if self.faults() == 0 {
             return Ok(());
@@ -186,7 +195,10 @@ mod tests {
         ftruncate(&file, 8 * PAGE_BYTES).unwrap();
         let cut = |result: Result<()>| {
             let text = result.unwrap_err().chain();
-            assert!(text.contains("memory block pc.ram was cut to 0x8000 of 0x10000 bytes"), "{text}");
+            assert!(
+                text.contains("memory block pc.ram was cut to 0x8000 of 0x10000 bytes"),
+                "{text}"
+            );
         };
         cut(memory.touched().map(drop));
         cut(memory.check_sizes());
@@ -200,9 +212,13 @@ mod tests {
 
     #[test]
     fn many_pages_are_named_by_the_first_of_them() {
-        let page = |offset| LostPage { block: "ram".into(), offset, bytes: 4096, guest_physical: None };
+        let page =
+            |offset| LostPage { block: "ram".into(), offset, bytes: 4096, guest_physical: None };
         assert_eq!(name(&[page(0x1000)]), "ram at 0x1000");
         let pages: Vec<_> = (0..6).map(|page_number| page(page_number * 4096)).collect();
-        assert_eq!(name(&pages), "ram at 0x0, ram at 0x1000, ram at 0x2000, ram at 0x3000 and 2 more");
+        assert_eq!(
+            name(&pages),
+            "ram at 0x0, ram at 0x1000, ram at 0x2000, ram at 0x3000 and 2 more"
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! Whether somebody has opened a memory file since: who maps a file must open it first, and inotify(7) tells of that
-//! also when the file is closed again.
+//! Whether somebody has opened a memory file since: who maps a file must open it first, and
+//! inotify(7) tells of that also when the file is closed again.
 
 use super::GuestMemory;
 use crate::error::{Error, Result};
@@ -11,14 +11,16 @@ use std::os::fd::AsRawFd;
 /// Room for some hundred events, which are as long as their header.
 const EVENTS_BYTES: usize = 4096;
 
-/// Watches the files of a guest's memory. This process must not open one of them by name itself meanwhile.
+/// Watches the files of a guest's memory. This process must not open one of them by name itself
+/// meanwhile.
 #[derive(Debug)]
 pub struct OpenWatch(OwnedFd);
 
 impl OpenWatch {
     /// From now on.
     pub fn of(memory: &GuestMemory) -> Result<Self> {
-        let watching = |e: Errno| Error::os("watching the memory files (fs.inotify.max_user_instances?)", e);
+        let watching =
+            |e: Errno| Error::os("watching the memory files (fs.inotify.max_user_instances?)", e);
         let inotify = init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(watching)?;
         for slot in memory.slots() {
             let file = slot.file()?;

@@ -1,8 +1,9 @@
 //! Page frame numbers and runs of them.
 //!
-//! The engine sees guest memory as one line of pages: the slots of [`crate::memory::GuestMemory`] laid
-//! end to end in their order. A [`Pfn`] counts 4 KiB pages on that line; it is not a guest-physical
-//! address (QEMU's memory below and above 4 GiB, say, is one slot without the hole between).
+//! The engine sees guest memory as one line of pages: the slots of [`crate::memory::GuestMemory`]
+//! laid end to end in their order. A [`Pfn`] counts 4 KiB pages on that line; it is not a
+//! guest-physical address (QEMU's memory below and above 4 GiB, say, is one slot without the hole
+//! between).
 
 /// Bytes of one page, the unit of dirty tracking. Huge pages are runs of these.
 pub const PAGE_BYTES: u64 = 4096;

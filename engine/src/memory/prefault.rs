@@ -1,9 +1,10 @@
 //! Has the kernel allocate and map destination memory ahead of the data.
 //!
 //! The first touch of a page costs more than the copy into it. So threads walk the pages that will
-//! come, in the order in which they will come, and populate them; the lanes find them ready, or fault
-//! them in themselves where they are faster. What is populated is then mapped for the guest, where its hypervisor
-//! can do that ahead ([`MapAhead`]): else each of its pages costs it a fault after it has come.
+//! come, in the order in which they will come, and populate them; the lanes find them ready, or
+//! fault them in themselves where they are faster. What is populated is then mapped for the guest,
+//! where its hypervisor can do that ahead ([`MapAhead`]): else each of its pages costs it a fault
+//! after it has come.
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -15,7 +16,8 @@ use std::thread::JoinHandle;
 /// Pages populated by one call: long enough to be cheap, short enough to end soon when asked.
 const PIECE_PAGES: u64 = 1024;
 
-/// Pages mapped for the guest by one call. Whoever loads the guest's state may wait for one: some 50 us on hardware.
+/// Pages mapped for the guest by one call. Whoever loads the guest's state may wait for one: some
+/// 50 us on hardware.
 const MAPPED_PAGES: u64 = 64;
 
 /// Populating threads; stopped and joined on drop.
@@ -62,8 +64,13 @@ impl Pieces {
 }
 
 impl Prefault {
-    /// Starts to populate what is not yet there of these runs, in their order, and then to `map` all of them.
-    pub fn start(memory: Arc<GuestMemory>, runs: &[PageRun], map: Option<MapAhead>) -> Result<Self> {
+    /// Starts to populate what is not yet there of these runs, in their order, and then to `map`
+    /// all of them.
+    pub fn start(
+        memory: Arc<GuestMemory>,
+        runs: &[PageRun],
+        map: Option<MapAhead>,
+    ) -> Result<Self> {
         let to_map = if map.is_some() { runs } else { &[] };
         let shared = Arc::new(Shared {
             to_populate: Pieces::of(&memory, &memory.unmapped(runs)),
@@ -102,7 +109,12 @@ impl Prefault {
 
     /// Fails if there is no memory for the guest.
     pub fn check(&self) -> Result<()> {
-        self.shared.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+        self.shared
+            .failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .map_or(Ok(()), Err)
     }
 }
 
@@ -113,12 +125,14 @@ impl Shared {
             let region = self.memory.slots()[slot].region();
             if let Err(e) = region.populate(offset as usize, piece.bytes() as usize) {
                 tracing::debug!(error = %e, "prefault");
-                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(Error::Guest(format!(
-                    "no memory for the guest on this host: its block {} cannot be populated (is the file system behind it, a \
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(Error::Guest(
+                    format!(
+                        "no memory for the guest on this host: its block {} cannot be populated (is the file system behind it, a \
                      pool of huge pages, or a memory cgroup full?): {}",
-                    self.memory.slots()[slot].name,
-                    Error::from(e).chain()
-                )));
+                        self.memory.slots()[slot].name,
+                        Error::from(e).chain()
+                    ),
+                ));
                 return;
             }
         }
@@ -151,5 +165,6 @@ impl Drop for Prefault {
     }
 }
 
-/// Maps a run of pages, within one slot, for a guest that does not run yet. An error means that it need not be tried again.
+/// Maps a run of pages, within one slot, for a guest that does not run yet. An error means that it
+/// need not be tried again.
 pub type MapAhead = Arc<dyn Fn(PageRun) -> Result<()> + Send + Sync>;

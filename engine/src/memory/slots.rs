@@ -44,10 +44,13 @@ impl MemorySlot {
 
     /// Another descriptor of its file, for who maps it a second time.
     pub fn file(&self) -> Result<File> {
-        self.file.try_clone().map_err(|e| Error::os(format!("keeping the file of {}", self.name), e))
+        self.file
+            .try_clone()
+            .map_err(|e| Error::os(format!("keeping the file of {}", self.name), e))
     }
 
-    /// Whether it maps this very block: the same part of the same file, for the same addresses of the guest's process.
+    /// Whether it maps this very block: the same part of the same file, for the same addresses of
+    /// the guest's process.
     fn is_of(&self, block: &SlotSource) -> Result<bool> {
         Ok(self.name == block.name
             && self.region.len() as u64 == block.bytes
@@ -101,8 +104,8 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Maps every block, in this order. Huge pages are reserved for all of them. No guest may run in these mappings: a page that the host lost reads as zeros in
-    /// them ([`lost`]).
+    /// Maps every block, in this order. Huge pages are reserved for all of them. No guest may run
+    /// in these mappings: a page that the host lost reads as zeros in them ([`lost`]).
     pub fn map(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
         Self::map_by(blocks, access, MemoryRegion::map_guarded)
     }
@@ -200,9 +203,10 @@ impl GuestMemory {
         (index, (pfn - self.slots[index].first_page) * PAGE_BYTES)
     }
 
-    /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`; of huge pages, those that their file has);
-    /// the rest is a hole and reads as zeros. Reading a hole through a mapping would allocate it, so nobody should.
-    /// Where a file of huge pages cannot be asked, all of it counts as touched.
+    /// Every run of pages that was ever touched (`SEEK_DATA` and `SEEK_HOLE`; of huge pages, those
+    /// that their file has); the rest is a hole and reads as zeros. Reading a hole through a
+    /// mapping would allocate it, so nobody should. Where a file of huge pages cannot be asked, all
+    /// of it counts as touched.
     pub fn touched(&self) -> Result<Vec<PageRun>> {
         let mut runs = Vec::new();
         for slot in &self.slots {
@@ -220,9 +224,9 @@ impl GuestMemory {
         Ok(runs)
     }
 
-    /// Makes all of it read as zeros, maps what is allocated already, and returns how many pages were not
-    /// zero. For a destination ahead of a migration: then a page of zeros need not be sent, memory that was
-    /// allocated ahead stays so, and the lanes find it mapped.
+    /// Makes all of it read as zeros, maps what is allocated already, and returns how many pages
+    /// were not zero. For a destination ahead of a migration: then a page of zeros need not be
+    /// sent, memory that was allocated ahead stays so, and the lanes find it mapped.
     pub fn make_zero(&self) -> Result<u64> {
         let mut zeroed = 0;
         let mut mapped = DirtyBitmap::new(self.pages);
@@ -245,7 +249,8 @@ impl GuestMemory {
         Ok(zeroed)
     }
 
-    /// To be called once all of it is allocated and mapped, and still zeros: nothing is left to be done ahead of the data.
+    /// To be called once all of it is allocated and mapped, and still zeros: nothing is left to be
+    /// done ahead of the data.
     pub fn note_mapped(&self) {
         let mut mapped = DirtyBitmap::new(self.pages);
         mapped.insert(PageRun::between(0, self.pages));
@@ -290,8 +295,13 @@ impl GuestMemory {
     fn punch(&self, run: PageRun) -> Result<()> {
         let (index, offset) = self.locate(run.first.0);
         let slot = &self.slots[index];
-        fallocate(&slot.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, run.bytes())
-            .map_err(|e| Error::os(format!("punching a hole into {}", slot.name), e))
+        fallocate(
+            &slot.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            run.bytes(),
+        )
+        .map_err(|e| Error::os(format!("punching a hole into {}", slot.name), e))
     }
 }
 

@@ -9,8 +9,8 @@
 //!                                                     the page
 //! ```
 //!
-//! Registering 2 MiB of untouched memory takes longer than copying a few pages. Both regions are registered ahead.
-//! On a link that registers nothing no page ever goes this way.
+//! Registering 2 MiB of untouched memory takes longer than copying a few pages. Both regions are
+//! registered ahead. On a link that registers nothing no page ever goes this way.
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -20,8 +20,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Size of the region. A guest touches no more between the last look and the pause, in some milliseconds, unless it
-/// allocates gigabytes a second; copying all of it at both ends takes a few milliseconds.
+/// Size of the region. A guest touches no more between the last look and the pause, in some
+/// milliseconds, unless it allocates gigabytes a second; copying all of it at both ends takes a few
+/// milliseconds.
 pub const STAGING_BYTES: usize = 8 << 20;
 
 const SLOTS: u32 = (STAGING_BYTES as u64 / PAGE_BYTES) as u32;
@@ -56,8 +57,8 @@ impl Staging {
         (&self.local, self.remote)
     }
 
-    /// Copies as many pages of the run as there is room for, and returns how many and where in the region they are.
-    /// A page that comes again gets a new slot, so that none is written twice.
+    /// Copies as many pages of the run as there is room for, and returns how many and where in the
+    /// region they are. A page that comes again gets a new slot, so that none is written twice.
     pub fn take(&mut self, memory: &GuestMemory, run: PageRun) -> Result<(u64, Range<usize>)> {
         let count = run.count.min(u64::from(SLOTS - self.used));
         let begin = u64::from(self.used) * PAGE_BYTES;

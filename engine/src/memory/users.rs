@@ -1,4 +1,5 @@
-//! Which processes map a file: found in `/proc/PID/maps` of every process that this one may look at.
+//! Which processes map a file: found in `/proc/PID/maps` of every process that this one may look
+//! at.
 
 use super::file::FileId;
 use crate::host::maps::Mapping;
@@ -27,8 +28,8 @@ impl std::fmt::Display for User {
     }
 }
 
-/// The processes that map one of these files, but for those that `ours` knows. Processes that this one may not look
-/// at (another user's, or of another pid namespace) are not among them.
+/// The processes that map one of these files, but for those that `ours` knows. Processes that this
+/// one may not look at (another user's, or of another pid namespace) are not among them.
 #[must_use]
 pub fn of(files: &[FileId], ours: impl Fn(u32) -> bool) -> Vec<User> {
     let mut users = Vec::new();
@@ -108,11 +109,15 @@ mod tests {
         ftruncate(&file, 4096).unwrap();
         let id = FileId::of(&file).unwrap();
         let me = std::process::id();
-        // Tests beside this one start processes, which share this one's memory until they are another program.
+        // Tests beside this one start processes, which share this one's memory until they are
+        // another program.
         let found = || of(&[id], |pid| pid != me && descends(pid, me));
         assert!(found().is_empty(), "open is not mapped");
         let region = MemoryRegion::map_shared(file.as_fd(), 0, 4096, Access::Read).unwrap();
-        assert_eq!(found().iter().map(|user| (user.pid, user.file)).collect::<Vec<_>>(), [(me, id)]);
+        assert_eq!(
+            found().iter().map(|user| (user.pid, user.file)).collect::<Vec<_>>(),
+            [(me, id)]
+        );
         assert!(of(&[id], |pid| descends(pid, me)).is_empty());
         drop(region);
         assert!(found().is_empty());

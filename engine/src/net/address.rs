@@ -28,13 +28,16 @@ impl Address {
         Ok(Self::resolve_all(text)?.remove(0))
     }
 
-    /// The same with all addresses that a name has, at least one, in the order in which they are to be tried.
+    /// The same with all addresses that a name has, at least one, in the order in which they are to
+    /// be tried.
     ///
     /// # Errors
     /// [`Error::Refused`], with the remedy.
     pub fn resolve_all(text: &str) -> Result<Vec<Self>> {
         match text.strip_prefix(UNIX) {
-            Some("") => return Err(Error::refused(format!("{text}: the path is missing after {UNIX}"))),
+            Some("") => {
+                return Err(Error::refused(format!("{text}: the path is missing after {UNIX}")));
+            }
             Some(path) => return Ok(vec![Self::Unix(path.into())]),
             None => {}
         }
@@ -42,7 +45,8 @@ impl Address {
             return Ok(vec![Self::Tcp(scoped)]);
         }
         let resolved = text.to_socket_addrs().map_err(|e| not_an_address(text, &e))?;
-        let addresses: Vec<Self> = eyeballs::in_turns(resolved).into_iter().map(Self::Tcp).collect();
+        let addresses: Vec<Self> =
+            eyeballs::in_turns(resolved).into_iter().map(Self::Tcp).collect();
         if addresses.is_empty() {
             return Err(Error::refused(format!("{text}: the name has no address")));
         }
@@ -87,8 +91,8 @@ fn not_an_address(text: &str, why: &dyn fmt::Display) -> Error {
     ))
 }
 
-/// An IPv6 address with the interface on which it is meant, `[fe80::1%eth0]:7600`, by name or by number.
-/// None if it is anything else.
+/// An IPv6 address with the interface on which it is meant, `[fe80::1%eth0]:7600`, by name or by
+/// number. None if it is anything else.
 fn parse_scoped(text: &str) -> Result<Option<SocketAddr>> {
     let Some((ip, rest)) = text.strip_prefix('[').and_then(|text| text.split_once('%')) else {
         return Ok(None);

@@ -46,7 +46,8 @@ impl LinkChoice {
     }
 }
 
-/// Before lanes are opened, at either end: fails, with the fix, if this process cannot have so many.
+/// Before lanes are opened, at either end: fails, with the fix, if this process cannot have so
+/// many.
 pub fn check_lanes(lanes: u8) -> Result<()> {
     descriptors::ensure(descriptors::PER_LANE * u64::from(lanes), &format!("{lanes} lanes"))
 }
@@ -67,6 +68,7 @@ pub(crate) fn why_not(error: pageferry_transport::Error) -> String {
     }
 }
 
-/// For all lanes to be connected by RDMA: milliseconds on a live path, but the connection manager repeats a
-/// lost request only after 4.2 s (`cma_response_timeout`), and a link that has just come up loses some.
+/// For all lanes to be connected by RDMA: milliseconds on a live path, but the connection manager
+/// repeats a lost request only after 4.2 s (`cma_response_timeout`), and a link that has just come
+/// up loses some.
 pub(crate) const CONNECT_MAX: Duration = Duration::from_secs(15);

@@ -9,9 +9,9 @@ use std::io;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// One connection of a session: first its preamble goes over it, then control messages; or it becomes a
-/// lane. Every wait ends at its deadline with [`io::ErrorKind::TimedOut`]; a deadline that has passed only
-/// looks.
+/// One connection of a session: first its preamble goes over it, then control messages; or it
+/// becomes a lane. Every wait ends at its deadline with [`io::ErrorKind::TimedOut`]; a deadline
+/// that has passed only looks.
 pub trait Connection: Debug + Send {
     /// Takes some of what the peer has sent; zero once it has closed.
     fn read(&mut self, buffer: &mut [u8], deadline: Instant) -> io::Result<usize>;
@@ -31,7 +31,10 @@ pub trait Connection: Debug + Send {
     }
 
     /// The source's end of a link, from this lane and those that follow it.
-    fn into_initiator(self: Box<Self>, rest: Vec<Box<dyn Connection>>) -> Result<Box<dyn Initiator>>;
+    fn into_initiator(
+        self: Box<Self>,
+        rest: Vec<Box<dyn Connection>>,
+    ) -> Result<Box<dyn Initiator>>;
 
     /// The destination's end of a link, from this lane and those that follow it.
     fn into_target(self: Box<Self>, rest: Vec<Box<dyn Connection>>) -> Result<Box<dyn Target>>;
@@ -64,9 +67,15 @@ pub trait Network: Debug + Send + Sync {
     /// Opens one, within this time.
     fn connect(&self, to: &Address, within: Duration) -> Result<Box<dyn Connection>>;
 
-    /// Opens one to whichever of these addresses can be reached, within this time for all of them. Says which.
-    fn connect_first(&self, to: &[Address], within: Duration) -> Result<(Box<dyn Connection>, Address)> {
-        let (last, others) = to.split_last().ok_or_else(|| Error::refused("there is no address"))?;
+    /// Opens one to whichever of these addresses can be reached, within this time for all of them.
+    /// Says which.
+    fn connect_first(
+        &self,
+        to: &[Address],
+        within: Duration,
+    ) -> Result<(Box<dyn Connection>, Address)> {
+        let (last, others) =
+            to.split_last().ok_or_else(|| Error::refused("there is no address"))?;
         for address in others {
             if let Ok(connection) = self.connect(address, within) {
                 return Ok((connection, address.clone()));

@@ -9,14 +9,22 @@ use pageferry_transport::preamble::{Preamble, Role, Token};
 use std::io::ErrorKind;
 
 /// Opens one connection of a session and says what it is for.
-pub(crate) fn dial(network: &dyn Network, to: &Address, preamble: Preamble) -> Result<Box<dyn Connection>> {
+pub(crate) fn dial(
+    network: &dyn Network,
+    to: &Address,
+    preamble: Preamble,
+) -> Result<Box<dyn Connection>> {
     let mut connection = network.connect(to, SETUP_MAX)?;
     greet(connection.as_mut(), to, preamble)?;
     Ok(connection)
 }
 
 /// Says what a connection is for.
-pub(crate) fn greet(connection: &mut dyn Connection, to: &Address, preamble: Preamble) -> Result<()> {
+pub(crate) fn greet(
+    connection: &mut dyn Connection,
+    to: &Address,
+    preamble: Preamble,
+) -> Result<()> {
     let (bytes, deadline) = (preamble.encode(), clock::now() + SETUP_MAX);
     let mut rest = bytes.as_slice();
     while !rest.is_empty() {

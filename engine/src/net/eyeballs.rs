@@ -1,5 +1,5 @@
-//! The connection to a name that has several addresses: whichever answers first, in the order and at the pace
-//! of RFC 8305 ("happy eyeballs").
+//! The connection to a name that has several addresses: whichever answers first, in the order and
+//! at the pace of RFC 8305 ("happy eyeballs").
 
 use super::Address;
 use crate::error::{Error, Result};
@@ -8,12 +8,12 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// Between the beginnings of two attempts while none has failed: the RFC's recommended Connection Attempt
-/// Delay.
+/// Between the beginnings of two attempts while none has failed: the RFC's recommended Connection
+/// Attempt Delay.
 const ATTEMPT_EVERY: Duration = Duration::from_millis(250);
 
-/// The order in which addresses are tried: the resolver's, but the families take turns, so that one that
-/// leads nowhere costs a single attempt.
+/// The order in which addresses are tried: the resolver's, but the families take turns, so that one
+/// that leads nowhere costs a single attempt.
 pub(super) fn in_turns(addresses: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
     let mut families: [VecDeque<SocketAddr>; 2] = Default::default();
     let mut first = None;
@@ -150,6 +150,9 @@ mod tests {
         let begun = Instant::now();
         let error = connect_first(&all, Duration::from_millis(300), connect).unwrap_err().chain();
         assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
-        assert!(error.contains("10.0.0.1:1 refuses") && error.contains("1 of 2 addresses"), "{error}");
+        assert!(
+            error.contains("10.0.0.1:1 refuses") && error.contains("1 of 2 addresses"),
+            "{error}"
+        );
     }
 }

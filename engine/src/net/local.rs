@@ -1,12 +1,14 @@
-//! Connections within this host by a socket in its file system (`unix:PATH`): for moves within a host, and
-//! for tunnels that end in such a socket. The kernel says who is at the other end.
+//! Connections within this host by a socket in its file system (`unix:PATH`): for moves within a
+//! host, and for tunnels that end in such a socket. The kernel says who is at the other end.
 
 use super::socket::SocketConnection;
 use super::{Address, Connection, Listener};
 use crate::error::{Error, Result};
 use rustix::fs::{FileType, FlockOperation, Mode, flock};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, sockopt};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, sockopt,
+};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,8 +17,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long another receiver, or a tidier of temporary files, may hold the lock on a directory. Receivers hold it
-/// for a few system calls.
+/// How long another receiver, or a tidier of temporary files, may hold the lock on a directory.
+/// Receivers hold it for a few system calls.
 const LOCK_MAX: Duration = Duration::from_secs(5);
 const LOCK_EVERY: Duration = Duration::from_millis(5);
 /// Connections that may wait to be accepted: all lanes of a session, and more than come otherwise.
@@ -43,8 +45,12 @@ pub(super) fn connect_to(path: &Path, within: Duration) -> Result<SocketConnecti
 }
 
 fn socket() -> io::Result<OwnedFd> {
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
     Ok(socket)
 }
 
@@ -59,17 +65,20 @@ pub struct LocalListening {
 }
 
 impl LocalListening {
-    /// Starts to listen at this path. A socket that is left there and that nobody listens at is replaced.
+    /// Starts to listen at this path. A socket that is left there and that nobody listens at is
+    /// replaced.
     ///
     /// # Errors
     /// [`Error::Refused`] if the path cannot be had.
     pub fn bind(path: &Path) -> Result<Self> {
         let refused = |e: &dyn std::fmt::Display| {
             let at = path.display();
-            Error::refused(format!("cannot listen on unix:{at}: {e}; choose another path with --listen"))
+            Error::refused(format!(
+                "cannot listen on unix:{at}: {e}; choose another path with --listen"
+            ))
         };
-        // From bind(2) to listen(2) a socket refuses connections just as one that is left behind: others look there
-        // only when it listens.
+        // From bind(2) to listen(2) a socket refuses connections just as one that is left behind:
+        // others look there only when it listens.
         let locked = lock_directory(path);
         let listener = match listen_at(path) {
             Err(e) if e.raw_os_error() == Some(Errno::ADDRINUSE.raw_os_error()) => {
@@ -98,10 +107,11 @@ fn which(path: &Path) -> Option<(u64, u64)> {
     Some((found.dev(), found.ino()))
 }
 
-/// Locks the directory of this path against other receivers that look for what is left behind there. Nothing stays
-/// behind of such a lock, as a file would.
+/// Locks the directory of this path against other receivers that look for what is left behind
+/// there. Nothing stays behind of such a lock, as a file would.
 fn lock_directory(path: &Path) -> io::Result<File> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory =
+        path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let locked = File::open(directory)?;
     let deadline = Instant::now() + LOCK_MAX;
     loop {
@@ -117,15 +127,16 @@ fn lock_directory(path: &Path) -> io::Result<File> {
 
 fn listen_at(path: &Path) -> io::Result<UnixListener> {
     let socket = socket()?;
-    // The file gets the mode that the socket has, less the umask: it is this user's from its first moment on.
+    // The file gets the mode that the socket has, less the umask: it is this user's from its first
+    // moment on.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 
-/// Removes the socket at this path if its listener is gone; nothing else. Only who has locked the directory knows
-/// that it is not another receiver's that listens in the next moment.
+/// Removes the socket at this path if its listener is gone; nothing else. Only who has locked the
+/// directory knows that it is not another receiver's that listens in the next moment.
 fn remove_left_behind(path: &Path, locked: &io::Result<File>) -> io::Result<()> {
     let found = rustix::fs::lstat(path)?;
     if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
@@ -163,7 +174,8 @@ mod tests {
     use std::sync::Barrier;
 
     fn path(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("pageferry-local-{name}-{}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("pageferry-local-{name}-{}", std::process::id()));
         let _ = std::fs::remove_file(&path);
         path
     }
@@ -198,7 +210,8 @@ mod tests {
         assert!(refused(Path::new("/nowhere/at/all"), "cannot listen"));
     }
 
-    /// Each finds what is left behind, or a socket of another that does not listen yet: none takes that away.
+    /// Each finds what is left behind, or a socket of another that does not listen yet: none takes
+    /// that away.
     #[test]
     fn of_many_that_want_the_same_path_at_once_one_has_it() {
         const AT_ONCE: usize = 8;

@@ -40,7 +40,11 @@ impl Network for System {
         Ok(Box::new(connection))
     }
 
-    fn connect_first(&self, to: &[Address], within: Duration) -> Result<(Box<dyn Connection>, Address)> {
+    fn connect_first(
+        &self,
+        to: &[Address],
+        within: Duration,
+    ) -> Result<(Box<dyn Connection>, Address)> {
         let system = *self;
         eyeballs::connect_first(to, within, move |to, within| system.connect(to, within))
     }

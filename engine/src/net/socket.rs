@@ -43,7 +43,8 @@ impl SocketConnection {
     fn wait(&self, what: PollFlags, deadline: Instant) -> io::Result<bool> {
         loop {
             let wait = deadline.saturating_duration_since(clock::now());
-            let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+            let wait =
+                Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
             match poll(&mut [PollFd::new(&self.socket, what)], Some(&wait)) {
                 Ok(ready) => return Ok(ready > 0),
                 Err(rustix::io::Errno::INTR) if clock::now() < deadline => {}
@@ -106,7 +107,8 @@ impl Connection for SocketConnection {
     }
 
     fn local_ip(&self) -> io::Result<Option<IpAddr>> {
-        // Who listens on [::] is reached at an IPv4 address too, which nothing but TCP knows in that form.
+        // Who listens on [::] is reached at an IPv4 address too, which nothing but TCP knows in
+        // that form.
         Ok(self.ends.map(|(local, _)| local.ip().to_canonical()))
     }
 
@@ -117,7 +119,10 @@ impl Connection for SocketConnection {
         }
     }
 
-    fn into_initiator(self: Box<Self>, rest: Vec<Box<dyn Connection>>) -> Result<Box<dyn Initiator>> {
+    fn into_initiator(
+        self: Box<Self>,
+        rest: Vec<Box<dyn Connection>>,
+    ) -> Result<Box<dyn Initiator>> {
         Ok(Box::new(TcpInitiator::new(sockets(self, rest)?, TcpOptions::default())?))
     }
 

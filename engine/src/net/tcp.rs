@@ -7,9 +7,9 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-/// Connections that may wait to be accepted, as far as the kernel grants it (`net.core.somaxconn`, 4096 by
-/// default). Where too many wait, the kernel drops a source's first packet, which is sent again only after
-/// a second, then three, then seven.
+/// Connections that may wait to be accepted, as far as the kernel grants it (`net.core.somaxconn`,
+/// 4096 by default). Where too many wait, the kernel drops a source's first packet, which is sent
+/// again only after a second, then three, then seven.
 const BACKLOG: i32 = 4096;
 
 /// Connects to this address.
@@ -17,7 +17,8 @@ pub(super) fn connect(to: SocketAddr, within: Duration) -> Result<SocketConnecti
     let stream = TcpStream::connect_timeout(&to, within).map_err(|e| {
         Error::os(format!("connecting to {to} (is `pageferry receive` listening there, and does a firewall let it through?)"), e)
     })?;
-    SocketConnection::tcp(stream).map_err(|e| Error::os(format!("setting up the connection to {to}"), e))
+    SocketConnection::tcp(stream)
+        .map_err(|e| Error::os(format!("setting up the connection to {to}"), e))
 }
 
 /// A listening socket.
@@ -41,7 +42,8 @@ impl TcpListening {
         // The standard library asks for 128.
         rustix::net::listen(&listener, BACKLOG)
             .map_err(|e| Error::os(format!("listening on {at} with a long queue"), e))?;
-        let address = listener.local_addr().map_err(|e| Error::os("asking for the listening address", e))?;
+        let address =
+            listener.local_addr().map_err(|e| Error::os("asking for the listening address", e))?;
         Ok(Self { listener, address: address.into() })
     }
 }

@@ -1,9 +1,10 @@
 //! When to switch over: a pure function of what was measured.
 //!
-//! After each round the engine knows how many pages the guest has written meanwhile (the remaining).
-//! Either they are few enough that pausing now keeps the downtime below the user's limit, or another
-//! round is worth it because rounds still shrink, or they do not shrink any more and somebody has to
-//! decide. Nothing here does I/O, so that the same code can be simulated and property-tested.
+//! After each round the engine knows how many pages the guest has written meanwhile (the
+//! remaining). Either they are few enough that pausing now keeps the downtime below the user's
+//! limit, or another round is worth it because rounds still shrink, or they do not shrink any more
+//! and somebody has to decide. Nothing here does I/O, so that the same code can be simulated and
+//! property-tested.
 
 mod prediction;
 
@@ -11,7 +12,8 @@ pub use prediction::{Estimator, Expected, Finished, Observation, predict_downtim
 
 use crate::memory::page::PAGE_BYTES;
 
-/// A round must leave less than this share of the best remaining dirty pages so far to count as progress.
+/// A round must leave less than this share of the best remaining dirty pages so far to count as
+/// progress.
 const PROGRESS_SHARE: f64 = 0.9;
 
 /// Rounds in a row without progress before the policy calls it stuck. Single rounds vary with what
@@ -146,8 +148,8 @@ mod tests {
         let mut remaining = working_set_pages;
         for round in 0.. {
             let seconds = (remaining * PAGE_BYTES) as f64 / bandwidth + 0.001;
-            remaining =
-                ((dirty_bytes_per_second * seconds / PAGE_BYTES as f64) as u64).min(working_set_pages);
+            remaining = ((dirty_bytes_per_second * seconds / PAGE_BYTES as f64) as u64)
+                .min(working_set_pages);
             match policy.decide(&seen(round, remaining, bandwidth)) {
                 Decision::Iterate => {}
                 decision => return (round, decision),
@@ -158,28 +160,33 @@ mod tests {
 
     #[test]
     fn a_guest_slower_than_the_link_converges() {
-        let (rounds, decision) = run(1e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
+        let (rounds, decision) =
+            run(1e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
         assert_eq!(decision, Decision::SwitchOver);
         assert!(rounds < 8, "{rounds} rounds");
     }
 
     #[test]
     fn a_guest_faster_than_the_link_is_given_up_with_the_mend() {
-        let (_, decision) = run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
+        let (_, decision) =
+            run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Abort)));
         let Decision::GiveUp(reason) = decision else { panic!("{decision:?}") };
         assert!(reason.contains("--downtime-max") && reason.contains("--when-stuck"), "{reason}");
     }
 
     #[test]
     fn or_switched_over_if_the_user_says_so() {
-        let (_, decision) = run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Switchover)));
+        let (_, decision) =
+            run(4e9, 3e9, 262_144, &mut Policy::new(limits(10_000, WhenStuck::Switchover)));
         assert_eq!(decision, Decision::SwitchOver);
     }
 
     #[test]
     fn a_limit_below_the_floor_is_named_as_such() {
         let (_, decision) = run(0.0, 3e9, 1000, &mut Policy::new(limits(1_000, WhenStuck::Abort)));
-        assert!(matches!(decision, Decision::GiveUp(reason) if reason.contains("cannot be reached")));
+        assert!(
+            matches!(decision, Decision::GiveUp(reason) if reason.contains("cannot be reached"))
+        );
     }
 
     #[test]
@@ -199,11 +206,14 @@ mod tests {
         assert_eq!((large.bytes_per_second, large.fixed.sync_us), (409.6e6, 6500));
         let small = estimator.observe(&finished(1000, 9), &expected);
         assert_eq!((small.bytes_per_second, small.fixed.sync_us), (409.6e6, 6500));
-        assert_eq!(Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second, 500e6);
+        assert_eq!(
+            Estimator::default().observe(&finished(0, 1), &expected).bytes_per_second,
+            500e6
+        );
     }
 
-    /// A guest of which much was set aside and little is written: its first round is long, and the later ones are too small
-    /// to measure anything.
+    /// A guest of which much was set aside and little is written: its first round is long, and the
+    /// later ones are too small to measure anything.
     #[test]
     fn the_look_at_memory_of_zeros_is_not_taken_for_a_slow_link() {
         let mut estimator = Estimator::default();
@@ -218,7 +228,8 @@ mod tests {
             remaining_pages: 500,
         };
         assert_eq!(estimator.observe(&finished, &expected).bytes_per_second, 409.6e6);
-        (finished.round, finished.pages, finished.elapsed, finished.looking) = (1, 500, ms(5), ms(1));
+        (finished.round, finished.pages, finished.elapsed, finished.looking) =
+            (1, 500, ms(5), ms(1));
         let seen = estimator.observe(&finished, &expected);
         assert!(predict_downtime_us(&seen) <= 10_000, "{}", predict_downtime_us(&seen));
     }

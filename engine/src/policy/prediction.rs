@@ -10,8 +10,8 @@ const BYTES_PER_SECOND_GUESS: f64 = 500e6;
 /// A round below this size measures latency, not bandwidth.
 const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 4 << 20;
 
-/// A message and its answer on the control connection take no longer than this many of the shortest round. More than
-/// one, as the control connection may be slower to answer than the lanes.
+/// A message and its answer on the control connection take no longer than this many of the shortest
+/// round. More than one, as the control connection may be slower to answer than the lanes.
 const ROUNDS_OF_A_ROUND_TRIP: u64 = 4;
 
 /// Harvests in a downtime: before and after the save.
@@ -43,8 +43,8 @@ pub struct Finished {
     pub pages: u64,
     /// From the first post to the fence's completion.
     pub elapsed: Duration,
-    /// Of that, how long the link waited while memory was looked through that holds little to be sent: memory that was set
-    /// aside, and never written.
+    /// Of that, how long the link waited while memory was looked through that holds little to be
+    /// sent: memory that was set aside, and never written.
     pub looking: Duration,
     /// The sync after it.
     pub sync: Duration,
@@ -59,8 +59,8 @@ pub struct Expected {
     pub state_bytes: u64,
     /// Round trip of the control connection, in microseconds.
     pub round_trip_us: u64,
-    /// As the guest's monitor knows them. The syncs are measured here; `sync_us` is what comes beside them: the
-    /// look for holes.
+    /// As the guest's monitor knows them. The syncs are measured here; `sync_us` is what comes
+    /// beside them: the look for holes.
     pub fixed: FixedCosts,
 }
 
@@ -84,8 +84,8 @@ impl Estimator {
         // The shortest so far: a sync costs what scanning all memory costs, and longer only where
         // this thread had to wait for a core.
         self.sync_us = self.sync_us.min(finished.sync.as_micros() as u64);
-        // A round has a round trip in it: a connection that lost its first packet, or a thread that waited for a core
-        // while it connected, is forgotten.
+        // A round has a round trip in it: a connection that lost its first packet, or a thread that
+        // waited for a core while it connected, is forgotten.
         self.round_us_min = self.round_us_min.min(finished.elapsed.as_micros() as u64);
         let bytes = finished.pages * PAGE_BYTES;
         if bytes >= BANDWIDTH_SAMPLE_BYTES_MIN {
@@ -108,12 +108,12 @@ impl Estimator {
     }
 }
 
-/// The downtime if the guest were paused now, in microseconds:
-/// pause + sync + max(remaining dirty pages / bandwidth, save) + state / bandwidth + round trips + load + resume.
+/// The downtime if the guest were paused now, in microseconds: pause + sync + max(remaining dirty
+/// pages / bandwidth, save) + state / bandwidth + round trips + load + resume.
 #[must_use]
 pub fn predict_downtime_us(seen: &Observation) -> u64 {
-    // Two and a half: the fence with Prepare out and Ready back, Commit out and Running back, and the
-    // lanes' own acknowledgement under way.
+    // Two and a half: the fence with Prepare out and Ready back, Commit out and Running back, and
+    // the lanes' own acknowledgement under way.
     const ROUND_TRIPS: f64 = 2.5;
     let per_byte_us = 1e6 / seen.bytes_per_second.max(1.0);
     let push_us = (seen.remaining_pages * PAGE_BYTES) as f64 * per_byte_us;

@@ -1,5 +1,6 @@
-//! Lists and strings of a message, refused while they are decoded if they are longer than any honest peer
-//! makes them. A length that a stranger names reserves nothing: memory grows with the bytes that have come.
+//! Lists and strings of a message, refused while they are decoded if they are longer than any
+//! honest peer makes them. A length that a stranger names reserves nothing: memory grows with the
+//! bytes that have come.
 
 use serde::de::{Deserializer, Error, SeqAccess, Visitor};
 use serde::{Deserialize, de};
@@ -105,6 +106,9 @@ mod tests {
 
     #[test]
     fn a_cut_leaves_whole_characters() {
-        assert_eq!([cut("äöü", 3), cut("äöü", 4), cut("äöü", 99), cut("ä", 0)], ["ä", "äö", "äöü", ""]);
+        assert_eq!(
+            [cut("äöü", 3), cut("äöü", 4), cut("äöü", 99), cut("ä", 0)],
+            ["ä", "äö", "äöü", ""]
+        );
     }
 }

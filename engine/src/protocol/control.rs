@@ -1,5 +1,5 @@
-//! Framing of control messages: a length (u32, little endian) and a postcard body, both bounded, and
-//! every read and write with a deadline.
+//! Framing of control messages: a length (u32, little endian) and a postcard body, both bounded,
+//! and every read and write with a deadline.
 
 use super::bounded::cut;
 use super::message::{Abort, Cause, Message, REASON_BYTES_MAX};
@@ -10,11 +10,13 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Longest body of any message but an Offer: of what anybody may say first, above all. The largest of them are
-/// the Hello of a guest with hundreds of memory blocks and a Prepare with all staged pages, some 30 KiB.
+/// Longest body of any message but an Offer: of what anybody may say first, above all. The largest
+/// of them are the Hello of a guest with hundreds of memory blocks and a Prepare with all staged
+/// pages, some 30 KiB.
 pub const BODY_BYTES_MAX: usize = 64 << 10;
 
-/// Longest body of an Offer, which a session's source alone may send: that of a fragmented guest has a few MiB.
+/// Longest body of an Offer, which a session's source alone may send: that of a fragmented guest
+/// has a few MiB.
 pub const OFFER_BYTES_MAX: usize = 8 << 20;
 
 /// How often a watched wait looks up.
@@ -33,9 +35,14 @@ pub struct Control {
 pub fn encode(message: &Message) -> Result<Vec<u8>> {
     let body = postcard::to_stdvec(message)
         .map_err(|e| Error::Protocol(format!("{} cannot be encoded: {e}", message.name())))?;
-    let bytes_max = if matches!(message, Message::Offer(_)) { OFFER_BYTES_MAX } else { BODY_BYTES_MAX };
+    let bytes_max =
+        if matches!(message, Message::Offer(_)) { OFFER_BYTES_MAX } else { BODY_BYTES_MAX };
     if body.len() > bytes_max {
-        return Err(Error::Protocol(format!("{} of {} bytes is too long", message.name(), body.len())));
+        return Err(Error::Protocol(format!(
+            "{} of {} bytes is too long",
+            message.name(),
+            body.len()
+        )));
     }
     let mut frame = Vec::with_capacity(4 + body.len());
     frame.extend_from_slice(&u32::try_from(body.len()).expect("bounded above").to_le_bytes());
@@ -47,9 +54,9 @@ pub fn encode(message: &Message) -> Result<Vec<u8>> {
 pub(crate) fn body_bytes(length: [u8; 4], bytes_max: usize, expected: &str) -> Result<usize> {
     match u32::from_le_bytes(length) as usize {
         length if length <= bytes_max => Ok(length),
-        length => {
-            Err(Error::Protocol(format!("a control message of {length} bytes while {expected} was expected")))
-        }
+        length => Err(Error::Protocol(format!(
+            "a control message of {length} bytes while {expected} was expected"
+        ))),
     }
 }
 
@@ -78,7 +85,8 @@ impl Control {
         self.messages
     }
 
-    /// Whether a message was begun here and not received to its end, so that nothing can be received any more.
+    /// Whether a message was begun here and not received to its end, so that nothing can be
+    /// received any more.
     #[must_use]
     pub fn is_torn(&self) -> bool {
         self.torn
@@ -153,7 +161,9 @@ impl Control {
         while !self.readable(WATCH_EVERY.min(deadline.saturating_duration_since(clock::now())))? {
             watch()?;
             if clock::now() >= deadline {
-                return Err(Error::Timeout { what: format!("waiting for {expected} from the peer") });
+                return Err(Error::Timeout {
+                    what: format!("waiting for {expected} from the peer"),
+                });
             }
         }
         self.receive(expected, deadline)
@@ -168,11 +178,21 @@ impl Control {
         }
     }
 
-    fn read_exact(&mut self, mut buffer: &mut [u8], expected: &'static str, deadline: Instant) -> Result<()> {
+    fn read_exact(
+        &mut self,
+        mut buffer: &mut [u8],
+        expected: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
         let what = || format!("waiting for {expected} from the peer");
         while !buffer.is_empty() {
             match self.connection.read(buffer, deadline) {
-                Ok(0) => return Err(Error::os(what(), std::io::Error::from(ErrorKind::ConnectionAborted))),
+                Ok(0) => {
+                    return Err(Error::os(
+                        what(),
+                        std::io::Error::from(ErrorKind::ConnectionAborted),
+                    ));
+                }
                 Ok(n) => {
                     self.torn = true;
                     buffer = &mut buffer[n..];
@@ -186,7 +206,11 @@ impl Control {
 }
 
 fn timeout_or(error: std::io::Error, what: String) -> Error {
-    if error.kind() == ErrorKind::TimedOut { Error::Timeout { what } } else { Error::os(what, error) }
+    if error.kind() == ErrorKind::TimedOut {
+        Error::Timeout { what }
+    } else {
+        Error::os(what, error)
+    }
 }
 
 #[cfg(test)]
@@ -207,7 +231,10 @@ mod tests {
                 monitor: "qemu".into(),
                 machine,
                 vcpus,
-                blocks: blocks.into_iter().map(|(name, bytes)| BlockDescription { name, bytes }).collect(),
+                blocks: blocks
+                    .into_iter()
+                    .map(|(name, bytes)| BlockDescription { name, bytes })
+                    .collect(),
                 images: images.into_iter().map(image).collect(),
                 platform,
             },
@@ -219,18 +246,32 @@ mod tests {
     }
 
     fn rdma() -> impl Strategy<Value = RdmaAnswer> {
-        prop_oneof![any::<u16>().prop_map(RdmaAnswer::Port), any::<String>().prop_map(RdmaAnswer::No)]
+        prop_oneof![
+            any::<u16>().prop_map(RdmaAnswer::Port),
+            any::<String>().prop_map(RdmaAnswer::No)
+        ]
     }
 
     fn cause() -> impl Strategy<Value = Cause> {
-        prop_oneof![Just(Cause::Refused), Just(Cause::Busy), Just(Cause::Lanes), Just(Cause::Failed)]
+        prop_oneof![
+            Just(Cause::Refused),
+            Just(Cause::Busy),
+            Just(Cause::Lanes),
+            Just(Cause::Failed)
+        ]
     }
 
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
             (any::<u8>(), guest(), any::<u64>(), any::<bool>()).prop_map(
                 |(lanes, guest, state_bytes_max, rdma)| {
-                    Message::Hello(Hello { software: "x".into(), lanes, guest, state_bytes_max, rdma })
+                    Message::Hello(Hello {
+                        software: "x".into(),
+                        lanes,
+                        guest,
+                        state_bytes_max,
+                        rdma,
+                    })
                 }
             ),
             (any::<([u8; 16], u8)>(), rdma()).prop_map(|((token, lanes), rdma)| {
@@ -240,22 +281,24 @@ mod tests {
                 let lanes = if rdma { Lanes::Rdma } else { Lanes::Tcp };
                 Message::Offer(Offer { touched, verify, lanes })
             }),
-            (prop::collection::vec(exposed(), 0..4), exposed(), exposed())
-                .prop_map(|(slots, state, staging)| Message::Accept(Accept { slots, state, staging })),
+            (prop::collection::vec(exposed(), 0..4), exposed(), exposed()).prop_map(
+                |(slots, state, staging)| Message::Accept(Accept { slots, state, staging })
+            ),
             any::<(u32, u64, bool, Vec<(u64, u32)>, Option<u128>)>().prop_map(
                 |(fence, state_bytes, was_running, staged, digest)| {
                     Message::Prepare(Prepare { fence, state_bytes, was_running, staged, digest })
                 }
             ),
-            any::<(u64, u64, u64)>().prop_map(|(load_us, fence_us, verify_us)| Message::Ready(Ready {
-                load_us,
-                fence_us,
-                verify_us
-            })),
+            any::<(u64, u64, u64)>().prop_map(|(load_us, fence_us, verify_us)| Message::Ready(
+                Ready { load_us, fence_us, verify_us }
+            )),
             Just(Message::Commit),
-            any::<(u64, u64)>()
-                .prop_map(|(resume_us, running_us)| Message::Running(Running { resume_us, running_us })),
-            (any::<String>(), cause()).prop_map(|(reason, cause)| Message::Abort(Abort { reason, cause })),
+            any::<(u64, u64)>().prop_map(|(resume_us, running_us)| Message::Running(Running {
+                resume_us,
+                running_us
+            })),
+            (any::<String>(), cause())
+                .prop_map(|(reason, cause)| Message::Abort(Abort { reason, cause })),
         ]
     }
 
@@ -306,7 +349,13 @@ mod tests {
             images: Vec::new(),
             platform: Vec::new(),
         };
-        Message::Hello(Hello { software: String::new(), lanes: 1, guest, state_bytes_max: 0, rdma: false })
+        Message::Hello(Hello {
+            software: String::new(),
+            lanes: 1,
+            guest,
+            state_bytes_max: 0,
+            rdma: false,
+        })
     }
 
     #[test]
@@ -320,7 +369,11 @@ mod tests {
             raw.write_all(&u32::try_from(length).unwrap().to_le_bytes()).unwrap();
             let mut receive = |wait| {
                 let deadline = Instant::now() + wait;
-                if offer { theirs.receive_offer(deadline) } else { theirs.receive("Hello", deadline) }
+                if offer {
+                    theirs.receive_offer(deadline)
+                } else {
+                    theirs.receive("Hello", deadline)
+                }
             };
             if refused {
                 let error = receive(Duration::from_secs(10)).unwrap_err();
@@ -350,8 +403,9 @@ mod tests {
         let Message::Hello(hello) = &mut dimms else { unreachable!("it is one") };
         hello.guest.platform = vec![0xff; crate::guest::PLATFORM_BYTES_MAX];
         assert_eq!(decode(&encode(&dimms).unwrap()[4..]).unwrap(), dimms);
-        let staged =
-            (0..crate::memory::staging::STAGED_PAGES_MAX as u64).map(|i| (u64::MAX - i, u32::MAX)).collect();
+        let staged = (0..crate::memory::staging::STAGED_PAGES_MAX as u64)
+            .map(|i| (u64::MAX - i, u32::MAX))
+            .collect();
         let prepare = Message::Prepare(Prepare {
             fence: u32::MAX,
             state_bytes: u64::MAX,

@@ -42,8 +42,8 @@ pub enum Message {
     Commit,
     /// It runs at the destination.
     Running(Running),
-    /// The side that says it gives up. From the destination, unless it is a refusal, it is a promise that
-    /// the guest does not run there and never will.
+    /// The side that says it gives up. From the destination, unless it is a refusal, it is a
+    /// promise that the guest does not run there and never will.
     Abort(Abort),
 }
 
@@ -190,7 +190,8 @@ pub enum Cause {
 }
 
 impl Message {
-    /// Cuts and escapes what the peer wrote for people. What is compared (the guest's description) stays as it is.
+    /// Cuts and escapes what the peer wrote for people. What is compared (the guest's description)
+    /// stays as it is.
     pub(super) fn escape_words(&mut self) {
         match self {
             Self::Hello(hello) => hello.software = text::name(&hello.software),
@@ -242,12 +243,16 @@ impl Offer {
 
     /// The runs, checked against a memory of `pages` pages.
     pub fn runs(&self, pages: u64) -> Result<Vec<PageRun>> {
-        let wrong = || Error::Protocol(format!("an Offer of pages beyond the {pages} of this guest"));
+        let wrong =
+            || Error::Protocol(format!("an Offer of pages beyond the {pages} of this guest"));
         let mut runs = Vec::with_capacity(self.touched.len());
         let mut at = 0u64;
         for &(gap, count) in &self.touched {
             let first = at.checked_add(gap).ok_or_else(wrong)?;
-            let end = first.checked_add(count).filter(|end| *end <= pages && count > 0).ok_or_else(wrong)?;
+            let end = first
+                .checked_add(count)
+                .filter(|end| *end <= pages && count > 0)
+                .ok_or_else(wrong)?;
             runs.push(PageRun::between(first, end));
             at = end;
         }
@@ -312,8 +317,9 @@ impl Welcome {
 impl Accept {
     /// The regions, checked against the memory that is to go there.
     pub fn check(&self, slot_bytes: &[u64], state_bytes_max: u64) -> Result<()> {
-        let sized =
-            |region: &Exposed, bytes: u64| region.bytes == bytes && region.base.checked_add(bytes).is_some();
+        let sized = |region: &Exposed, bytes: u64| {
+            region.bytes == bytes && region.base.checked_add(bytes).is_some()
+        };
         let slots = self.slots.len() == slot_bytes.len()
             && self.slots.iter().zip(slot_bytes).all(|(r, b)| sized(r, *b));
         if slots
@@ -322,7 +328,9 @@ impl Accept {
         {
             Ok(())
         } else {
-            Err(Error::Protocol("an Accept whose regions are not those of the offered memory".into()))
+            Err(Error::Protocol(
+                "an Accept whose regions are not those of the offered memory".into(),
+            ))
         }
     }
 }

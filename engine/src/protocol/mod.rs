@@ -30,6 +30,7 @@ pub mod refusal;
 
 pub use control::Control;
 pub use message::{
-    Abort, Accept, Cause, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running, Welcome,
+    Abort, Accept, Cause, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running,
+    Welcome,
 };
 pub use phase::{DestinationEvent, DestinationPhase, SourceEvent, SourcePhase};

@@ -13,9 +13,9 @@
 //! ```
 //!
 //! Two rules carry everything. The source resumes only while Commit is unsent, or when the
-//! destination itself has said that it discarded its copy. The destination runs the guest only after
-//! Commit, and once it has said or decided `Discarded` it never does. A loss of the connection alone
-//! therefore changes nothing after Commit: the source asks again on a new one.
+//! destination itself has said that it discarded its copy. The destination runs the guest only
+//! after Commit, and once it has said or decided `Discarded` it never does. A loss of the
+//! connection alone therefore changes nothing after Commit: the source asks again on a new one.
 //!
 //! `crash` is the death of the supervisor; the guardian process (QEMU) then acts as the table says.
 //! A crash of the whole host is worse than that on its own side only: a guest that is gone with its
@@ -65,9 +65,10 @@ impl SourcePhase {
         match (self, event) {
             (Self::Copying, E::Pause) => Self::Paused,
             (Self::Paused, E::CommitSent) => Self::Committed,
-            (Self::Copying | Self::Paused, E::Failed | E::AbortReceived | E::GivenUp | E::Crash) => {
-                Self::Resumed
-            }
+            (
+                Self::Copying | Self::Paused,
+                E::Failed | E::AbortReceived | E::GivenUp | E::Crash,
+            ) => Self::Resumed,
             (Self::Committed, E::RunningReceived) => Self::Ended,
             (Self::Committed, E::AbortReceived) => Self::Resumed,
             (Self::Committed, E::GivenUp | E::Crash) => Self::Unknown,
@@ -121,8 +122,11 @@ impl DestinationPhase {
         use DestinationEvent as E;
         match (self, event) {
             (Self::Filling, E::Loaded) => Self::Loaded,
-            (Self::Filling, E::AbortReceived | E::Failed | E::Deadline | E::Crash) => Self::Discarded,
-            // A lost connection is not a reason to discard: the source may have sent Commit into it.
+            (Self::Filling, E::AbortReceived | E::Failed | E::Deadline | E::Crash) => {
+                Self::Discarded
+            }
+            // A lost connection is not a reason to discard: the source may have sent Commit into
+            // it.
             (Self::Loaded, E::AbortReceived | E::Deadline | E::Crash) => Self::Discarded,
             (Self::Loaded, E::CommitReceived) => Self::Owner,
             (Self::Owner, E::RunFailed) => Self::Discarded,
@@ -223,7 +227,10 @@ mod tests {
 
         fn destination_on(&mut self, event: DestinationEvent) {
             self.destination = self.destination.on(event);
-            if self.destination == DestinationPhase::Discarded && self.destination_alive && self.connected {
+            if self.destination == DestinationPhase::Discarded
+                && self.destination_alive
+                && self.connected
+            {
                 self.to_source.push(Wire::Abort);
             }
         }
@@ -277,7 +284,9 @@ mod tests {
                         Wire::Commit => unreachable!("the destination never sends Commit"),
                     }
                 }
-                Step::DeliverToDestination if self.destination_alive && !self.to_destination.is_empty() => {
+                Step::DeliverToDestination
+                    if self.destination_alive && !self.to_destination.is_empty() =>
+                {
                     match self.to_destination.remove(0) {
                         Wire::Commit => {
                             self.destination_on(DestinationEvent::CommitReceived);
@@ -309,7 +318,8 @@ mod tests {
 
         /// Never two; and never none, unless the source says that it does not know.
         fn check(&self, trace: &[Step]) {
-            let running = usize::from(self.source.may_run()) + usize::from(self.destination.may_run());
+            let running =
+                usize::from(self.source.may_run()) + usize::from(self.destination.may_run());
             assert!(
                 running <= 1,
                 "two guests run: {:?} and {:?} after {trace:?}",
@@ -346,8 +356,8 @@ mod tests {
         #[test]
         fn no_interleaving_of_faults_runs_two_guests_or_loses_the_only_one(steps in prop::collection::vec(step(), 0..60)) {
             let mut world = World::new();
-            // A guest that has run cannot be declared never to have run: RunFailed comes only in place
-            // of Running, which the test below is about.
+            // A guest that has run cannot be declared never to have run: RunFailed comes only in
+            // place of Running, which the test below is about.
             let steps: Vec<_> = steps.into_iter().filter(|s| !matches!(s, Step::DestinationRunFails)).collect();
             for (i, step) in steps.iter().enumerate() {
                 world.take(*step);

@@ -1,10 +1,11 @@
-//! Lets a test hold a migration in a chosen stage, so that it can kill, cut or freeze something just
-//! there. The binary that is tested is the binary that is shipped: this costs one look at a variable.
+//! Lets a test hold a migration in a chosen stage, so that it can kill, cut or freeze something
+//! just there. The binary that is tested is the binary that is shipped: this costs one look at a
+//! variable.
 //!
-//! `PAGEFERRY_HOLD=rounds:2000,loaded:9000:/tmp/held` sleeps so many milliseconds when the named point is
-//! reached, or only until the file that is named behind them is gone, and says so on stderr. Points:
-//! `setup`, `rounds`, `armed`, `pausing`, `switchover`, `sealed`, `committed`, `resumed`, `moved`
-//! (source); `room`, `filling`, `loaded`, `owner` (destination).
+//! `PAGEFERRY_HOLD=rounds:2000,loaded:9000:/tmp/held` sleeps so many milliseconds when the named
+//! point is reached, or only until the file that is named behind them is gone, and says so on
+//! stderr. Points: `setup`, `rounds`, `armed`, `pausing`, `switchover`, `sealed`, `committed`,
+//! `resumed`, `moved` (source); `room`, `filling`, `loaded`, `owner` (destination).
 
 use crate::notice::say;
 use crate::report::stage::Stage;
@@ -38,8 +39,9 @@ pub fn at(stage: Stage) {
 /// Sleeps if the environment says so for this point.
 pub fn point(name: &str) {
     static HOLDS: OnceLock<Vec<Hold>> = OnceLock::new();
-    let holds =
-        HOLDS.get_or_init(|| std::env::var("PAGEFERRY_HOLD").map(|text| parse(&text)).unwrap_or_default());
+    let holds = HOLDS.get_or_init(|| {
+        std::env::var("PAGEFERRY_HOLD").map(|text| parse(&text)).unwrap_or_default()
+    });
     let Some(hold) = holds.iter().find(|hold| hold.point == name) else { return };
     if hold.file.as_ref().is_some_and(|file| !file.exists()) {
         return;
@@ -51,11 +53,13 @@ pub fn point(name: &str) {
     }
 }
 
-/// The limit of this name, for tests that must outlast one: `PAGEFERRY_LIMIT=ask-again:2000` is two seconds.
+/// The limit of this name, for tests that must outlast one: `PAGEFERRY_LIMIT=ask-again:2000` is two
+/// seconds.
 pub fn limit(name: &str, otherwise: Duration) -> Duration {
     static LIMITS: OnceLock<Vec<Hold>> = OnceLock::new();
-    let limits =
-        LIMITS.get_or_init(|| std::env::var("PAGEFERRY_LIMIT").map(|text| parse(&text)).unwrap_or_default());
+    let limits = LIMITS.get_or_init(|| {
+        std::env::var("PAGEFERRY_LIMIT").map(|text| parse(&text)).unwrap_or_default()
+    });
     limits.iter().find(|limit| limit.point == name).map_or(otherwise, |limit| limit.time)
 }
 

@@ -15,8 +15,8 @@ pub enum Outcome {
     Completed,
     /// The guest runs at the source, unless its own QEMU ended.
     Aborted,
-    /// The guest is stopped at the source: Commit was sent and no answer came, or it could not be let run
-    /// again.
+    /// The guest is stopped at the source: Commit was sent and no answer came, or it could not be
+    /// let run again.
     Unknown,
 }
 
@@ -40,9 +40,9 @@ pub struct Round {
 /// The time in which the guest ran nowhere, in slices that follow one another. All in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Downtime {
-    /// From before the vCPUs were told to stop until all of them ran at the destination, and the way of its word
-    /// of that to the source: half a round trip longer than what the guest lived through. What passed at the destination
-    /// between the two is left out.
+    /// From before the vCPUs were told to stop until all of them ran at the destination, and the
+    /// way of its word of that to the source: half a round trip longer than what the guest lived
+    /// through. What passed at the destination between the two is left out.
     pub total: u64,
     /// Stopping the vCPUs.
     pub pause: u64,
@@ -96,7 +96,8 @@ pub struct MigrationReport {
     /// Registrations of memory with the RDMA device, at both ends, while the guest was paused.
     #[serde(default)]
     pub registrations_in_downtime: u64,
-    /// Pages that the hardware of the source's host had lost: the reason of the abort, or moved as zeros.
+    /// Pages that the hardware of the source's host had lost: the reason of the abort, or moved as
+    /// zeros.
     #[serde(default)]
     pub lost_pages: Vec<LostPage>,
     /// Control messages, both directions.

@@ -86,14 +86,15 @@ impl Monitor {
         *self.shared.inquiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(inquiry);
     }
 
-    /// After a migration with the outcome `unknown`: the question to go on asking, if Commit got no answer.
+    /// After a migration with the outcome `unknown`: the question to go on asking, if Commit got no
+    /// answer.
     #[must_use]
     pub fn take_inquiry(&self) -> Option<Inquiry> {
         self.shared.inquiry.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Has the question of this migration kept, for whoever comes after this process. The first keeper counts; one that
-    /// is given after the migration has begun comes too late.
+    /// Has the question of this migration kept, for whoever comes after this process. The first
+    /// keeper counts; one that is given after the migration has begun comes too late.
     pub fn keep_question_with(&self, keeper: Arc<dyn Keeper>) {
         let _ = self.shared.keeper.set(keeper);
     }

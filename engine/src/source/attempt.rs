@@ -20,8 +20,8 @@ use crate::source::{MigrateOptions, session};
 use pageferry_transport::TransportKind;
 use std::time::Duration;
 
-/// For a receiver to be ready again after an RDMA path broke: it ends one QEMU and starts another, which may
-/// have to allocate its memory.
+/// For a receiver to be ready again after an RDMA path broke: it ends one QEMU and starts another,
+/// which may have to allocate its memory.
 pub(crate) const SECOND_ATTEMPT_MAX: Duration = Duration::from_secs(30);
 
 /// For a destination whose lanes have ended to say why: it ends its copy of the guest first.
@@ -50,8 +50,9 @@ pub(super) fn attempt(
     let ready = ready(guest, options, monitor);
     // What stands against a move may be that the guest must not run here: then nothing lets it run.
     let untouched = ready.is_err();
-    let result =
-        ready.and_then(|addresses| run(network, guest, &addresses, options, monitor, broken, &mut report));
+    let result = ready.and_then(|addresses| {
+        run(network, guest, &addresses, options, monitor, broken, &mut report)
+    });
     report.outcome = match &result {
         Ok(()) => Outcome::Completed,
         Err(Error::Unknown(_)) => Outcome::Unknown,
@@ -100,13 +101,18 @@ fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
 }
 
 /// What must hold before anything is touched. Returns the destination's addresses.
-fn ready(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> Result<Vec<Address>> {
+fn ready(
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+) -> Result<Vec<Address>> {
     monitor.enter(Stage::Setup);
     let addresses = Address::resolve_all(&options.to)?;
     addresses.iter().try_for_each(|address| check_exposure(address, options.insecure))?;
     guest.vouch(&options.vouched);
     guest.preflight()?;
-    // The guest may run here, so an earlier question is settled; found after this attempt's death it would be wrong.
+    // The guest may run here, so an earlier question is settled; found after this attempt's death
+    // it would be wrong.
     monitor.keeper().map_or(Ok(()), |keeper| keeper.forget()).map_err(refuse_unreachable)?;
     Ok(addresses)
 }
@@ -141,7 +147,8 @@ fn run(
         rdma: wish.rdma(),
     };
     let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { SETUP_MAX };
-    let mut session = session::open(network, reached, hello, &wish, patience).map_err(refuse_unreachable)?;
+    let mut session =
+        session::open(network, reached, hello, &wish, patience).map_err(refuse_unreachable)?;
     report.transport = session.opened.link.kind().name().into();
     report.lanes = session.opened.link.lanes() as u32;
     report.link.clone_from(&session.opened.taken);
@@ -162,8 +169,8 @@ fn run(
     result
 }
 
-/// A destination that fails ends its lanes at once, and says why when its copy is dead: that reason is the one to be told,
-/// not that the lanes were closed. The guest runs here meanwhile.
+/// A destination that fails ends its lanes at once, and says why when its copy is dead: that reason
+/// is the one to be told, not that the lanes were closed. The guest runs here meanwhile.
 fn with_the_peers_reason(
     error: Error,
     phase: SourcePhase,

@@ -1,4 +1,5 @@
-//! One migration over an open session, from the start of tracking to the word that the guest runs there.
+//! One migration over an open session, from the start of tracking to the word that the guest runs
+//! there.
 
 use crate::clock;
 use crate::error::{Error, Result};
@@ -28,18 +29,20 @@ use std::time::{Duration, Instant};
 /// For the destination to expose its memory.
 const ACCEPT_MAX: Duration = Duration::from_secs(60);
 
-/// Of the device state, what is registered ahead at both ends beside twice what is expected: more than the states of
-/// devices and vCPUs that nobody foresees. Video memory may come twice.
+/// Of the device state, what is registered ahead at both ends beside twice what is expected: more
+/// than the states of devices and vCPUs that nobody foresees. Video memory may come twice.
 const STATE_BYTES_UNFORESEEN: usize = 8 << 20;
 
-/// How often the source looks for memory that was touched for the first time, right before the pause. Each look takes
-/// as long as registering what the one before has found; what the last finds goes by the staging region.
+/// How often the source looks for memory that was touched for the first time, right before the
+/// pause. Each look takes as long as registering what the one before has found; what the last finds
+/// goes by the staging region.
 const FRESH_LOOKS_MAX: u32 = 4;
 
 /// How long a guest may be paused at most, beside what was asked for and predicted.
 const DOWNTIME_MAX: Duration = Duration::from_secs(20);
 
-/// The slowest look through all memory, and the slowest link on which a stuck guest is switched over.
+/// The slowest look through all memory, and the slowest link on which a stuck guest is switched
+/// over.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 500 << 20;
 
 const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
@@ -74,7 +77,8 @@ impl Ferry<'_> {
         let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
 
-        // Tracking first, then the look at what was ever touched: a page touched in between is dirty.
+        // Tracking first, then the look at what was ever touched: a page touched in between is
+        // dirty.
         memory.look_again()?;
         let readable = || memory.check_readable(options.poisoned);
         let alive = guest.liveness();
@@ -89,10 +93,13 @@ impl Ferry<'_> {
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
         let staging = MemoryRegion::anonymous(STAGING_BYTES)?;
         let link = session.opened.link.as_mut();
-        for region in memory.slots().iter().map(|slot| slot.region()).chain([&state, &staging, &zeros]) {
+        for region in
+            memory.slots().iter().map(|slot| slot.region()).chain([&state, &staging, &zeros])
+        {
             link.register(region)?;
         }
-        // The state first: it is written last, in the downtime, and must not wait behind all of memory then.
+        // The state first: it is written last, in the downtime, and must not wait behind all of
+        // memory then.
         let warm = 0..STATE_WARM_BYTES.min(state.len());
         link.expect(&state, std::slice::from_ref(&warm))?;
         for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
@@ -106,9 +113,10 @@ impl Ferry<'_> {
         let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
         let remote_state = (Arc::clone(&state), accept.state.into());
         let rate_max = options.bytes_per_second_max;
-        let mut pump = Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
-            .with_staging(Staging::new(staging, accept.staging.into()))
-            .with_witness(witness);
+        let mut pump =
+            Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
+                .with_staging(Staging::new(staging, accept.staging.into()))
+                .with_witness(witness);
         let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
         pump.expect_downtime(state_ahead)?;
         let control = session.control.as_mut().ok_or_else(session::over)?;
@@ -135,8 +143,8 @@ impl Ferry<'_> {
             // Whatever can be done ahead of the pause; what was written until then goes now.
             guest.arm()?;
             hold::point("armed");
-            // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing is.
-            // What was sent before was not noted.
+            // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing
+            // is. What was sent before was not noted.
             if !discards && guest.may_discard()? {
                 return Err(if by_rdma {
                     pageferry_transport::Error::State(lanes::BALLOONED).into()
@@ -183,8 +191,14 @@ impl Ferry<'_> {
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
         let tracked = tracking.as_mut();
-        let mut drained =
-            paused.drain(&mut pump, &mut dirty, tracked, &state, discards.then_some(&zeros), &mut watch)?;
+        let mut drained = paused.drain(
+            &mut pump,
+            &mut dirty,
+            tracked,
+            &state,
+            discards.then_some(&zeros),
+            &mut watch,
+        )?;
         if options.verify {
             drained.digest()?;
         }
@@ -198,7 +212,8 @@ impl Ferry<'_> {
         }
         // The whole guest is on its way: should its QEMU die here now, it lives on there.
         // A queue pair that breaks is heard of at this end alone.
-        let mut watch = || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
+        let mut watch =
+            || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
         let prepared = drained.prepare(control, downtime_end, &mut watch)?;
         // The lanes have read everything by now.
         readable()?;
@@ -216,8 +231,8 @@ impl Ferry<'_> {
             Ok(downtime) => downtime,
             Err(doubt @ Error::Unknown(_)) => return Err(doubt),
             Err(error) => {
-                // It is paused for as long as it takes, so before the tracking is undone, which grows with memory.
-                // What fails here is tried once more, and told, by who called.
+                // It is paused for as long as it takes, so before the tracking is undone, which
+                // grows with memory. What fails here is tried once more, and told, by who called.
                 if self.guest.resume().is_ok() {
                     hold::point("resumed");
                 }
@@ -233,7 +248,8 @@ impl Ferry<'_> {
     }
 }
 
-/// Has the question written down that Commit will be. Without it the guest can be moved all the same.
+/// Has the question written down that Commit will be. Without it the guest can be moved all the
+/// same.
 fn keep_ahead(monitor: &Monitor, question: &Question) {
     if let Some(Err(e)) = monitor.keeper().map(|keeper| keeper.write_ahead(question)) {
         tracing::warn!(error = %e.chain(), "should this process die after Commit, nobody asks on for it");
@@ -257,7 +273,9 @@ fn downtime_max(options: &MigrateOptions, memory_bytes: u64) -> Duration {
     } else {
         0
     };
-    DOWNTIME_MAX + 10 * Duration::from_micros(options.downtime_us_max) + Duration::from_secs(looks + stuck)
+    DOWNTIME_MAX
+        + 10 * Duration::from_micros(options.downtime_us_max)
+        + Duration::from_secs(looks + stuck)
 }
 
 fn not_after(end: Instant) -> Result<()> {
@@ -284,7 +302,8 @@ fn offer_memory(
         Message::Abort(abort) => return Err(aborted(abort)),
         other => return Err(Error::Protocol(format!("{} in answer to Offer", other.name()))),
     };
-    let slot_bytes: Vec<u64> = memory.slots().iter().map(|slot| slot.region().len() as u64).collect();
+    let slot_bytes: Vec<u64> =
+        memory.slots().iter().map(|slot| slot.region().len() as u64).collect();
     accept.check(&slot_bytes, state.len() as u64)?;
     Ok(accept)
 }

@@ -1,5 +1,5 @@
-//! The choice of the link, at both ends: queue pairs where both hosts have a way to each other by RDMA,
-//! TCP otherwise, and one line that says what was taken and why not the other.
+//! The choice of the link, at both ends: queue pairs where both hosts have a way to each other by
+//! RDMA, TCP otherwise, and one line that says what was taken and why not the other.
 //!
 //! ```text
 //!   source                                    destination
@@ -22,10 +22,9 @@ use pageferry_transport::rdma::RdmaInitiator;
 use std::net::IpAddr;
 use std::time::Instant;
 
-/// A registration holds on to the pages that it found. Where a balloon punches a hole and the guest touches
-/// that memory again, the guest has new pages and the device would go on reading the old.
-pub(crate) const BALLOONED: &str =
-    "the guest has a balloon, free page reporting or virtio-mem, which take memory away under a registration";
+/// A registration holds on to the pages that it found. Where a balloon punches a hole and the guest
+/// touches that memory again, the guest has new pages and the device would go on reading the old.
+pub(crate) const BALLOONED: &str = "the guest has a balloon, free page reporting or virtio-mem, which take memory away under a registration";
 
 /// What a source asks for once it has looked at the user's choice, the address and the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +48,9 @@ impl Wish {
                 )));
             }
             Transport::Rdma if to.tcp().is_none() => {
-                return Err(Error::refused(format!("RDMA cannot go to {to}: give an address, HOST:PORT")));
+                return Err(Error::refused(format!(
+                    "RDMA cannot go to {to}: give an address, HOST:PORT"
+                )));
             }
             Transport::Rdma => None,
             Transport::Auto if discards => Some(format!("not RDMA: {BALLOONED}")),
@@ -94,8 +95,8 @@ impl Opened {
     }
 }
 
-/// Opens the lanes of a session: by RDMA if both sides would, else the connections that `dial` makes.
-/// `from` is this side's address of the control connection.
+/// Opens the lanes of a session: by RDMA if both sides would, else the connections that `dial`
+/// makes. `from` is this side's address of the control connection.
 pub fn open(
     wish: &Wish,
     answer: &RdmaAnswer,
@@ -125,7 +126,8 @@ pub fn open(
     let mut connections = dial()?;
     let first = connections.remove(0);
     let link = first.into_initiator(connections).map_err(as_refusal)?;
-    let taken = if to.tcp().is_some() { format!("TCP, {why}") } else { format!("a local socket, {why}") };
+    let taken =
+        if to.tcp().is_some() { format!("TCP, {why}") } else { format!("a local socket, {why}") };
     Ok(Opened { link, taken })
 }
 
@@ -141,7 +143,8 @@ fn by_rdma(
     let Some(mut at) = to.tcp() else {
         return Err(pageferry_transport::Error::NoPath { what: format!("{to} is no IP address") });
     };
-    // The address that the control connection came from leads there, unless the user says otherwise.
+    // The address that the control connection came from leads there, unless the user says
+    // otherwise.
     let from = from.filter(|_| wish.choice.rdma_gid_index.is_none());
     at.set_port(port);
     let deadline = Instant::now() + CONNECT_MAX;
@@ -165,10 +168,15 @@ mod tests {
         let wish = |transport, to, discards| Wish::new(&choice(transport), to, discards);
         assert!(wish(Transport::Auto, away, false).unwrap().rdma());
         assert!(wish(Transport::Rdma, here, false).unwrap().rdma());
-        for (transport, to, discards) in
-            [(Transport::Auto, here, false), (Transport::Auto, away, true), (Transport::Tcp, away, false)]
-        {
-            assert!(!wish(transport, to, discards).unwrap().rdma(), "{transport:?} {to} {discards}");
+        for (transport, to, discards) in [
+            (Transport::Auto, here, false),
+            (Transport::Auto, away, true),
+            (Transport::Tcp, away, false),
+        ] {
+            assert!(
+                !wish(transport, to, discards).unwrap().rdma(),
+                "{transport:?} {to} {discards}"
+            );
         }
         let refused = wish(Transport::Rdma, away, true).unwrap_err();
         assert!(matches!(&refused, Error::Refused(why) if why.contains("balloon")), "{refused}");

@@ -25,12 +25,17 @@ use std::time::Duration;
 /// Pause between two tries to reach it.
 const SECOND_ATTEMPT_EVERY: Duration = Duration::from_millis(500);
 
-/// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is `completed`
-/// (what is left of it here is stopped for good, to be taken away with [`SourceGuest::end`]), here if it is
-/// `aborted` (unless its own QEMU ended). If it is `unknown` the guest is stopped here.
+/// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is
+/// `completed` (what is left of it here is stopped for good, to be taken away with
+/// [`SourceGuest::end`]), here if it is `aborted` (unless its own QEMU ended). If it is `unknown`
+/// the guest is stopped here.
 ///
 /// A path by RDMA that breaks before Commit is given up for TCP, if the choice is left to us.
-pub fn migrate(guest: &mut dyn SourceGuest, options: &MigrateOptions, monitor: &Monitor) -> MigrationReport {
+pub fn migrate(
+    guest: &mut dyn SourceGuest,
+    options: &MigrateOptions,
+    monitor: &Monitor,
+) -> MigrationReport {
     migrate_over(&System, guest, options, monitor)
 }
 

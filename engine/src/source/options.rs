@@ -55,9 +55,9 @@ impl MigrateOptions {
     }
 }
 
-/// By TCP a lane is a thread at each end: half of the cores, but two at least, where there are two, and four at most. Two
-/// lanes were somewhat faster than one on two cores, in few and noisy runs; no larger machine was measured. On one core a
-/// second lane is a thread more to wake at each end.
+/// By TCP a lane is a thread at each end: half of the cores, but two at least, where there are two,
+/// and four at most. Two lanes were somewhat faster than one on two cores, in few and noisy runs;
+/// no larger machine was measured. On one core a second lane is a thread more to wake at each end.
 #[must_use]
 pub fn default_lanes() -> u8 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

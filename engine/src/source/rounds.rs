@@ -56,7 +56,9 @@ impl Rounds<'_> {
         for index in 0.. {
             let begun = clock::now();
             let monitor = self.monitor;
-            monitor.update(|p| (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0));
+            monitor.update(|p| {
+                (p.round, p.round_pages, p.round_pages_sent) = (index, dirty.count(), 0)
+            });
             let mut draining = || watch().and_then(|()| tracking.drain_early());
             let looked_before = pump.looked();
             let mut pages = 0;
@@ -64,8 +66,9 @@ impl Rounds<'_> {
             if let Some(zeros) = self.zeros.filter(|_| index > 0) {
                 pages += pump.push_freed(dirty, zeros, &mut draining)?;
             }
-            pages +=
-                pump.push(dirty, &mut draining, &mut |sent| monitor.update(|p| p.round_pages_sent += sent))?;
+            pages += pump.push(dirty, &mut draining, &mut |sent| {
+                monitor.update(|p| p.round_pages_sent += sent)
+            })?;
             let tag = pump.fence()?;
             pump.wait_fence(tag, &mut draining)?;
             let elapsed = clock::elapsed(begun);
@@ -76,7 +79,8 @@ impl Rounds<'_> {
             guest.drain_io()?;
             let looking = pump.looked() - looked_before;
             let remaining_pages = dirty.count();
-            let finished = Finished { round: index, pages, elapsed, looking, sync, remaining_pages };
+            let finished =
+                Finished { round: index, pages, elapsed, looking, sync, remaining_pages };
             let expected = Expected {
                 state_bytes: guest.state_bytes_expected(),
                 round_trip_us: self.round_trip_us,
@@ -101,7 +105,13 @@ impl Rounds<'_> {
                 p.dirty_bytes_per_second = dirty_rate as u64;
                 p.predicted_downtime_us = predicted_downtime_us;
             });
-            tracing::debug!(index, pages, remaining = dirty.count(), predicted_downtime_us, "round");
+            tracing::debug!(
+                index,
+                pages,
+                remaining = dirty.count(),
+                predicted_downtime_us,
+                "round"
+            );
             match policy.decide(&seen) {
                 Decision::Iterate => {}
                 Decision::SwitchOver => return Ok(()),

@@ -1,5 +1,5 @@
-//! Set-up of connections, from the source's side: who may listen and connect where, and the opening of a
-//! session.
+//! Set-up of connections, from the source's side: who may listen and connect where, and the opening
+//! of a session.
 
 use crate::clock;
 use crate::error::{Error, Result};
@@ -27,7 +27,11 @@ pub fn reach(network: &dyn Network, addresses: &[Address]) -> Result<Reached> {
     let dialled = clock::now();
     let (mut connection, address) = network.connect_first(addresses, SETUP_MAX)?;
     let connected = clock::elapsed(dialled).as_micros() as u64;
-    greet(connection.as_mut(), &address, Preamble { role: Role::Control, token: Token::default() })?;
+    greet(
+        connection.as_mut(),
+        &address,
+        Preamble { role: Role::Control, token: Token::default() },
+    )?;
     // Where several were tried, it tells nothing of this one.
     let round_trip_us = if addresses.len() == 1 { connected } else { u64::MAX };
     Ok(Reached { address, control: Control::new(connection), round_trip_us })
@@ -69,8 +73,9 @@ pub fn open(
     patience: Duration,
 ) -> Result<Session> {
     let Reached { address: to, mut control, round_trip_us } = reached;
-    // TCP's handshake is one round trip; the answer to Hello is one too, and what the destination does for it. The
-    // shortest counts: others had to wait for a core, or for a packet to be sent again.
+    // TCP's handshake is one round trip; the answer to Hello is one too, and what the destination
+    // does for it. The shortest counts: others had to wait for a core, or for a packet to be sent
+    // again.
     let round_trip_us = Cell::new(round_trip_us);
     let dial = |preamble| {
         let dialled = clock::now();
@@ -87,8 +92,10 @@ pub fn open(
         other => return Err(Error::Protocol(format!("{} in answer to Hello", other.name()))),
     };
     let (token, lanes) = (welcome.check(lanes_asked)?, welcome.lanes);
-    let dial_lanes = || (0..lanes).map(|lane| dial(Preamble { role: Role::Lane(lane), token })).collect();
-    let opened = lanes::open(wish, &welcome.rdma, &to, control.local_ip()?, token, lanes, dial_lanes)
-        .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
+    let dial_lanes =
+        || (0..lanes).map(|lane| dial(Preamble { role: Role::Lane(lane), token })).collect();
+    let opened =
+        lanes::open(wish, &welcome.rdma, &to, control.local_ip()?, token, lanes, dial_lanes)
+            .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
     Ok(Session { control: Some(control), opened, token, round_trip_us: round_trip_us.get() })
 }

@@ -10,8 +10,8 @@ use crate::source::crossing::Ferry;
 use crate::source::switchover::Committed;
 use std::time::Duration;
 
-/// How long a source whose Commit got no answer asks again before it says "unknown", and its supervisor goes on
-/// asking. Longer than a switch or a route needs to come back.
+/// How long a source whose Commit got no answer asks again before it says "unknown", and its
+/// supervisor goes on asking. Longer than a switch or a route needs to come back.
 const ASK_AGAIN_MAX: Duration = Duration::from_secs(60);
 
 /// Pause between two attempts at it.
@@ -29,8 +29,8 @@ fn unanswered(to: &Address, asked_for: Duration) -> String {
 }
 
 impl Ferry<'_> {
-    /// After Commit: acts on the destination's word, and asks again where there is none. Returns the downtime.
-    /// A question that is still open in the end is left with the monitor.
+    /// After Commit: acts on the destination's word, and asks again where there is none. Returns
+    /// the downtime. A question that is still open in the end is left with the monitor.
     pub(crate) fn settle(
         &mut self,
         committed: Committed,

@@ -92,7 +92,8 @@ pub struct Prepared<'g> {
     downtime: Downtime,
 }
 
-/// Commit may have reached the destination. The guest stays stopped here, but for the destination's word.
+/// Commit may have reached the destination. The guest stays stopped here, but for the destination's
+/// word.
 pub struct Committed {
     started: Instant,
     since: Instant,
@@ -113,10 +114,10 @@ impl<'g> Paused<'g> {
         Ok(Self { guest, started, since, downtime, was_running })
     }
 
-    /// Sends the last dirty pages and the device state: sync and post while the state is being saved,
-    /// sync once more after the save (saving may write guest memory), and a fence behind it all. Before a page that
-    /// went with the first push goes again, the pump has that push received.
-    /// `zeros` is given where memory may have been taken away from the guest meanwhile.
+    /// Sends the last dirty pages and the device state: sync and post while the state is being
+    /// saved, sync once more after the save (saving may write guest memory), and a fence behind it
+    /// all. Before a page that went with the first push goes again, the pump has that push
+    /// received. `zeros` is given where memory may have been taken away from the guest meanwhile.
     pub fn drain(
         mut self,
         pump: &mut Pump<'_>,
@@ -215,26 +216,32 @@ impl<'g> Drained<'g> {
             digest: self.digest,
         };
         control.send(&Message::Prepare(prepare), deadline)?;
-        let Ready { load_us, fence_us, verify_us } =
-            match control.receive_watched("Ready", deadline, watch)? {
-                Message::Ready(ready) => ready,
-                Message::Abort(abort) => return Err(aborted(abort)),
-                other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
-            };
+        let Ready { load_us, fence_us, verify_us } = match control
+            .receive_watched("Ready", deadline, watch)?
+        {
+            Message::Ready(ready) => ready,
+            Message::Abort(abort) => return Err(aborted(abort)),
+            other => return Err(Error::Protocol(format!("{} in answer to Prepare", other.name()))),
+        };
         let elapsed = lap(&mut self.since);
         self.downtime.load = load_us.min(elapsed);
         self.downtime.push += fence_us.min(elapsed);
         self.downtime.verify += verify_us.min(elapsed);
         self.downtime.commit =
             elapsed.saturating_sub(load_us.saturating_add(fence_us).saturating_add(verify_us));
-        Ok(Prepared { guest: self.guest, started: self.started, since: self.since, downtime: self.downtime })
+        Ok(Prepared {
+            guest: self.guest,
+            started: self.started,
+            since: self.since,
+            downtime: self.downtime,
+        })
     }
 }
 
 impl<'g> Prepared<'g> {
-    /// The point of no return: seals the guest, then sends Commit. Failing to seal is the last chance
-    /// to resume; failing to send is not, for bytes may have left. In between `sealed` is called: from there on
-    /// Commit may be sent by others, too.
+    /// The point of no return: seals the guest, then sends Commit. Failing to seal is the last
+    /// chance to resume; failing to send is not, for bytes may have left. In between `sealed` is
+    /// called: from there on Commit may be sent by others, too.
     pub fn commit(
         mut self,
         control: &mut Control,
@@ -250,12 +257,13 @@ impl<'g> Prepared<'g> {
 }
 
 impl Committed {
-    /// The downtime, at the destination's word that it runs the guest. It ends when that word was sent, less the time
-    /// that the guest had been running by then; the word's way here is in it.
+    /// The downtime, at the destination's word that it runs the guest. It ends when that word was
+    /// sent, less the time that the guest had been running by then; the word's way here is in it.
     #[must_use]
     pub fn downtime(&self, running: &Running) -> Downtime {
-        let since_then =
-            |begin: Instant| (clock::elapsed(begin).as_micros() as u64).saturating_sub(running.running_us);
+        let since_then = |begin: Instant| {
+            (clock::elapsed(begin).as_micros() as u64).saturating_sub(running.running_us)
+        };
         let elapsed = since_then(self.since);
         let mut downtime = self.downtime;
         downtime.resume = running.resume_us.min(elapsed);

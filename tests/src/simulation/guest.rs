@@ -1,9 +1,10 @@
-//! A guest of the simulated world: pages, a ledger of what was written to them, a vCPU that writes on, and
-//! the one record of who owns it.
+//! A guest of the simulated world: pages, a ledger of what was written to them, a vCPU that writes
+//! on, and the one record of who owns it.
 //!
-//! As in a machine, a write to a protected page is noted first and lets the write through; a page is written
-//! in two halves, between which anything may happen; saving the device state may write memory too. The ledger
-//! is the device state. The record of truth is nobody's: it knows what was written last, wherever that was.
+//! As in a machine, a write to a protected page is noted first and lets the write through; a page
+//! is written in two halves, between which anything may happen; saving the device state may write
+//! memory too. The ledger is the device state. The record of truth is nobody's: it knows what was
+//! written last, wherever that was.
 
 use super::chance::Chance;
 use super::world::{Process, World};
@@ -82,7 +83,9 @@ impl Truth {
             self.world.fail(format!("the guest runs twice: at {:?} and at {at:?}", state.runs_at));
         }
         if at == Place::Source && state.moved {
-            self.world.fail("the guest runs at the source again after it has run at the destination".into());
+            self.world.fail(
+                "the guest runs at the source again after it has run at the destination".into(),
+            );
         }
         if state.ledger != ledger {
             self.world.fail(format!("the guest at {at:?} is not the one that was stopped last"));
@@ -122,7 +125,8 @@ pub struct Troubles {
     pub resumes_fail: u32,
     /// The step of the source that fails: `arm`, `pause`, `save`, `seal`.
     pub source_fails: Option<&'static str>,
-    /// The step of the destination that fails: `load`, `seal`, `run`, `doubt, runs`, `doubt, stopped`, `discard`.
+    /// The step of the destination that fails: `load`, `seal`, `run`, `doubt, runs`, `doubt,
+    /// stopped`, `discard`.
     pub destination_fails: Option<&'static str>,
 }
 
@@ -169,10 +173,11 @@ impl Machine {
         chance: Chance,
     ) -> (Arc<Self>, Arc<GuestMemory>) {
         let bytes = PAGES as u64 * PAGE_BYTES;
-        let file = File::from(memfd_create("pageferry-simulated", MemfdFlags::CLOEXEC).expect("a memfd"));
+        let file =
+            File::from(memfd_create("pageferry-simulated", MemfdFlags::CLOEXEC).expect("a memfd"));
         ftruncate(&file, bytes).expect("its size");
-        let memory =
-            MemoryRegion::map_shared(file.as_fd(), 0, bytes as usize, Access::Write).expect("its mapping");
+        let memory = MemoryRegion::map_shared(file.as_fd(), 0, bytes as usize, Access::Write)
+            .expect("its mapping");
         let slot = SlotSource {
             name: "simulated".into(),
             file,
@@ -181,7 +186,8 @@ impl Machine {
             backing_page_bytes: PAGE_BYTES,
             process_address: memory.as_ptr() as u64,
         };
-        let engine = Arc::new(GuestMemory::map(vec![slot], Access::Write).expect("the engine's mapping"));
+        let engine =
+            Arc::new(GuestMemory::map(vec![slot], Access::Write).expect("the engine's mapping"));
         world.must_go("the engine's mapping of a guest", &engine);
         world.must_go("the memory of a guest", &memory);
         let state = Mutex::new(Machinery {
@@ -346,7 +352,10 @@ fn describe(memory: &GuestMemory) -> GuestDescription {
         machine: "a vCPU and a ledger".into(),
         vcpus: 1,
         blocks: blocks
-            .map(|slot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 })
+            .map(|slot| BlockDescription {
+                name: slot.name.clone(),
+                bytes: slot.region().len() as u64,
+            })
             .collect(),
         platform: Vec::new(),
         images: Vec::new(),
@@ -356,7 +365,11 @@ fn describe(memory: &GuestMemory) -> GuestDescription {
 fn liveness(machine: &Arc<Machine>) -> Liveness {
     let machine = Arc::clone(machine);
     Arc::new(move || {
-        if lock(&machine.state).gone { Err(Error::Guest("its monitor has ended".into())) } else { Ok(()) }
+        if lock(&machine.state).gone {
+            Err(Error::Guest("its monitor has ended".into()))
+        } else {
+            Ok(())
+        }
     })
 }
 
@@ -386,8 +399,8 @@ impl SimulatedSource {
         Self { machine, memory, process, troubles, retired: None }
     }
 
-    /// A guest that was found stopped by a supervisor that comes after a dead one, as a migration has left it; none if
-    /// it is not so.
+    /// A guest that was found stopped by a supervisor that comes after a dead one, as a migration
+    /// has left it; none if it is not so.
     #[must_use]
     pub fn take_up(orphan: &Orphan, memory: &Arc<GuestMemory>, process: Process) -> Option<Self> {
         let left = {
@@ -550,7 +563,9 @@ impl SourceGuest for SimulatedSource {
     fn end(&mut self) -> Result<()> {
         self.step("end")?;
         if !lock(&self.machine.state).sealed {
-            self.machine.world.fail("a guest is ended at the source that was not handed over".into());
+            self.machine
+                .world
+                .fail("a guest is ended at the source that was not handed over".into());
         }
         self.machine.go();
         Ok(())
@@ -615,8 +630,10 @@ impl DestinationGuest for SimulatedDestination {
         self.step("load")?;
         let mut bytes = vec![0; len];
         state.read(0, &mut bytes)?;
-        let words: Vec<u32> =
-            bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().expect("four"))).collect();
+        let words: Vec<u32> = bytes
+            .chunks_exact(4)
+            .map(|word| u32::from_le_bytes(word.try_into().expect("four")))
+            .collect();
         if words.len() != PAGES + 2 {
             return Err(Error::Guest(format!("a device state of {len} bytes")));
         }

@@ -1,4 +1,5 @@
-//! The question of a migration, kept beyond its process as the files of a runtime directory would be.
+//! The question of a migration, kept beyond its process as the files of a runtime directory would
+//! be.
 
 use super::world::{Process, World};
 use pageferry_engine::inquiry::{Keeper, Question};

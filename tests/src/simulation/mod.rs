@@ -1,5 +1,5 @@
-//! Whole migrations in one process, driven by a seed: the real source and destination code, with the time,
-//! the network, the lanes and the guest of a simulated world.
+//! Whole migrations in one process, driven by a seed: the real source and destination code, with
+//! the time, the network, the lanes and the guest of a simulated world.
 //!
 //! ```text
 //!   world      threads that run one at a time, or wait; when all wait, time jumps to the next deadline
@@ -9,8 +9,8 @@
 //!   scenario   what a seed draws, the processes, and what must have come of it
 //! ```
 //!
-//! A seed decides which thread runs next, how long each message takes, and what goes wrong when. The same
-//! seed makes the same run, so that one that fails can be run again alone.
+//! A seed decides which thread runs next, how long each message takes, and what goes wrong when.
+//! The same seed makes the same run, so that one that fails can be run again alone.
 
 pub mod chance;
 pub mod guest;

@@ -1,5 +1,5 @@
-//! Connections of the simulated world, with delays, cuts and outages. The lanes that are opened over them
-//! become a loopback link, which has seeded faults of its own.
+//! Connections of the simulated world, with delays, cuts and outages. The lanes that are opened
+//! over them become a loopback link, which has seeded faults of its own.
 
 use super::chance::Chance;
 use super::world::{Process, World};
@@ -111,7 +111,12 @@ fn name_of(frame: &[u8]) -> &'static str {
 impl Wire {
     /// One whose messages attach to this long.
     #[must_use]
-    pub fn new(world: &Arc<World>, chance: Chance, delay_max: Duration, faults: Faults) -> Arc<Self> {
+    pub fn new(
+        world: &Arc<World>,
+        chance: Chance,
+        delay_max: Duration,
+        faults: Faults,
+    ) -> Arc<Self> {
         let state = State {
             chance,
             away_since: None,
@@ -133,8 +138,8 @@ impl Wire {
         Address::Tcp("127.0.0.1:7600".parse().expect("an address"))
     }
 
-    /// Carries nothing for so long: what is sent meanwhile comes afterwards, unless its connection did not
-    /// live so long.
+    /// Carries nothing for so long: what is sent meanwhile comes afterwards, unless its connection
+    /// did not live so long.
     pub fn away(&self, time: Duration) {
         self.world.tell(&format!("the network is away for {time:?}"));
         let mut state = lock(&self.state);
@@ -230,7 +235,8 @@ impl Way {
 
 impl Network for Dialling {
     fn connect(&self, to: &Address, within: Duration) -> Result<Box<dyn Connection>> {
-        let failed = |kind: ErrorKind| Error::os(format!("connecting to {to}"), io::Error::from(kind));
+        let failed =
+            |kind: ErrorKind| Error::os(format!("connecting to {to}"), io::Error::from(kind));
         self.wire.world.step("connect");
         let deadline = clock::now() + within;
         let away_until = lock(&self.wire.state).away_until;
@@ -400,7 +406,9 @@ impl Connection for End {
             match seen {
                 Ok(()) => return Ok(true),
                 Err(_) if clock::now() >= deadline => return Ok(false),
-                Err(next) => wait(&self.wire.world, Some(next.map_or(deadline, |next| next.min(deadline)))),
+                Err(next) => {
+                    wait(&self.wire.world, Some(next.map_or(deadline, |next| next.min(deadline))))
+                }
             }
         }
     }
@@ -409,7 +417,10 @@ impl Connection for End {
         Ok(Wire::address().ip())
     }
 
-    fn into_initiator(self: Box<Self>, rest: Vec<Box<dyn Connection>>) -> Result<Box<dyn Initiator>> {
+    fn into_initiator(
+        self: Box<Self>,
+        rest: Vec<Box<dyn Connection>>,
+    ) -> Result<Box<dyn Initiator>> {
         let inner = self.link(rest.len() + 1, |link| link.0.take())?;
         Ok(Box::new(Pushing { inner, lanes: Lanes::new(*self, rest) }))
     }
@@ -440,7 +451,11 @@ impl Lanes {
     fn check(&self) -> pageferry_transport::Result<()> {
         let pipes = lock(&self.first.pipes);
         let ended = pipes.ways[self.first.side].closed.is_some_and(|due| due <= clock::now());
-        if pipes.reset || ended { Err(pageferry_transport::Error::Closed { lane: 0 }) } else { Ok(()) }
+        if pipes.reset || ended {
+            Err(pageferry_transport::Error::Closed { lane: 0 })
+        } else {
+            Ok(())
+        }
     }
 
     /// Waits while the network is away. False if it still is at the deadline.
@@ -454,7 +469,8 @@ impl Lanes {
     }
 }
 
-/// The source's end of the lanes: takes a little time for each look, and is paused while the network is away.
+/// The source's end of the lanes: takes a little time for each look, and is paused while the
+/// network is away.
 struct Pushing {
     inner: LoopbackInitiator,
     lanes: Lanes,
@@ -487,7 +503,11 @@ impl Initiator for Pushing {
         self.lanes.check()?;
         self.inner.post(batch)
     }
-    fn poll(&mut self, out: &mut Vec<Completion>, deadline: Instant) -> pageferry_transport::Result<usize> {
+    fn poll(
+        &mut self,
+        out: &mut Vec<Completion>,
+        deadline: Instant,
+    ) -> pageferry_transport::Result<usize> {
         if deadline > clock::now() {
             let time = lock(&self.lanes.first.wire.state)
                 .chance

@@ -25,8 +25,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Until then everything that goes wrong has gone wrong, and what can be settled is settled: the longest are
-/// outages and stops of 250 s each, then 10 s until it is asked again, and what that takes.
+/// Until then everything that goes wrong has gone wrong, and what can be settled is settled: the
+/// longest are outages and stops of 250 s each, then 10 s until it is asked again, and what that
+/// takes.
 const HORIZON: Duration = Duration::from_secs(1000);
 
 /// Where something may go wrong. The end of a migration is named more often than its beginning.
@@ -159,13 +160,19 @@ impl Plan {
                 "discard",
             ]));
         }
-        let mut wrong: Vec<_> =
-            (0..chance.below(4)).map(|_| (Self::when(&mut chance), Self::what(&mut chance))).collect();
+        let mut wrong: Vec<_> = (0..chance.below(4))
+            .map(|_| (Self::when(&mut chance), Self::what(&mut chance)))
+            .collect();
         if outlives && chance.one_in(8) {
-            // Killed in doubt, as a random moment rarely is; the next one comes before the copy is discarded, or after.
-            let step = chance.of(&["revealed", "to send Commit", "sent Commit", "heard at the source"]);
+            // Killed in doubt, as a random moment rarely is; the next one comes before the copy is
+            // discarded, or after.
+            let step =
+                chance.of(&["revealed", "to send Commit", "sent Commit", "heard at the source"]);
             let back = chance.of(&[1, 10, 40, 100]);
-            wrong.push((When::Step(step), What::KillSource { back: Some(Duration::from_secs(back)) }));
+            wrong.push((
+                When::Step(step),
+                What::KillSource { back: Some(Duration::from_secs(back)) },
+            ));
         }
         let delay_max = chance.of(&[1, 1, 5, 50, 2000]);
         Self {
@@ -198,7 +205,11 @@ impl Plan {
             3..5 => What::Cut(Cut::Closed),
             5..8 => What::Away(long),
             8 => What::KillSource {
-                back: if chance.one_in(3) { None } else { Some(chance.time(Duration::from_millis(1), long)) },
+                back: if chance.one_in(3) {
+                    None
+                } else {
+                    Some(chance.time(Duration::from_millis(1), long))
+                },
             },
             9 => What::KillDestination { back: Back::Never },
             10 => What::KillDestination {
@@ -220,14 +231,17 @@ impl Plan {
             stall: chance.one_in(15).then_some(lane),
             delay: chance.one_in(2).then_some(Delay { one_in: 3, turns_max: 8 }),
             speeds: vec![1 + chance.below(4), 1, 1 + chance.below(4)],
-            late_fence: chance.one_in(3).then_some(LateFence { lane: lane.lane, turns: chance.below(20) }),
+            late_fence: chance
+                .one_in(3)
+                .then_some(LateFence { lane: lane.lane, turns: chance.below(20) }),
             relaxed: chance.one_in(2),
         }
     }
 
     fn options(&self) -> MigrateOptions {
         let mut options = MigrateOptions::to(Wire::address().to_string());
-        (options.lanes, options.verify, options.when_stuck) = (self.lanes, self.verify, self.when_stuck);
+        (options.lanes, options.verify, options.when_stuck) =
+            (self.lanes, self.verify, self.when_stuck);
         options.rounds_max = 8;
         options
     }
@@ -256,7 +270,8 @@ struct Known {
     destination: Process,
     /// Each place that a destination has made, and whose it is.
     copies: Vec<(Process, Orphan)>,
-    /// What was killed, or has ended by itself. A source is not any more if another has come, who asks.
+    /// What was killed, or has ended by itself. A source is not any more if another has come, who
+    /// asks.
     source_killed: bool,
     source_monitor_killed: bool,
     destination_killed: bool,
@@ -291,7 +306,8 @@ pub enum End {
     Stayed,
     /// The same, but `migrate` had said "unknown" before.
     StayedAfterDoubt,
-    /// The source's supervisor was killed in doubt, and the next one has heard that the guest runs at the destination.
+    /// The source's supervisor was killed in doubt, and the next one has heard that the guest runs
+    /// at the destination.
     MovedAfterDeath,
     /// The same, and has heard that it does not.
     StayedAfterDeath,
@@ -308,7 +324,8 @@ pub fn run(seed: u64, tells: bool) -> Verdict {
     if tells {
         println!("{plan:#?}");
     }
-    let ((end, mut wrong), failures, trace) = World::run(seed, tells, |world| Stage::play(world, plan));
+    let ((end, mut wrong), failures, trace) =
+        World::run(seed, tells, |world| Stage::play(world, plan));
     wrong.extend(failures);
     Verdict { end, trace, wrong }
 }
@@ -459,7 +476,8 @@ impl Stage {
         }
     }
 
-    /// As `attach` does: a guest that was left in doubt is asked about, if there is something to ask.
+    /// As `attach` does: a guest that was left in doubt is asked about, if there is something to
+    /// ask.
     fn take_up(self: Arc<Self>, process: Process) {
         let hand = Hand::of(&self.world, process, &self.kept);
         let guest = {
@@ -481,7 +499,8 @@ impl Stage {
     fn destination_ends(&self, process: Process) {
         let mut known = self.known();
         known.destination_killed = true;
-        let copies: Vec<_> = known.copies.iter().filter(|(of, _)| *of == process).cloned().collect();
+        let copies: Vec<_> =
+            known.copies.iter().filter(|(of, _)| *of == process).cloned().collect();
         drop(known);
         self.world.kill(process);
         copies.iter().for_each(|(_, copy)| copy.bereave());
@@ -508,8 +527,14 @@ impl Stage {
                 } else {
                     Troubles { outlives: self.plan.destination.outlives, ..Troubles::default() }
                 };
-                let guest =
-                    SimulatedDestination::new(&self.world, &self.truth, chance, process, index, troubles);
+                let guest = SimulatedDestination::new(
+                    &self.world,
+                    &self.truth,
+                    chance,
+                    process,
+                    index,
+                    troubles,
+                );
                 known.copies.push((process, guest.orphan()));
                 (index, guest)
             };
@@ -621,11 +646,16 @@ impl Stage {
             let mut kept = Vec::new();
             for _ in 0..stage.plan.strangers {
                 clock::sleep(chance.time(Duration::from_millis(1), Duration::from_secs(10)));
-                let Ok(mut connection) = network.connect(&Wire::address(), Duration::from_secs(1)) else {
+                let Ok(mut connection) = network.connect(&Wire::address(), Duration::from_secs(1))
+                else {
                     continue;
                 };
                 let token = if chance.one_in(2) { Token::default() } else { Token([9; 16]) };
-                let role = if chance.one_in(3) { Role::Lane(chance.below(3) as u8) } else { Role::Control };
+                let role = if chance.one_in(3) {
+                    Role::Lane(chance.below(3) as u8)
+                } else {
+                    Role::Control
+                };
                 let mut bytes = match chance.below(4) {
                     0 => Vec::new(),
                     1 => vec![0x47; 100],
@@ -677,7 +707,9 @@ impl Stage {
         };
         let right = match end {
             // It has run there: what took it away was its own process' end.
-            End::Lost if self.truth.moved() => known.destination_killed || known.destination_monitor_killed,
+            End::Lost if self.truth.moved() => {
+                known.destination_killed || known.destination_monitor_killed
+            }
             End::Lost => source_gone,
             // Only one that asks no more, or whom nobody can answer any more.
             End::Doubt => no_answer || known.source_killed,
@@ -687,7 +719,9 @@ impl Stage {
             wrong.push(format!("no reason for {end:?}"));
         }
         if !known.done && !known.source_killed && !no_answer {
-            wrong.push("the source has not come to an end, although it could have been answered".into());
+            wrong.push(
+                "the source has not come to an end, although it could have been answered".into(),
+            );
         }
         let believes = match (known.outcome.filter(|_| known.done && !source_gone), runs_at) {
             (Some(Outcome::Completed), Some(Place::Source)) => Some("the guest has moved"),
@@ -708,7 +742,12 @@ pub const SLOW: Duration = Duration::from_secs(2);
 ///
 /// # Panics
 /// As the runs do.
-pub fn run_all(first: u64, count: u64, threads: usize, each: &(dyn Fn(u64, Verdict, Duration) + Sync)) {
+pub fn run_all(
+    first: u64,
+    count: u64,
+    threads: usize,
+    each: &(dyn Fn(u64, Verdict, Duration) + Sync),
+) {
     let next = std::sync::atomic::AtomicU64::new(first);
     std::thread::scope(|scope| {
         for _ in 0..threads {

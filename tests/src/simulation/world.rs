@@ -1,8 +1,9 @@
 //! The simulated world: its time, its threads and its processes.
 //!
-//! Threads are those of the system, but only one of them runs at any moment; it hands over where it waits,
-//! and at each [`World::step`]. Who is next is drawn. A thread of a process that was killed runs once more,
-//! to unwind: whatever it does on the way has no effect, as [`World::is_dead`] tells everybody who acts for it.
+//! Threads are those of the system, but only one of them runs at any moment; it hands over where it
+//! waits, and at each [`World::step`]. Who is next is drawn. A thread of a process that was killed
+//! runs once more, to unwind: whatever it does on the way has no effect, as [`World::is_dead`]
+//! tells everybody who acts for it.
 
 use super::chance::Chance;
 use pageferry_engine::clock;
@@ -81,12 +82,17 @@ impl std::fmt::Debug for World {
 }
 
 impl World {
-    /// Runs `body` as the first thread of a new world, and then ends everything else in it. Returns what the
-    /// body returned, what has gone wrong in other threads, and a digest of all that has happened.
+    /// Runs `body` as the first thread of a new world, and then ends everything else in it. Returns
+    /// what the body returned, what has gone wrong in other threads, and a digest of all that has
+    /// happened.
     ///
     /// # Panics
     /// As the body does.
-    pub fn run<T>(seed: u64, tells: bool, body: impl FnOnce(&Arc<Self>) -> T) -> (T, Vec<String>, u64) {
+    pub fn run<T>(
+        seed: u64,
+        tells: bool,
+        body: impl FnOnce(&Arc<Self>) -> T,
+    ) -> (T, Vec<String>, u64) {
         let begun = Instant::now();
         let world = Arc::new(Self {
             begun,
@@ -118,7 +124,8 @@ impl World {
         }
         let (mut failures, trace) = (state.failures.clone(), state.trace.finish());
         // What was awaited in vain holds the whole stage, and so this world.
-        let (awaited, mortal) = (std::mem::take(&mut state.awaited), std::mem::take(&mut state.mortal));
+        let (awaited, mortal) =
+            (std::mem::take(&mut state.awaited), std::mem::take(&mut state.mortal));
         drop(state);
         drop((awaited, world));
         let left = mortal.iter().filter(|(_, thing)| thing.strong_count() > 0);
@@ -186,7 +193,8 @@ impl World {
         state.fates[process.0].stopped_until = Some(until);
     }
 
-    /// Has this fail the run if it outlives the world: with ten thousand of them a process is short of what they hold.
+    /// Has this fail the run if it outlives the world: with ten thousand of them a process is short
+    /// of what they hold.
     pub fn must_go<T: Any + Send + Sync>(&self, name: &'static str, thing: &Arc<T>) {
         let thing: Weak<dyn Any + Send + Sync> = Arc::<T>::downgrade(thing);
         self.state().mortal.push((name, thing));
@@ -314,7 +322,8 @@ impl State {
     /// Draws who runs next; if nobody would, time goes on to the earliest deadline.
     fn choose(&mut self, begun: Instant) {
         loop {
-            let is_ready = |thread: &Thread| thread.doing == Doing::Ready && self.stopped(thread).is_none();
+            let is_ready =
+                |thread: &Thread| thread.doing == Doing::Ready && self.stopped(thread).is_none();
             let ready = self.threads.iter().filter(|thread| is_ready(thread)).count();
             if ready > 0 {
                 let mut before = self.chance.clone().below(ready as u64);
@@ -338,7 +347,8 @@ impl State {
             self.now = self.now.max(next);
             let now = self.now;
             for thread in &mut self.threads {
-                if matches!(thread.doing, Doing::Waits { deadline: Some(deadline), .. } if deadline <= now) {
+                if matches!(thread.doing, Doing::Waits { deadline: Some(deadline), .. } if deadline <= now)
+                {
                     thread.doing = Doing::Ready;
                 }
             }
@@ -353,7 +363,8 @@ impl clock::World for Place {
 
     fn sleep_until(&self, deadline: Instant) {
         loop {
-            self.world.hand_over(self.id, Doing::Waits { deadline: Some(deadline), listens: false });
+            self.world
+                .hand_over(self.id, Doing::Waits { deadline: Some(deadline), listens: false });
             if self.now() >= deadline || std::thread::panicking() {
                 return;
             }
@@ -371,7 +382,9 @@ impl clock::World for Place {
     }
 
     fn changed(&self) {
-        self.world.state().wake_all(|thread| matches!(thread.doing, Doing::Waits { listens: true, .. }));
+        self.world
+            .state()
+            .wake_all(|thread| matches!(thread.doing, Doing::Waits { listens: true, .. }));
     }
 
     fn tell(&self, line: &str) {

@@ -4,8 +4,8 @@
 //! provider has put into its context, or an access to a field.
 
 use crate::{
-    LibIbverbs, ibv_context, ibv_cq, ibv_device_attr_ex, ibv_port_attr, ibv_qp, ibv_query_device_ex_input,
-    ibv_recv_wr, ibv_send_wr, ibv_wc, rdma_cm_id,
+    LibIbverbs, ibv_context, ibv_cq, ibv_device_attr_ex, ibv_port_attr, ibv_qp,
+    ibv_query_device_ex_input, ibv_recv_wr, ibv_send_wr, ibv_wc, rdma_cm_id,
 };
 use libc::sockaddr;
 use std::ffi::{c_int, c_void};
@@ -19,7 +19,12 @@ use std::mem::{offset_of, size_of};
 pub struct verbs_context {
     /// See [`ibv_query_port`].
     pub query_port: Option<
-        unsafe extern "C" fn(*mut ibv_context, port_num: u8, *mut ibv_port_attr, size: usize) -> c_int,
+        unsafe extern "C" fn(
+            *mut ibv_context,
+            port_num: u8,
+            *mut ibv_port_attr,
+            size: usize,
+        ) -> c_int,
     >,
     unused_newer: [*const c_void; 25],
     private: *const c_void,
@@ -53,7 +58,8 @@ unsafe fn verbs_get_ctx(context: *mut ibv_context, offset: usize) -> Option<*mut
     }
     // SAFETY: extended, so the structure begins that many bytes before, as far as `sz` reaches; `sz` itself is
     // in every one of them.
-    let extended: *mut verbs_context = unsafe { context.byte_sub(offset_of!(verbs_context, context)) }.cast();
+    let extended: *mut verbs_context =
+        unsafe { context.byte_sub(offset_of!(verbs_context, context)) }.cast();
     // SAFETY: see above.
     let size = unsafe { (*extended).sz };
     (size >= size_of::<verbs_context>() - offset).then_some(extended)
@@ -96,7 +102,8 @@ pub unsafe fn ibv_query_device_ex(
         if let Some(extended) = verbs_get_ctx(context, offset_of!(verbs_context, query_device_ex))
             && let Some(query_device_ex) = (*extended).query_device_ex
         {
-            let code = query_device_ex(context, std::ptr::null(), attr, size_of::<ibv_device_attr_ex>());
+            let code =
+                query_device_ex(context, std::ptr::null(), attr, size_of::<ibv_device_attr_ex>());
             if code != libc::EOPNOTSUPP && code != libc::ENOSYS {
                 return code;
             }
@@ -113,7 +120,11 @@ pub unsafe fn ibv_query_device_ex(
 /// The queue pair exists; the chain and what it points to are valid for the call, the memory that it names for as
 /// long as the device works on it.
 #[inline]
-pub unsafe fn ibv_post_send(qp: *mut ibv_qp, wr: *mut ibv_send_wr, bad_wr: *mut *mut ibv_send_wr) -> c_int {
+pub unsafe fn ibv_post_send(
+    qp: *mut ibv_qp,
+    wr: *mut ibv_send_wr,
+    bad_wr: *mut *mut ibv_send_wr,
+) -> c_int {
     // SAFETY: as the caller says.
     match unsafe { (*(*qp).context).ops.post_send } {
         // SAFETY: as the caller says.
@@ -128,7 +139,11 @@ pub unsafe fn ibv_post_send(qp: *mut ibv_qp, wr: *mut ibv_send_wr, bad_wr: *mut 
 /// # Safety
 /// As for [`ibv_post_send`].
 #[inline]
-pub unsafe fn ibv_post_recv(qp: *mut ibv_qp, wr: *mut ibv_recv_wr, bad_wr: *mut *mut ibv_recv_wr) -> c_int {
+pub unsafe fn ibv_post_recv(
+    qp: *mut ibv_qp,
+    wr: *mut ibv_recv_wr,
+    bad_wr: *mut *mut ibv_recv_wr,
+) -> c_int {
     // SAFETY: as the caller says.
     match unsafe { (*(*qp).context).ops.post_recv } {
         // SAFETY: as the caller says.

@@ -64,7 +64,8 @@ fn load(name: &'static str) -> Result<Library, OpenError> {
 
 fn failed(library: &'static str, cause: &libloading::Error) -> OpenError {
     // The loader's own words are in the source; the error itself only says which call failed.
-    let cause = std::error::Error::source(cause).map_or_else(|| cause.to_string(), ToString::to_string);
+    let cause =
+        std::error::Error::source(cause).map_or_else(|| cause.to_string(), ToString::to_string);
     OpenError { library, cause }
 }
 
@@ -74,8 +75,9 @@ mod tests {
 
     #[test]
     fn a_missing_library_is_named_with_what_to_install() {
-        let error =
-            Libraries::open_named("libibverbs-absent.so.1", CM).err().expect("there is no such library");
+        let error = Libraries::open_named("libibverbs-absent.so.1", CM)
+            .err()
+            .expect("there is no such library");
         assert_eq!(error.library, "libibverbs-absent.so.1");
         let text = error.to_string();
         assert!(

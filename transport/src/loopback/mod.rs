@@ -209,7 +209,9 @@ impl World {
         };
         let movable: Vec<(usize, u64)> = (self.lanes.iter().enumerate())
             .filter(|&(index, lane)| lane.can_move() && !stalled(index, lane))
-            .map(|(index, _)| (index, self.faults.speeds.get(index).map_or(1, |&speed| speed.max(1))))
+            .map(|(index, _)| {
+                (index, self.faults.speeds.get(index).map_or(1, |&speed| speed.max(1)))
+            })
             .collect();
         if movable.is_empty() {
             return false;
@@ -268,9 +270,11 @@ impl World {
                 let unlucky = one_in > 0 && self.below(one_in) == 0;
                 if unlucky { self.below(turns_max.saturating_add(1)) } else { 0 }
             }
-            Packet::Fence(_) => {
-                self.faults.late_fence.filter(|late| late.lane == index).map_or(0, |late| late.turns)
-            }
+            Packet::Fence(_) => self
+                .faults
+                .late_fence
+                .filter(|late| late.lane == index)
+                .map_or(0, |late| late.turns),
         };
         self.lanes[index].held_turns = turns;
     }
@@ -282,7 +286,8 @@ impl World {
             lane.held_turns -= 1;
             return;
         }
-        let writes = lane.wire.iter().take_while(|packet| matches!(packet, Packet::Write { .. })).count();
+        let writes =
+            lane.wire.iter().take_while(|packet| matches!(packet, Packet::Write { .. })).count();
         if self.faults.relaxed && writes > 1 {
             let chosen = self.below(writes as u64) as usize;
             self.lanes[index].wire.swap(0, chosen);
@@ -320,12 +325,18 @@ impl World {
 
     /// Writes to the destination's memory. A lane that fails does so in the middle of a write, as a
     /// cable would.
-    fn place(&mut self, index: usize, to: RemoteAddr, mut bytes: Vec<u8>) -> Result<(), LaneFailure> {
+    fn place(
+        &mut self,
+        index: usize,
+        to: RemoteAddr,
+        mut bytes: Vec<u8>,
+    ) -> Result<(), LaneFailure> {
         let protocol = |what| LaneFailure::Protocol { lane: index, what };
         let len = bytes.len() as u64;
         let wire_len = u32::try_from(len).expect("a write is no longer than a stripe");
         let (region, offset) = self.exposed.place(to.key.0, to.addr, wire_len).map_err(protocol)?;
-        let (dies, stalls) = (self.left(index, self.faults.death), self.left(index, self.faults.stall));
+        let (dies, stalls) =
+            (self.left(index, self.faults.death), self.left(index, self.faults.stall));
         bytes.truncate(usize::try_from(dies.min(stalls)).unwrap_or(usize::MAX));
         region.write(offset, &bytes).map_err(|e| protocol(e.to_string()))?;
         self.placed_bytes += bytes.len() as u64;
@@ -353,7 +364,11 @@ impl Shared {
     }
 
     /// Moves the world until `done` has an answer, or nothing can move until `deadline`.
-    fn advance<T>(&self, deadline: Instant, mut done: impl FnMut(&mut World) -> Option<T>) -> Option<T> {
+    fn advance<T>(
+        &self,
+        deadline: Instant,
+        mut done: impl FnMut(&mut World) -> Option<T>,
+    ) -> Option<T> {
         let mut world = self.world();
         world.look();
         loop {
@@ -400,7 +415,10 @@ impl Initiator for LoopbackInitiator {
         let mut accepted = 0;
         for request in batch {
             let admitted = request.check().and_then(|()| {
-                let known = world.registered.iter().any(|region| Arc::ptr_eq(region, request.local.region()));
+                let known = world
+                    .registered
+                    .iter()
+                    .any(|region| Arc::ptr_eq(region, request.local.region()));
                 if known {
                     Ok(())
                 } else {

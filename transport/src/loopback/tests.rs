@@ -1,7 +1,9 @@
 //! The loopback link against the contract, calm and rough, and each of its faults.
 
 use super::*;
-use crate::contract::{Pair, Random, contents, poll_until, post_all, regions, request, scattered, soon};
+use crate::contract::{
+    Pair, Random, contents, poll_until, post_all, regions, request, scattered, soon,
+};
 use std::time::Duration;
 
 fn pair_with(lanes: usize, faults: Faults) -> Pair {
@@ -45,7 +47,8 @@ fn without_a_fence_between_them_the_last_of_two_writes_need_not_win() {
         let (source, destination, remote) = regions(&mut pair, 8192, &mut Random(2));
         source.write(0, &[1; 4096]).unwrap();
         source.write(4096, &[2; 4096]).unwrap();
-        let both = [request(0, &source, 0, 4096, remote, 0), request(1, &source, 4096, 4096, remote, 0)];
+        let both =
+            [request(0, &source, 0, 4096, remote, 0), request(1, &source, 4096, 4096, remote, 0)];
         post_all(&mut *pair.initiator, &both, &mut Vec::new()).unwrap();
         pair.initiator.fence(FenceTag(1)).unwrap();
         pair.target.wait_fence(FenceTag(1), soon()).unwrap();
@@ -58,7 +61,8 @@ fn without_a_fence_between_them_the_last_of_two_writes_need_not_win() {
 fn the_same_seed_makes_the_same_world() {
     let run = |seed| {
         let delay = Some(Delay { one_in: 2, turns_max: 9 });
-        let mut pair = pair_with(3, Faults { seed, delay, speeds: vec![5, 1], ..Faults::default() });
+        let mut pair =
+            pair_with(3, Faults { seed, delay, speeds: vec![5, 1], ..Faults::default() });
         let (source, _destination, remote) = regions(&mut pair, 12 * MIB, &mut Random(1));
         let batch: Vec<_> = (scattered(12 * MIB, &mut Random(2)).into_iter().enumerate())
             .map(|(id, (at, len))| request(id as u64, &source, at, len, remote, at))
@@ -119,7 +123,9 @@ fn a_silent_lane_costs_a_deadline_and_bounded_memory() {
         posted += accepted;
         assert!(posted < 20);
         let asked = Instant::now();
-        if accepted == 0 && pair.initiator.poll(&mut out, asked + Duration::from_millis(20)).unwrap() == 0 {
+        if accepted == 0
+            && pair.initiator.poll(&mut out, asked + Duration::from_millis(20)).unwrap() == 0
+        {
             break asked;
         }
     };
@@ -127,7 +133,9 @@ fn a_silent_lane_costs_a_deadline_and_bounded_memory() {
     assert_eq!(pair.target.bytes_placed().unwrap(), 5000);
     let asked = Instant::now();
     let wait = pair.target.wait_fence(FenceTag(1), asked + Duration::from_millis(20));
-    assert!(matches!(wait, Err(Error::Timeout { .. })) && asked.elapsed() >= Duration::from_millis(20));
+    assert!(
+        matches!(wait, Err(Error::Timeout { .. })) && asked.elapsed() >= Duration::from_millis(20)
+    );
 }
 
 #[test]

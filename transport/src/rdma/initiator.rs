@@ -36,8 +36,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 const STRIPE: usize = STRIPE_BYTES as usize;
 
-/// The initiator of an RDMA link. Dropping it closes its lanes at once; only a fence that was polled
-/// proves that what was posted has arrived.
+/// The initiator of an RDMA link. Dropping it closes its lanes at once; only a fence that was
+/// polled proves that what was posted has arrived.
 #[derive(Debug)]
 pub struct RdmaInitiator {
     lanes: Vec<Lane>,
@@ -90,26 +90,36 @@ impl RdmaInitiator {
         let watched = connections.watched();
         let Connections { queues, domain, completions, channel, path, limits } = connections;
         let pinner = DevicePinner::new(&domain, Side::Initiator);
-        let window = Window { bytes: options.window_bytes, requests: options.window_requests.max(1) };
+        let window =
+            Window { bytes: options.window_bytes, requests: options.window_requests.max(1) };
         let lanes = (queues.into_iter().enumerate())
-            .map(|(index, queue)| Lane::new(index, Box::new(queue), window, limits.writes, path.active_mtu))
+            .map(|(index, queue)| {
+                Lane::new(index, Box::new(queue), window, limits.writes, path.active_mtu)
+            })
             .collect();
         let monitor = Monitor::new(watched, channel, Arc::clone(domain.id()), Arc::clone(&health))?;
         let mut this = Self::over(lanes, Box::new(pinner), health, path, options)?;
         this.device = Some(Device { monitor, completions, domain });
         this.write_bytes_max = limits.write_bytes as usize;
-        // Of an iWARP connection it is the side that connected which must speak first (RFC 5044, 7.1).
+        // Of an iWARP connection it is the side that connected which must speak first (RFC 5044,
+        // 7.1).
         this.lanes[0].send(&Message::Taken).map_err(|failure| Error::from(&failure))?;
         Ok(this)
     }
 
-    /// An initiator whose device does everything at once and nothing really, for measuring what a page
-    /// costs on the way to it. The target's regions are known and ready.
+    /// An initiator whose device does everything at once and nothing really, for measuring what a
+    /// page costs on the way to it. The target's regions are known and ready.
     #[doc(hidden)]
-    pub fn without_device(lanes: usize, regions: &[RemoteRegion], options: &RdmaOptions) -> Result<Self> {
+    pub fn without_device(
+        lanes: usize,
+        regions: &[RemoteRegion],
+        options: &RdmaOptions,
+    ) -> Result<Self> {
         let window = Window { bytes: options.window_bytes, requests: options.window_requests };
         let lanes = (0..lanes)
-            .map(|index| Lane::new(index, Box::new(Null::default()), window, super::lane::WRITES_MAX, 4096))
+            .map(|index| {
+                Lane::new(index, Box::new(Null::default()), window, super::lane::WRITES_MAX, 4096)
+            })
             .collect();
         let nowhere = SocketAddr::from(([0, 0, 0, 0], 0));
         let path = Path {
@@ -121,7 +131,8 @@ impl RdmaInitiator {
             from: nowhere,
             to: nowhere,
         };
-        let mut this = Self::over(lanes, Box::new(NoPins), Arc::new(Health::new()?), path, options)?;
+        let mut this =
+            Self::over(lanes, Box::new(NoPins), Arc::new(Health::new()?), path, options)?;
         for region in regions {
             let (first, count) = (region.base / STRIPE_BYTES, region.len.div_ceil(STRIPE_BYTES));
             let count = u32::try_from(count).map_err(|_| Error::State("a region of that size"))?;
@@ -170,8 +181,8 @@ impl RdmaInitiator {
         &self.path
     }
 
-    /// Takes in what the lanes have done and what the target says, and answers it. True if there was
-    /// anything.
+    /// Takes in what the lanes have done and what the target says, and answers it. True if there
+    /// was anything.
     fn collect(&mut self) -> bool {
         let before = (self.written.len(), self.fenced.len());
         let mut heard = false;
@@ -213,7 +224,8 @@ impl RdmaInitiator {
         Ok(())
     }
 
-    /// Sends what the target must know: wishes, and now and then how far we are. Fences say that too.
+    /// Sends what the target must know: wishes, and now and then how far we are. Fences say that
+    /// too.
     fn tell(&mut self) -> Result<(), LaneFailure> {
         self.lanes[0].acknowledge()?;
         if self.acks.check_open().is_err() {
@@ -246,14 +258,17 @@ impl RdmaInitiator {
         }
     }
 
-    /// The failure of the link, if there is one. A peer that has hung up may have done so because of one
-    /// of our own writes, whose completion then comes a little later and says more.
+    /// The failure of the link, if there is one. A peer that has hung up may have done so because
+    /// of one of our own writes, whose completion then comes a little later and says more.
     fn check(&mut self) -> Result<()> {
         if !self.health.broken() {
             return Ok(());
         }
         let deadline = *self.explained_by.get_or_insert_with(|| Instant::now() + REASON_PATIENCE);
-        while self.health.wonders() && !self.lanes.iter().all(Lane::is_idle) && Instant::now() < deadline {
+        while self.health.wonders()
+            && !self.lanes.iter().all(Lane::is_idle)
+            && Instant::now() < deadline
+        {
             self.collect();
             std::thread::yield_now();
         }
@@ -262,7 +277,10 @@ impl RdmaInitiator {
 
     /// The keys of a write, or what of its memory is missing and what is known of the remote part.
     #[inline]
-    fn keys(&mut self, request: &WorkRequest) -> Result<std::result::Result<Keys, (Refused, Remote)>> {
+    fn keys(
+        &mut self,
+        request: &WorkRequest,
+    ) -> Result<std::result::Result<Keys, (Refused, Remote)>> {
         request.check()?;
         let region = self.find(request)?;
         let (offset, len) = (request.local.offset(), request.local.len());
@@ -273,7 +291,9 @@ impl RdmaInitiator {
         let last = if stripes.len() == 1 { first } else { pins.key(stripes.end - 1) };
         let known = self.remote.get(remote.0, remote.1);
         Ok(match (first, last, known) {
-            (Some(first), Some(last), Remote::Ready(remote)) => Ok(Keys { first, last, remote, stripes }),
+            (Some(first), Some(last), Remote::Ready(remote)) => {
+                Ok(Keys { first, last, remote, stripes })
+            }
             _ => Err((Refused { region, stripes, remote }, known)),
         })
     }
@@ -293,13 +313,18 @@ impl RdmaInitiator {
         let on_device = self.remote.on_device(request.remote.key.0, request.remote.addr);
         let lane = lane_of(request.remote.addr, self.lanes.len());
         let lane = &mut self.lanes[lane];
-        // Where the key of the local memory changes, if it does. A write is no longer than a stripe.
-        let first_len =
-            if first_key == last_key { len } else { stripes.end.saturating_sub(1) * STRIPE - offset };
+        // Where the key of the local memory changes, if it does. A write is no longer than a
+        // stripe.
+        let first_len = if first_key == last_key {
+            len
+        } else {
+            stripes.end.saturating_sub(1) * STRIPE - offset
+        };
         let max = self.write_bytes_max;
         // Nearly always one, and then no division is spent on it.
         let whole = first_len == len && len <= max;
-        let pieces = if whole { 1 } else { first_len.div_ceil(max) + (len - first_len).div_ceil(max) };
+        let pieces =
+            if whole { 1 } else { first_len.div_ceil(max) + (len - first_len).div_ceil(max) };
         if !lane.admit(len as u64, pieces) {
             return Ok(Admission::NoCredit);
         }
@@ -348,7 +373,9 @@ impl RdmaInitiator {
                 self.remote.asked(stripe);
                 match self.wants.back_mut() {
                     // One that has not been sent yet takes in its neighbour.
-                    Some(last) if last.region == key && last.first + u64::from(last.count) == stripe => {
+                    Some(last)
+                        if last.region == key && last.first + u64::from(last.count) == stripe =>
+                    {
                         last.count += 1;
                     }
                     _ => self.wants.push_back(Stripes { region: key, first: stripe, count: 1 }),
@@ -418,7 +445,8 @@ impl Initiator for RdmaInitiator {
 
     fn register(&mut self, region: &Arc<MemoryRegion>) -> Result<()> {
         if !self.regions.iter().any(|pins| Arc::ptr_eq(pins.region(), region)) {
-            let index = u32::try_from(self.regions.len()).map_err(|_| Error::State("so many regions"))?;
+            let index =
+                u32::try_from(self.regions.len()).map_err(|_| Error::State("so many regions"))?;
             self.regions.push(Arc::new(Pins::new(region, index, None)));
         }
         Ok(())

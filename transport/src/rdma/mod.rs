@@ -1,5 +1,5 @@
-//! The link over RDMA verbs: a reliable connected queue pair a lane, one-sided writes straight into the
-//! destination's memory.
+//! The link over RDMA verbs: a reliable connected queue pair a lane, one-sided writes straight into
+//! the destination's memory.
 //!
 //! ```text
 //!   initiator                                                 target
@@ -14,11 +14,13 @@
 //!   monitor thread: port down, device gone, disconnected      the same
 //! ```
 //!
-//! Memory is pinned chunk by chunk ahead of the data, at both ends at once; a write to memory that is
-//! not ready at both ends is not accepted yet. The target's addresses are those of `exposed.rs`, which
-//! the device is given as the registrations' own (`ibv_reg_mr_iova`), so chunks do not show in them.
+//! Memory is pinned chunk by chunk ahead of the data, at both ends at once; a write to memory that
+//! is not ready at both ends is not accepted yet. The target's addresses are those of `exposed.rs`,
+//! which the device is given as the registrations' own (`ibv_reg_mr_iova`), so chunks do not show
+//! in them.
 //!
-//! Registrations are made with relaxed ordering where the device takes it: `docs/decisions/0017` says why that is right.
+//! Registrations are made with relaxed ordering where the device takes it: `docs/decisions/0017`
+//! says why that is right.
 
 mod admission;
 mod depths;

@@ -24,7 +24,8 @@ impl Queue for Null {
     fn post(&mut self, chain: &mut Chain) -> Result<(), i32> {
         // What a real device's library would be handed, and the cost of making it.
         std::hint::black_box(chain.linked());
-        let signalled = chain.requests().iter().filter(|request| request.send_flags & IBV_SEND_SIGNALED != 0);
+        let signalled =
+            chain.requests().iter().filter(|request| request.send_flags & IBV_SEND_SIGNALED != 0);
         self.done.extend(signalled.map(|request| request.wr_id));
         Ok(())
     }

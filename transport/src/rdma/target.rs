@@ -122,7 +122,15 @@ impl RdmaTarget {
             .map_err(|e| Error::os("starting the thread that serves a link", e))?;
         let (service, monitor) = (Some(thread), Some(monitor));
         let names_memory = limits.names_memory;
-        Ok(Self { shared, exposed: Exposed::new(), service, monitor, path, names_memory, revoked: false })
+        Ok(Self {
+            shared,
+            exposed: Exposed::new(),
+            service,
+            monitor,
+            path,
+            names_memory,
+            revoked: false,
+        })
     }
 
     /// The way that the link takes.
@@ -137,9 +145,9 @@ impl RdmaTarget {
         self.shared.registrar.forget();
     }
 
-    /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the protection
-    /// domain is this link's alone, and a key opens nothing to a queue pair of another. What remains,
-    /// unpinning, takes long and changes nothing: `later`, it goes on by itself.
+    /// Ends the queue pairs; afterwards no write can land, whatever keys the peer has: the
+    /// protection domain is this link's alone, and a key opens nothing to a queue pair of another.
+    /// What remains, unpinning, takes long and changes nothing: `later`, it goes on by itself.
     fn stop(&mut self, later: bool) {
         if std::mem::replace(&mut self.revoked, true) {
             return;
@@ -184,9 +192,9 @@ impl Target for RdmaTarget {
             return Err(Error::State("expecting writes into a region that was not exposed"));
         }
         // A region may be exposed more than once, and each has addresses of its own.
-        exposed
-            .iter()
-            .try_for_each(|pins| expect(Some(&self.shared.registrar), pins, parts, self.shared.chunk))
+        exposed.iter().try_for_each(|pins| {
+            expect(Some(&self.shared.registrar), pins, parts, self.shared.chunk)
+        })
     }
 
     fn wait_fence(&mut self, tag: FenceTag, deadline: Instant) -> Result<()> {
@@ -207,8 +215,11 @@ impl Target for RdmaTarget {
             if left.is_zero() {
                 return Err(Error::Timeout { what: "a fence on every lane" });
             }
-            (arrivals, _) =
-                self.shared.changed.wait_timeout(arrivals, left).unwrap_or_else(PoisonError::into_inner);
+            (arrivals, _) = self
+                .shared
+                .changed
+                .wait_timeout(arrivals, left)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -224,7 +235,8 @@ impl Target for RdmaTarget {
 }
 
 impl Drop for RdmaTarget {
-    /// Of a link that was not revoked: the guest is not here, and its memory may be wanted for the next.
+    /// Of a link that was not revoked: the guest is not here, and its memory may be wanted for the
+    /// next.
     fn drop(&mut self) {
         self.stop(false);
     }
@@ -232,7 +244,10 @@ impl Drop for RdmaTarget {
 
 impl std::fmt::Debug for RdmaTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("RdmaTarget").field("path", &self.path).field("revoked", &self.revoked).finish()
+        f.debug_struct("RdmaTarget")
+            .field("path", &self.path)
+            .field("revoked", &self.revoked)
+            .finish()
     }
 }
 
@@ -274,10 +289,8 @@ impl Service {
             return Ok(());
         }
         let bell = &self.shared.health.bell;
-        wait_readable(&[self.completions.fd(), bell.as_fd()], None).map_err(|_| LaneFailure::Os {
-            lane: 0,
-            operation: "waiting for completions",
-            errno: libc::EIO,
+        wait_readable(&[self.completions.fd(), bell.as_fd()], None).map_err(|_| {
+            LaneFailure::Os { lane: 0, operation: "waiting for completions", errno: libc::EIO }
         })?;
         self.completions.silence();
         bell.silence();
@@ -370,8 +383,9 @@ impl Shared {
     /// The peer wants to write where nobody said that it would.
     fn want(&self, stripes: Stripes) -> Result<(), String> {
         let pins = lock(&self.pins).get(stripes.region as usize).map(Arc::clone);
-        let pins =
-            pins.ok_or_else(|| format!("a wish for the region {}, which there is not", stripes.region))?;
+        let pins = pins.ok_or_else(|| {
+            format!("a wish for the region {}, which there is not", stripes.region)
+        })?;
         // What is claimed already is announced when it is ready.
         let bytes = pins.wanted(stripes)?;
         let claimed = pins.claim(&bytes, self.chunk);

@@ -31,7 +31,9 @@ fn here() -> IpAddr {
 
 /// Whether there is a device to test with. Says so where `scripts/test` repeats it if not.
 fn can_run(name: &str) -> bool {
-    if std::env::var_os("PAGEFERRY_LAB").is_some() || std::env::var_os("PAGEFERRY_RDMA_ADDRESS").is_some() {
+    if std::env::var_os("PAGEFERRY_LAB").is_some()
+        || std::env::var_os("PAGEFERRY_RDMA_ADDRESS").is_some()
+    {
         return true;
     }
     let why = "it needs an RDMA device: scripts/lab";
@@ -126,7 +128,11 @@ fn lab_memory_in_huge_pages_is_registered_and_counted_once() {
         initiator.poll(&mut Vec::new(), deadline).unwrap();
         assert!(Instant::now() < deadline);
     }
-    assert_eq!(initiator.registrations() - before.1, 2 * 3, "four, four and one stripe at each end");
+    assert_eq!(
+        initiator.registrations() - before.1,
+        2 * 3,
+        "four, four and one stripe at each end"
+    );
     assert_eq!(pinned() - before.0, 2 * len);
     post_all(&mut initiator, &batch, &mut Vec::new()).unwrap();
     initiator.fence(FenceTag(1)).unwrap();
@@ -148,8 +154,9 @@ fn run(command: &str, arguments: &[&str]) {
 fn device() -> (String, String) {
     let (initiator, _target) = ends(1, &RdmaOptions::default());
     let device = initiator.path().device.clone();
-    let interface =
-        std::fs::read_to_string(format!("/sys/class/infiniband/{device}/ports/1/gid_attrs/ndevs/0"));
+    let interface = std::fs::read_to_string(format!(
+        "/sys/class/infiniband/{device}/ports/1/gid_attrs/ndevs/0"
+    ));
     (device, interface.unwrap().trim().to_owned())
 }
 
@@ -187,7 +194,8 @@ fn lab_regions_larger_than_a_chunk_arrive_expected_or_not() {
         let mut pair = pair_with(lanes, &options);
         let (source, destination, remote) = regions(&mut pair, 23 * MIB + 4096, &mut Random(1));
         // Parts of the first half here, of the second there, a bit of it twice, and some never.
-        let (here, there) = ([0..5 * MIB, 5 * MIB..6 * MIB, 11 * MIB..12 * MIB], [9 * MIB..20 * MIB]);
+        let (here, there) =
+            ([0..5 * MIB, 5 * MIB..6 * MIB, 11 * MIB..12 * MIB], [9 * MIB..20 * MIB]);
         pair.initiator.expect(&source, &here).unwrap();
         pair.target.expect(&destination, &there).unwrap();
         pair.initiator.expect(&source, &here).unwrap();
@@ -195,7 +203,9 @@ fn lab_regions_larger_than_a_chunk_arrive_expected_or_not() {
         assert!(pair.target.expect(&source, &[0..1]).is_err());
         let len = source.len();
         let mut batch: Vec<_> = (0..len.div_ceil(MIB))
-            .map(|at| request(at as u64, &source, at * MIB, MIB.min(len - at * MIB), remote, at * MIB))
+            .map(|at| {
+                request(at as u64, &source, at * MIB, MIB.min(len - at * MIB), remote, at * MIB)
+            })
             .collect();
         // Lies across a boundary of chunks at this end and not at the other.
         batch.push(request(99, &source, 4 * MIB - 4096, 8192, remote, 8 * MIB));
@@ -307,7 +317,10 @@ fn lab_a_write_outside_what_is_exposed_breaks_the_link_and_touches_nothing() {
         let mut wrong = request(0, &source, 0, 4096, remote, 0);
         wrong.remote = RemoteAddr { key: RemoteKey(key), addr: remote.base + beyond };
         let error = push_until_it_breaks(&mut initiator, &[wrong]);
-        assert!(matches!(error, Error::Closed { .. } | Error::Work { .. } | Error::Lane { .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Closed { .. } | Error::Work { .. } | Error::Lane { .. }),
+            "{error:?}"
+        );
         let error = wait_until_broken(&mut target);
         assert!(matches!(error, Error::Protocol { lane: 0, .. }), "{error:?}");
     }
@@ -357,7 +370,10 @@ fn lab_strangers_are_refused_with_a_reason_and_the_lanes_come_all_the_same() {
     for path in [initiator.path(), target.path()] {
         println!("{path}");
         assert_eq!((path.port, path.from.ip(), path.to.ip()), (1, here(), here()));
-        assert!(path.active_mtu >= 256 && !path.gid.is_empty() && path.link.contains("RoCE"), "{path}");
+        assert!(
+            path.active_mtu >= 256 && !path.gid.is_empty() && path.link.contains("RoCE"),
+            "{path}"
+        );
     }
 }
 
@@ -578,7 +594,8 @@ fn lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend() {
     }
     if is_other_process() {
         use rustix::process::{Resource, Rlimit, setrlimit};
-        setrlimit(Resource::Memlock, Rlimit { current: Some(8 << 20), maximum: Some(8 << 20) }).unwrap();
+        setrlimit(Resource::Memlock, Rlimit { current: Some(8 << 20), maximum: Some(8 << 20) })
+            .unwrap();
         let (mut initiator, _target) = ends(1, &RdmaOptions::default());
         let source = MemoryRegion::anonymous(256 * MIB).unwrap();
         initiator.register(&source).unwrap();
@@ -591,7 +608,9 @@ fn lab_a_memory_lock_limit_that_is_too_small_is_named_with_the_mend() {
         command.uid(65534).gid(65534);
     });
     let said = other.said("broken ");
-    for part in ["registering 67108864 bytes", "may lock 8192 KiB", "ulimit -l unlimited", "LimitMEMLOCK"] {
+    for part in
+        ["registering 67108864 bytes", "may lock 8192 KiB", "ulimit -l unlimited", "LimitMEMLOCK"]
+    {
         assert!(said.contains(part), "{said}");
     }
 }

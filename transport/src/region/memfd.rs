@@ -1,7 +1,7 @@
 //! Memory files of our own, whose size nobody can change.
 //!
-//! A memory file that is cut kills whoever touches what is gone: QEMU, and us. So its size is sealed as soon as it is
-//! set.
+//! A memory file that is cut kills whoever touches what is gone: QEMU, and us. So its size is
+//! sealed as soon as it is set.
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};

@@ -42,14 +42,20 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 const PAGE_BYTES: usize = 4096;
 
 impl MemoryRegion {
-    /// Maps `len` bytes of `file` (a memfd, a file in a memory file system) at `offset`, shared with
-    /// everyone else who maps it. Huge pages are reserved for all of it.
-    pub fn map_shared(file: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Arc<Self>> {
+    /// Maps `len` bytes of `file` (a memfd, a file in a memory file system) at `offset`, shared
+    /// with everyone else who maps it. Huge pages are reserved for all of it.
+    pub fn map_shared(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<Arc<Self>> {
         Self::map(&mut MmapOptions::new(), file, offset, len, access)
     }
 
-    /// The same for memory that somebody else has made, who has reserved its huge pages, or has not on purpose: all of the
-    /// memory of a guest that touches little of it may be more than the host has.
+    /// The same for memory that somebody else has made, who has reserved its huge pages, or has not
+    /// on purpose: all of the memory of a guest that touches little of it may be more than the host
+    /// has.
     pub fn map_unreserved(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -74,14 +80,21 @@ impl MemoryRegion {
             Access::Read => options.map_raw_read_only(file.as_raw_fd()),
             Access::Write => options.map_raw(file.as_raw_fd()),
         }
-        .map_err(|e| Error::os(format!("mapping {len} bytes of guest memory at offset {offset:#x}"), e))?;
+        .map_err(|e| {
+            Error::os(format!("mapping {len} bytes of guest memory at offset {offset:#x}"), e)
+        })?;
         Ok(Arc::new(Self { guard: None, map, access }))
     }
 
     /// [`Self::map_shared`] for memory that may go away under us: a page that cannot be read, because the hardware lost it
-    /// or the file was cut, reads as zeros from then on, and [`Self::lost`] names it. Not for a mapping in which a guest
-    /// runs.
-    pub fn map_guarded(file: BorrowedFd<'_>, offset: u64, len: usize, access: Access) -> Result<Arc<Self>> {
+    /// or the file was cut, reads as zeros from then on, and [`Self::lost`] names it. Not for a
+    /// mapping in which a guest runs.
+    pub fn map_guarded(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+        access: Access,
+    ) -> Result<Arc<Self>> {
         Self::map_shared(file, offset, len, access)?.guarded(file, offset)
     }
 
@@ -96,27 +109,30 @@ impl MemoryRegion {
     }
 
     fn guarded(mut self: Arc<Self>, file: BorrowedFd<'_>, offset: u64) -> Result<Arc<Self>> {
-        let kind =
-            rustix::fs::fstatfs(file).map_err(|e| Error::os("looking at a file of guest memory", e))?;
+        let kind = rustix::fs::fstatfs(file)
+            .map_err(|e| Error::os("looking at a file of guest memory", e))?;
         let page_bytes = match kind.f_type as u64 {
             HUGETLBFS_MAGIC => usize::try_from(kind.f_bsize).unwrap_or(PAGE_BYTES).max(PAGE_BYTES),
             _ => PAGE_BYTES,
         };
         let start = self.as_ptr().expose_provenance();
-        let kept = file.try_clone_to_owned().map_err(|e| Error::os("keeping a file of guest memory", e))?;
+        let kept = file
+            .try_clone_to_owned()
+            .map_err(|e| Error::os("keeping a file of guest memory", e))?;
         let guard = Guard::new((start, self.len()), page_bytes, self.writable(), (kept, offset))?;
         Arc::get_mut(&mut self).expect("just made").guard = Some(guard);
         Ok(self)
     }
 
-    /// How often a page of it could not be read, of a guarded region. Unchanged means that everything read since then was
-    /// there.
+    /// How often a page of it could not be read, of a guarded region. Unchanged means that
+    /// everything read since then was there.
     #[must_use]
     pub fn faults(&self) -> usize {
         self.guard.as_ref().map_or(0, Guard::faults)
     }
 
-    /// The pages of a guarded region that could not be read and read as zeros since; rising. At most [`LOST_MAX`].
+    /// The pages of a guarded region that could not be read and read as zeros since; rising. At
+    /// most [`LOST_MAX`].
     #[must_use]
     pub fn lost(&self) -> Vec<Lost> {
         self.guard.as_ref().map(Guard::lost).unwrap_or_default()
@@ -131,14 +147,18 @@ impl MemoryRegion {
     /// Maps the lost page at this offset from its file again: it may be another page by now.
     pub fn look_again(&self, lost: Lost) -> Result<()> {
         let Some(guard) = &self.guard else { return Ok(()) };
-        // Forgotten first: a lane may touch it as soon as it is mapped, and what is noted then is to stay.
+        // Forgotten first: a lane may touch it as soon as it is mapped, and what is noted then is
+        // to stay.
         guard.forget(lost.offset);
         self.map_again(guard, lost.offset, lost.bytes)
     }
 
-    /// Maps all of a guarded region from its file again, if any of it was lost. Nobody uses it meanwhile.
+    /// Maps all of a guarded region from its file again, if any of it was lost. Nobody uses it
+    /// meanwhile.
     pub fn look_at_all_again(&self) -> Result<()> {
-        let Some(guard) = self.guard.as_ref().filter(|guard| guard.faults() > 0) else { return Ok(()) };
+        let Some(guard) = self.guard.as_ref().filter(|guard| guard.faults() > 0) else {
+            return Ok(());
+        };
         self.map_again(guard, 0, self.len())?;
         guard.forget_all();
         Ok(())
@@ -151,9 +171,11 @@ impl MemoryRegion {
         let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
         let (flags, at) = (flags, self.as_ptr().wrapping_add(offset).cast());
         let file_offset = file_offset + offset as u64;
-        // SAFETY: within our own mapping, which stays as long as it was; nobody holds a reference into it.
-        let mapped =
-            unsafe { libc::mmap(at, len, protection, flags, file.as_raw_fd(), file_offset as libc::off_t) };
+        // SAFETY: within our own mapping, which stays as long as it was; nobody holds a reference
+        // into it.
+        let mapped = unsafe {
+            libc::mmap(at, len, protection, flags, file.as_raw_fd(), file_offset as libc::off_t)
+        };
         if mapped == libc::MAP_FAILED {
             let error = std::io::Error::last_os_error();
             return Err(Error::os(format!("mapping {len} bytes of guest memory again"), error));
@@ -203,8 +225,10 @@ impl MemoryRegion {
 
     #[cold]
     fn outside(&self, offset: usize, len: usize) -> Error {
-        let what =
-            format!("{len} bytes at offset {offset:#x} do not fit a region of {:#x} bytes", self.len());
+        let what = format!(
+            "{len} bytes at offset {offset:#x} do not fit a region of {:#x} bytes",
+            self.len()
+        );
         Error::Bounds { what }
     }
 
@@ -218,10 +242,14 @@ impl MemoryRegion {
     /// Copies bytes out. Bytes that somebody writes meanwhile may come torn.
     pub fn read(&self, offset: usize, out: &mut [u8]) -> Result<()> {
         self.check(offset, out.len())?;
-        // SAFETY: the range was checked, the mapping lives as long as `self`, and `out` is memory of
-        // this process that cannot overlap it: nobody holds a reference into a region.
+        // SAFETY: the range was checked, the mapping lives as long as `self`, and `out` is memory
+        // of this process that cannot overlap it: nobody holds a reference into a region.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.as_ptr().add(offset).cast_const(), out.as_mut_ptr(), out.len())
+            std::ptr::copy_nonoverlapping(
+                self.as_ptr().add(offset).cast_const(),
+                out.as_mut_ptr(),
+                out.len(),
+            )
         };
         Ok(())
     }
@@ -232,14 +260,16 @@ impl MemoryRegion {
         if !self.writable() {
             return Err(Error::State("writing a region that is mapped read-only"));
         }
-        // SAFETY: the range was checked, the mapping is writable and lives as long as `self`, and no
-        // reference into it exists that `bytes` could be.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(offset), bytes.len()) };
+        // SAFETY: the range was checked, the mapping is writable and lives as long as `self`, and
+        // no reference into it exists that `bytes` could be.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_ptr().add(offset), bytes.len())
+        };
         Ok(())
     }
 
-    /// Whether every byte of the range is zero, at some moment while it was looked at. Offset and length
-    /// must be multiples of 64.
+    /// Whether every byte of the range is zero, at some moment while it was looked at. Offset and
+    /// length must be multiples of 64.
     pub fn is_zero(&self, offset: usize, len: usize) -> Result<bool> {
         const WORDS: usize = 8;
         self.check(offset, len)?;
@@ -252,8 +282,8 @@ impl MemoryRegion {
         for _ in 0..len / (WORDS * 8) {
             let mut any = 0;
             for _ in 0..WORDS {
-                // SAFETY: within the range that was checked, and aligned, as mappings begin on a page.
-                // Volatile, because somebody may write it meanwhile.
+                // SAFETY: within the range that was checked, and aligned, as mappings begin on a
+                // page. Volatile, because somebody may write it meanwhile.
                 any |= unsafe { word.read_volatile() };
                 word = word.wrapping_add(1);
             }
@@ -271,14 +301,16 @@ impl MemoryRegion {
         if len == 0 {
             return Ok(());
         }
-        let advice = if self.writable() { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
+        let advice =
+            if self.writable() { Advice::LinuxPopulateWrite } else { Advice::LinuxPopulateRead };
         // SAFETY: the range was checked and is a mapping of ours; populating it changes no content.
         unsafe { rustix::mm::madvise(self.as_ptr().add(offset).cast(), len, advice) }
             .map_err(|e| Error::os(format!("populating {len} bytes of guest memory"), e))
     }
 }
 
-/// Touches these bytes of mapped memory, so that a lost page among them is replaced. True if one was.
+/// Touches these bytes of mapped memory, so that a lost page among them is replaced. True if one
+/// was.
 ///
 /// # Safety
 /// The bytes must be mapped and readable.
@@ -287,7 +319,8 @@ pub(crate) unsafe fn touch(address: usize, len: usize) -> bool {
     let (first, end) = (address & !(PAGE_BYTES - 1), address + len);
     for page in (first..end).step_by(PAGE_BYTES) {
         let byte = std::ptr::with_exposed_provenance::<u8>(page.max(address));
-        // SAFETY: the caller's word. Volatile, because somebody may write it meanwhile, and so that it is read at all.
+        // SAFETY: the caller's word. Volatile, because somebody may write it meanwhile, and so that
+        // it is read at all.
         let _ = unsafe { byte.read_volatile() };
     }
     faults() != before

@@ -92,7 +92,9 @@ impl Header {
                     ));
                 }
                 if length == 0 || length > PAYLOAD_BYTES_MAX {
-                    return Err(format!("a frame of {length} bytes (1 to {PAYLOAD_BYTES_MAX} are allowed)"));
+                    return Err(format!(
+                        "a frame of {length} bytes (1 to {PAYLOAD_BYTES_MAX} are allowed)"
+                    ));
                 }
                 Ok(Self::Write { descriptors, payload_bytes: length })
             }
@@ -149,8 +151,9 @@ mod tests {
 
     fn any_header() -> impl Strategy<Value = Header> {
         prop_oneof![
-            (1..=DESCRIPTORS_MAX, 1..=PAYLOAD_BYTES_MAX)
-                .prop_map(|(descriptors, payload_bytes)| Header::Write { descriptors, payload_bytes }),
+            (1..=DESCRIPTORS_MAX, 1..=PAYLOAD_BYTES_MAX).prop_map(
+                |(descriptors, payload_bytes)| Header::Write { descriptors, payload_bytes }
+            ),
             any::<u32>().prop_map(|tag| Header::Fence(FenceTag(tag))),
             any::<u32>().prop_map(|tag| Header::FenceAck(FenceTag(tag))),
             any::<u32>().prop_map(|tag| Header::LastFence(FenceTag(tag))),

@@ -48,8 +48,8 @@ impl Inbox {
         self.wake(state);
     }
 
-    /// Appends what has come to `into`. An idle thread that gets nothing will sleep, and is noted as
-    /// one to be woken. False if it must end.
+    /// Appends what has come to `into`. An idle thread that gets nothing will sleep, and is noted
+    /// as one to be woken. False if it must end.
     #[must_use]
     pub(super) fn take(&self, into: &mut VecDeque<Item>, idle: bool) -> bool {
         let mut state = self.lock();

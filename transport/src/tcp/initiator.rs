@@ -82,7 +82,13 @@ impl TcpInitiator {
                 Arc::clone(&this.regions),
             );
             let thread = Some(spawn(format!("ferry-send-{lane}"), move || thread.run())?);
-            this.lanes.push(Lane { inbox, stream, thread, credits: Credits::new(window), batch: Vec::new() });
+            this.lanes.push(Lane {
+                inbox,
+                stream,
+                thread,
+                credits: Credits::new(window),
+                batch: Vec::new(),
+            });
         }
         Ok(this)
     }
@@ -98,7 +104,10 @@ impl TcpInitiator {
         match event {
             Event::Written { lane, ids, bytes } => self.written.push((lane, ids, bytes)),
             Event::FenceAcked { lane } => {
-                assert!(self.acks.acknowledge(lane, &mut self.fenced), "a lane reports what was sent on it");
+                assert!(
+                    self.acks.acknowledge(lane, &mut self.fenced),
+                    "a lane reports what was sent on it"
+                );
             }
             Event::Broken(failure) => {
                 self.failure.get_or_insert(failure);

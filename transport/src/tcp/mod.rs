@@ -102,10 +102,17 @@ pub(crate) fn check_lanes<S>(streams: &[S]) -> Result<()> {
 
 /// Sets a lane's socket up.
 fn prepare(lane: usize, socket: &Socket) -> Result<()> {
-    socket.prepare().map_err(|e| Error::Lane { lane, operation: "setting up its socket", source: e })
+    socket.prepare().map_err(|e| Error::Lane {
+        lane,
+        operation: "setting up its socket",
+        source: e,
+    })
 }
 
-fn spawn<T: Send + 'static>(name: String, run: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+fn spawn<T: Send + 'static>(
+    name: String,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
     std::thread::Builder::new()
         .name(name)
         .spawn(run)

@@ -1,7 +1,9 @@
 //! A message on its way out: frame header, descriptors and a fence in a buffer of ours, payload
 //! straight from registered memory, all in one vector for one `sendmsg`.
 
-use super::frame::{DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, HEADER_BYTES, Header, PAYLOAD_BYTES_MAX};
+use super::frame::{
+    DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, HEADER_BYTES, Header, PAYLOAD_BYTES_MAX,
+};
 use super::vector::Vector;
 use crate::work::{FenceTag, WorkId, WorkRequest};
 use std::collections::VecDeque;
@@ -124,9 +126,11 @@ impl Message {
 
     /// Touches what remains to be sent. True if memory was lost there, and is replaced now.
     pub(super) fn touch_rest(&self) -> bool {
-        // SAFETY: `build` put the message's own head and pieces of registered regions there, which stay mapped.
-        self.vector
-            .rest()
-            .fold(false, |lost, (address, len)| unsafe { crate::region::touch(address, len) } | lost)
+        // SAFETY: `build` put the message's own head and pieces of registered regions there, which
+        // stay mapped.
+        self.vector.rest().fold(
+            false,
+            |lost, (address, len)| unsafe { crate::region::touch(address, len) } | lost,
+        )
     }
 }

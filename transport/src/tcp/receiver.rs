@@ -18,8 +18,7 @@ use std::sync::atomic::Ordering;
 
 /// What is said where it fails.
 const RECEIVING: &str = "receiving";
-const NO_PAGE: &str =
-    "placing bytes in memory (is the file system behind it, a pool of huge pages, or a memory cgroup full?)";
+const NO_PAGE: &str = "placing bytes in memory (is the file system behind it, a pool of huge pages, or a memory cgroup full?)";
 
 /// Everything the thread owns. Buffers that the kernel fills are boxed, so that they stay where
 /// they are.
@@ -49,14 +48,15 @@ impl Receiver {
         }
     }
 
-    /// Runs until the last fence, or until the lane breaks or is shut down by its owner, and tells then whether the
-    /// kernel has let go of all memory; that it may still be placing bytes no socket that is shut down should allow.
-    /// The ring, which takes longer to go, is kept until `release` is dropped: a guest may be paused.
+    /// Runs until the last fence, or until the lane breaks or is shut down by its owner, and tells
+    /// then whether the kernel has let go of all memory; that it may still be placing bytes no
+    /// socket that is shut down should allow. The ring, which takes longer to go, is kept until
+    /// `release` is dropped: a guest may be paused.
     pub(super) fn run(mut self, tell: &Sender<bool>, release: &Channel<()>) {
         match self.drive() {
             Ok(last) => {
-                // Nothing is under way, and nothing more will be begun. Told first: whoever has seen the fence on
-                // every lane finds every lane ended.
+                // Nothing is under way, and nothing more will be begun. Told first: whoever has
+                // seen the fence on every lane finds every lane ended.
                 let _ = tell.send(true);
                 if !self.shared.arrive(self.lane, last) {
                     self.shared.fail(self.out_of_order(last));
@@ -92,10 +92,14 @@ impl Receiver {
         self.fill(0)?;
         loop {
             match Header::decode(&self.header).map_err(|what| self.protocol(what))? {
-                Header::Write { descriptors, payload_bytes } => self.place(descriptors, payload_bytes)?,
+                Header::Write { descriptors, payload_bytes } => {
+                    self.place(descriptors, payload_bytes)?
+                }
                 Header::Fence(tag) => self.fence(tag)?,
                 Header::LastFence(tag) => return Ok(tag),
-                Header::FenceAck(_) => return Err(self.protocol("an answer to a fence at the target".into())),
+                Header::FenceAck(_) => {
+                    return Err(self.protocol("an answer to a fence at the target".into()));
+                }
             }
         }
     }
@@ -112,7 +116,8 @@ impl Receiver {
         self.vector.clear();
         let exposed = self.shared.exposed();
         for Descriptor { key, len, addr } in descriptors {
-            let (region, offset) = exposed.place(key, addr, len).map_err(|what| self.protocol(what))?;
+            let (region, offset) =
+                exposed.place(key, addr, len).map_err(|what| self.protocol(what))?;
             // Inside its mapping, so the sum cannot wrap.
             self.vector.push(region.as_ptr().expose_provenance() + offset, len as usize);
         }
@@ -130,10 +135,13 @@ impl Receiver {
         let mut sent = 0;
         while sent < HEADER_BYTES {
             let rest = &self.ack[sent..];
-            let entry =
-                opcode::Send::new(types::Fd(self.stream.as_raw_fd()), rest.as_ptr(), rest.len() as u32)
-                    .flags(libc::MSG_NOSIGNAL)
-                    .build();
+            let entry = opcode::Send::new(
+                types::Fd(self.stream.as_raw_fd()),
+                rest.as_ptr(),
+                rest.len() as u32,
+            )
+            .flags(libc::MSG_NOSIGNAL)
+            .build();
             sent += self.run_one("acknowledging a fence", entry)?;
         }
         self.vector.clear();
@@ -165,14 +173,18 @@ impl Receiver {
     ///
     /// Private, and called with operations on this thread's own buffers, its own vector and exposed
     /// regions only.
-    fn run_one(&mut self, operation: &'static str, entry: squeue::Entry) -> Result<usize, LaneFailure> {
+    fn run_one(
+        &mut self,
+        operation: &'static str,
+        entry: squeue::Entry,
+    ) -> Result<usize, LaneFailure> {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(LaneFailure::Closed { lane: self.lane });
         }
         // SAFETY: the buffers are boxed and owned by `self`; exposed regions stay mapped until the
-        // target has heard that this lane has ended; and this function returns only when the operation is done.
-        // Should the ring itself fail, `run` waits for the operation or leaks `self` and with it
-        // the buffers and, through `shared`, the regions.
+        // target has heard that this lane has ended; and this function returns only when the
+        // operation is done. Should the ring itself fail, `run` waits for the operation or leaks
+        // `self` and with it the buffers and, through `shared`, the regions.
         unsafe { self.ring.push(entry) };
         loop {
             self.ring.wait().map_err(|e| self.broken("waiting in its io_uring", &e))?;

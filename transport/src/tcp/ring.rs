@@ -45,9 +45,10 @@ impl Ring {
             .setup_cqsize(COMPLETION_ENTRIES)
             .build(ENTRIES)
             .or_else(|error| match error.raw_os_error() {
-                Some(libc::EINVAL) => {
-                    IoUring::builder().setup_r_disabled().setup_cqsize(COMPLETION_ENTRIES).build(ENTRIES)
-                }
+                Some(libc::EINVAL) => IoUring::builder()
+                    .setup_r_disabled()
+                    .setup_cqsize(COMPLETION_ENTRIES)
+                    .build(ENTRIES),
                 _ => Err(error),
             })
             .map_err(|error| unavailable(error, disabled_sysctl().as_deref()))?;
@@ -66,7 +67,9 @@ impl Ring {
         .find(|&(_, code)| !probe.is_supported(code));
         if let Some((name, _)) = missing {
             return Err(Error::os(
-                format!("this kernel's io_uring has no {name} operation; Linux 5.11 or newer is needed"),
+                format!(
+                    "this kernel's io_uring has no {name} operation; Linux 5.11 or newer is needed"
+                ),
                 io::Error::from_raw_os_error(libc::EOPNOTSUPP),
             ));
         }
@@ -191,7 +194,8 @@ mod tests {
 
     #[test]
     fn a_kernel_without_io_uring_is_explained() {
-        let say = |errno, sysctl| unavailable(io::Error::from_raw_os_error(errno), sysctl).to_string();
+        let say =
+            |errno, sysctl| unavailable(io::Error::from_raw_os_error(errno), sysctl).to_string();
         assert!(say(libc::ENOSYS, None).contains("CONFIG_IO_URING"));
         assert!(say(libc::EPERM, Some("2\n")).contains("kernel.io_uring_disabled=0"));
         assert!(say(libc::EPERM, Some("1\n")).contains("kernel.io_uring_group"));

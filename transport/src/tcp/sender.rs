@@ -122,7 +122,10 @@ impl Sender {
         // disconnecting (connect(2), AF_UNSPEC) throws the send queue away.
         let _ = rustix::net::connect_unspec(&*self.stream);
         if !self.ring.drain(DRAIN_PATIENCE) {
-            tracing::error!(lane = self.lane, "the kernel does not let go of a lane's buffers: leaking them");
+            tracing::error!(
+                lane = self.lane,
+                "the kernel does not let go of a lane's buffers: leaking them"
+            );
             std::mem::forget(self);
         }
     }
@@ -157,7 +160,9 @@ impl Sender {
                 let bytes = result.map_err(|e| self.broken("receiving", &e))?;
                 self.acked(bytes)?;
             }
-            Done::Operation { user_data, result, more } => self.sent(number(user_data), result, more)?,
+            Done::Operation { user_data, result, more } => {
+                self.sent(number(user_data), result, more)?
+            }
             Done::Released { user_data, copied } => {
                 self.choice.reported(copied);
                 let number = number(user_data);
@@ -220,9 +225,10 @@ impl Sender {
                     e.raw_os_error(),
                     Some(libc::EINVAL | libc::EOPNOTSUPP | libc::ENOMEM | libc::ENOBUFS)
                 ) && self.choice.refused() => {}
-            // Memory that went away since it was looked at: once it is replaced by zeros, the rest goes. Whoever posted it
-            // hears of it from the region.
-            Err(e) if e.raw_os_error() == Some(libc::EFAULT) && self.message(number).touch_rest() => {}
+            // Memory that went away since it was looked at: once it is replaced by zeros, the rest
+            // goes. Whoever posted it hears of it from the region.
+            Err(e)
+                if e.raw_os_error() == Some(libc::EFAULT) && self.message(number).touch_rest() => {}
             Err(e) => return Err(self.broken("sending", &e)),
         }
         if self.message(number).vector.is_empty() {
@@ -261,7 +267,9 @@ impl Sender {
                     let _ = self.events.send(Event::FenceAcked { lane: self.lane });
                 }
                 Ok(other) => {
-                    return Err(self.protocol(format!("an answer that nothing asked for: {other:?}")));
+                    return Err(
+                        self.protocol(format!("an answer that nothing asked for: {other:?}"))
+                    );
                 }
                 Err(what) => return Err(self.protocol(what)),
             }

@@ -1,5 +1,5 @@
-//! A connected stream socket, as a lane has it: of TCP, or of this host's own (`AF_UNIX`). Sends and receives
-//! go through io_uring and are the same for both; set-up is not.
+//! A connected stream socket, as a lane has it: of TCP, or of this host's own (`AF_UNIX`). Sends
+//! and receives go through io_uring and are the same for both; set-up is not.
 
 use super::{PEER_TIMEOUT, PROBE_AFTER, PROBE_INTERVAL};
 use rustix::net::sockopt;
@@ -8,9 +8,9 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-/// Send and receive buffers asked for on a local socket. The kernel's default of some 200 KiB lets a sender
-/// of frames of a MiB wait for the receiver's thread several times a frame; what it grants is bounded by
-/// `net.core.wmem_max`.
+/// Send and receive buffers asked for on a local socket. The kernel's default of some 200 KiB lets
+/// a sender of frames of a MiB wait for the receiver's thread several times a frame; what it grants
+/// is bounded by `net.core.wmem_max`.
 const LOCAL_BUFFER_BYTES: usize = 4 << 20;
 
 /// A connected stream socket of either kind.
@@ -50,7 +50,8 @@ impl Socket {
         self.local
     }
 
-    /// Ends both directions. An error means that the connection is gone already, which is what is wanted.
+    /// Ends both directions. An error means that the connection is gone already, which is what is
+    /// wanted.
     pub(super) fn shutdown(&self) {
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
@@ -60,7 +61,8 @@ impl Socket {
         // io_uring would hand EAGAIN of a non-blocking socket to us instead of waiting.
         rustix::io::ioctl_fionbio(&self.fd, false)?;
         if self.local {
-            // Whoever held the other end is heard of at once when it dies: there is nothing to probe.
+            // Whoever held the other end is heard of at once when it dies: there is nothing to
+            // probe.
             sockopt::set_socket_send_buffer_size(&self.fd, LOCAL_BUFFER_BYTES)?;
             return Ok(());
         }

@@ -40,7 +40,8 @@ pub(crate) struct Lane {
 
 impl Shared {
     pub(super) fn exposed(&self) -> MutexGuard<'_, Exposed> {
-        // Here and below: a table that is whole at every moment, so a panic elsewhere spoils nothing.
+        // Here and below: a table that is whole at every moment, so a panic elsewhere spoils
+        // nothing.
         self.exposed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,19 +82,24 @@ impl TcpTarget {
         for (lane, stream) in streams.into_iter().map(Into::<Socket>::into).enumerate() {
             prepare(lane, &stream)?;
             let stream = Arc::new(stream);
-            let receiver =
-                LaneReceiver::new(lane, Ring::new()?, Arc::clone(&stream), Arc::clone(&this.shared));
+            let receiver = LaneReceiver::new(
+                lane,
+                Ring::new()?,
+                Arc::clone(&stream),
+                Arc::clone(&this.shared),
+            );
             let ((tell, end), (release, released)) = (bounded(1), bounded(0));
-            let thread = spawn(format!("ferry-recv-{lane}"), move || receiver.run(&tell, &released))?;
+            let thread =
+                spawn(format!("ferry-recv-{lane}"), move || receiver.run(&tell, &released))?;
             let (end, release, thread) = (Some(end), Some(release), Some(thread));
             this.lanes.push(Lane { stream, end, release, thread });
         }
         Ok(this)
     }
 
-    /// Ends the lanes that have not ended by a last fence. Closing a socket alone would not do: the kernel goes on
-    /// handing out what it had received before. So the threads are told, and it is waited until nothing writes memory
-    /// any more.
+    /// Ends the lanes that have not ended by a last fence. Closing a socket alone would not do: the
+    /// kernel goes on handing out what it had received before. So the threads are told, and it is
+    /// waited until nothing writes memory any more.
     fn stop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         for lane in &mut self.lanes {
@@ -103,7 +109,8 @@ impl TcpTarget {
                     lane.stream.shutdown();
                 }
                 Some(Ok(settled)) => (self.settled, lane.end) = (self.settled & settled, None),
-                // A thread that panicked says nothing, and has settled too: its ring does not drop before.
+                // A thread that panicked says nothing, and has settled too: its ring does not drop
+                // before.
                 Some(Err(TryRecvError::Disconnected)) | None => lane.end = None,
             }
         }
@@ -134,8 +141,11 @@ impl Target for TcpTarget {
             if left.is_zero() {
                 return Err(Error::Timeout { what: "a fence on every lane" });
             }
-            (progress, _) =
-                self.shared.changed.wait_timeout(progress, left).unwrap_or_else(PoisonError::into_inner);
+            (progress, _) = self
+                .shared
+                .changed
+                .wait_timeout(progress, left)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 

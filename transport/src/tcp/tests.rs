@@ -60,7 +60,8 @@ fn initiator_and_raw() -> (TcpInitiator, TcpStream) {
 }
 
 fn write_frame(descriptors: &[Descriptor], payload: &[u8]) -> Vec<u8> {
-    let header = Header::Write { descriptors: descriptors.len(), payload_bytes: payload.len() as u64 };
+    let header =
+        Header::Write { descriptors: descriptors.len(), payload_bytes: payload.len() as u64 };
     let mut bytes = header.encode().to_vec();
     descriptors.iter().for_each(|descriptor| bytes.extend(descriptor.encode()));
     bytes.extend(payload);
@@ -98,15 +99,24 @@ fn a_cut_lane_is_named_at_both_ends_while_they_wait() {
                 break e;
             }
         };
-        assert!(matches!(error, Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 }), "{error:?}");
+        assert!(
+            matches!(error, Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 }),
+            "{error:?}"
+        );
         assert!(error.to_string().contains("lane 1"));
         let again = [initiator.post(&batch).err(), initiator.fence(FenceTag(2)).err()];
         assert!(
-            again.iter().all(|e| matches!(e, Some(Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 })))
+            again.iter().all(|e| matches!(
+                e,
+                Some(Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 })
+            ))
         );
         let (waited, placed, _target) = waiting.join().unwrap();
         for error in [waited, placed] {
-            assert!(matches!(error, Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 }), "{error:?}");
+            assert!(
+                matches!(error, Error::Lane { lane: 1, .. } | Error::Closed { lane: 1 }),
+                "{error:?}"
+            );
         }
     });
     assert!(asked.elapsed() < Duration::from_secs(5), "an error comes at once, not at a deadline");
@@ -127,7 +137,9 @@ fn a_silent_target_costs_a_deadline_and_bounded_memory() {
         posted += accepted;
         assert!(posted < 100, "a window of 8 MiB accepted {posted} writes of 2 MiB");
         let asked = Instant::now();
-        if accepted == 0 && initiator.poll(&mut out, asked + Duration::from_millis(200)).unwrap() == 0 {
+        if accepted == 0
+            && initiator.poll(&mut out, asked + Duration::from_millis(200)).unwrap() == 0
+        {
             break asked;
         }
     };
@@ -175,12 +187,21 @@ fn hostile_frames_are_named_and_write_nothing() {
             ("outside", write_frame(&[at(0, 2048, remote.base), at(0, 2048, end)], &page)),
             ("for a payload of", write_frame(&[at(0, u32::MAX, remote.base)], &page)),
             ("zero bytes", write_frame(&[at(0, 0, remote.base), at(0, 4096, remote.base)], &page)),
-            ("descriptors", [&b"PF\x01\0"[..], &u32::MAX.to_le_bytes(), &4096u64.to_le_bytes()].concat()),
-            ("a frame of", [&b"PF\x01\0"[..], &1u32.to_le_bytes(), &u64::MAX.to_le_bytes()].concat()),
+            (
+                "descriptors",
+                [&b"PF\x01\0"[..], &u32::MAX.to_le_bytes(), &4096u64.to_le_bytes()].concat(),
+            ),
+            (
+                "a frame of",
+                [&b"PF\x01\0"[..], &1u32.to_le_bytes(), &u64::MAX.to_le_bytes()].concat(),
+            ),
             ("unknown kind", [&b"PF\x09\0"[..], &[0; 12]].concat()),
             ("magic", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
             ("answer", Header::FenceAck(FenceTag(1)).encode().to_vec()),
-            ("again", [Header::Fence(FenceTag(1)).encode(), Header::Fence(FenceTag(1)).encode()].concat()),
+            (
+                "again",
+                [Header::Fence(FenceTag(1)).encode(), Header::Fence(FenceTag(1)).encode()].concat(),
+            ),
         ]
     };
     for case in 0..14 {
@@ -246,8 +267,10 @@ fn what_comes_behind_the_last_fence_is_not_read() {
     let (mut target, mut raw) = target_and_raw();
     let region = MemoryRegion::anonymous(4096).unwrap();
     let remote = target.expose(&region).unwrap();
-    let frame = |byte| write_frame(&[Descriptor { key: 0, len: 64, addr: remote.base }], &[byte; 64]);
-    raw.write_all(&[frame(7), Header::LastFence(FenceTag(3)).encode().to_vec(), frame(8)].concat()).unwrap();
+    let frame =
+        |byte| write_frame(&[Descriptor { key: 0, len: 64, addr: remote.base }], &[byte; 64]);
+    raw.write_all(&[frame(7), Header::LastFence(FenceTag(3)).encode().to_vec(), frame(8)].concat())
+        .unwrap();
     target.wait_fence(FenceTag(3), soon()).unwrap();
     // By itself, before anybody revokes.
     std::thread::sleep(Duration::from_millis(50));
@@ -267,7 +290,8 @@ fn progress_shows_within_a_frame() {
     let (mut target, mut raw) = target_and_raw();
     let region = MemoryRegion::anonymous(1 << 20).unwrap();
     let remote = target.expose(&region).unwrap();
-    let bytes = write_frame(&[Descriptor { key: 0, len: 1 << 20, addr: remote.base }], &vec![7; 1 << 20]);
+    let bytes =
+        write_frame(&[Descriptor { key: 0, len: 1 << 20, addr: remote.base }], &vec![7; 1 << 20]);
     let half = bytes.len() - (1 << 19);
     raw.write_all(&bytes[..half]).unwrap();
     let deadline = soon();
@@ -315,7 +339,9 @@ fn random_bytes_never_write_outside_what_is_exposed() {
 
 #[test]
 fn an_answer_that_nothing_asked_for_breaks_the_initiator() {
-    for bytes in [Header::FenceAck(FenceTag(1)).encode(), Header::Fence(FenceTag(1)).encode(), [0; 16]] {
+    for bytes in
+        [Header::FenceAck(FenceTag(1)).encode(), Header::Fence(FenceTag(1)).encode(), [0; 16]]
+    {
         let (mut initiator, mut raw) = initiator_and_raw();
         raw.write_all(&bytes).unwrap();
         let error = initiator.poll(&mut Vec::new(), soon()).unwrap_err();
@@ -343,8 +369,9 @@ fn the_source_may_change_while_it_is_sent_and_the_last_write_is_what_counts() {
     let mut pair = pair_with(2, TcpOptions::default());
     let (source, destination, remote) = regions(&mut pair, 4 << 20, &mut Random(1));
     let mut random = Random(2);
-    let batch: Vec<_> =
-        (0..1024).map(|page| request(page as u64, &source, page * 4096, 4096, remote, page * 4096)).collect();
+    let batch: Vec<_> = (0..1024)
+        .map(|page| request(page as u64, &source, page * 4096, 4096, remote, page * 4096))
+        .collect();
     let mut out = Vec::new();
     for _ in 0..5 {
         post_all(&mut *pair.initiator, &batch, &mut out).unwrap();

@@ -44,7 +44,9 @@ impl Vector {
 
     /// Address and length of what is not done.
     pub(super) fn rest(&self) -> impl Iterator<Item = (usize, usize)> {
-        self.pieces[self.first..].iter().map(|piece| (piece.iov_base.expose_provenance(), piece.iov_len))
+        self.pieces[self.first..]
+            .iter()
+            .map(|piece| (piece.iov_base.expose_provenance(), piece.iov_len))
     }
 
     /// Crosses off the first `bytes` bytes.

@@ -3,8 +3,8 @@
 //! Zero-copy pins pages instead of copying them, which pays only if nobody on the way copies after
 //! all: loopback and veth do, and then it costs more than a plain send. The kernel says so with
 //! every notification (`IORING_SEND_ZC_REPORT_USAGE`, Linux 6.2). So a lane tries a few frames and
-//! believes the answer. Guest memory may change while the NIC still reads it; a page that changed is
-//! dirty and will be sent again, so nothing is lost.
+//! believes the answer. Guest memory may change while the NIC still reads it; a page that changed
+//! is dirty and will be sent again, so nothing is lost.
 
 /// How the zero-copy send is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

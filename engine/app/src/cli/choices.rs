@@ -1,4 +1,5 @@
-//! Choices of the engine and its guests, as options of a command line: they know no command line themselves.
+//! Choices of the engine and its guests, as options of a command line: they know no command line
+//! themselves.
 
 use clap::ValueEnum;
 use pageferry_engine::guest::Vouched;
@@ -7,8 +8,8 @@ use pageferry_engine::net::choice::{LinkChoice, Transport};
 use pageferry_engine::policy;
 use pageferry_microvm::{machine, payload};
 
-/// An enum with the same variants as one of the engine's, whose documents are the help. Both conversions are
-/// exhaustive: a variant more on either side does not compile.
+/// An enum with the same variants as one of the engine's, whose documents are the help. Both
+/// conversions are exhaustive: a variant more on either side does not compile.
 macro_rules! choice {
     ($(#[$about:meta])* $name:ident is $theirs:ty { $($(#[$help:meta])* $variant:ident),+ $(,)? }) => {
         $(#[$about])*
@@ -61,7 +62,8 @@ choice! {
         /// It stays here.
         #[default]
         Refuse,
-        /// It is moved, and a page that can no longer be read when it has to be sent arrives as zeros.
+        /// It is moved, and a page that can no longer be read when it has to be sent arrives as
+        /// zeros.
         Zero,
     }
 }
@@ -129,12 +131,12 @@ impl LinkArgs {
 /// What the operator vouches for, where the engine cannot know.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct VouchedArgs {
-    /// Move the guest although it has a device, netdev, object or block driver of this type: you know that it writes no
-    /// guest memory that the tracking does not see. May be given again.
+    /// Move the guest although it has a device, netdev, object or block driver of this type: you
+    /// know that it writes no guest memory that the tracking does not see. May be given again.
     #[arg(long = "allow-device", value_name = "TYPE")]
     devices: Vec<String>,
-    /// Move the guest although it has virtualization switched on under KVM: you know that it runs no guest of its own.
-    /// What the processor writes for one is not seen.
+    /// Move the guest although it has virtualization switched on under KVM: you know that it runs
+    /// no guest of its own. What the processor writes for one is not seen.
     #[arg(long)]
     no_nested_guest: bool,
 }

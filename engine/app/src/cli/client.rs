@@ -42,8 +42,8 @@ pub fn migrate(name: &str, options: MigrateOptions, json: bool) -> Result<u8> {
     Ok(report.exit_status())
 }
 
-/// The supervisor died, or is frozen: where the guest runs is not known here, and "aborted" would say that
-/// it is.
+/// The supervisor died, or is frozen: where the guest runs is not known here, and "aborted" would
+/// say that it is.
 fn lost_sight(name: &str, error: &Error) -> Error {
     Error::Unknown(format!(
         "how the migration of {name} ended is not known here ({}); `pageferry list` shows whether the guest is here, and \
@@ -98,7 +98,9 @@ pub fn list(json: bool) -> Result<u8> {
             Some(status) => describe(&status),
             None => {
                 let pid = runtime.record(&name).map(|Record { pid, .. }| pid).unwrap_or_default();
-                format!("without a supervisor, QEMU pid {pid}: `pageferry attach {name}` takes it up")
+                format!(
+                    "without a supervisor, QEMU pid {pid}: `pageferry attach {name}` takes it up"
+                )
             }
         };
         // A file in the directory has whatever name it has.

@@ -1,7 +1,7 @@
 //! `pageferry demo`: a small Linux guest that checks all of its memory, moved live on this host.
 //!
-//! It uses the commands as an operator would: `run`, `receive` and `migrate`, in a runtime directory of its
-//! own. The guest (docs/guest.md) talks over its serial console.
+//! It uses the commands as an operator would: `run`, `receive` and `migrate`, in a runtime
+//! directory of its own. The guest (docs/guest.md) talks over its serial console.
 
 use super::display::Display;
 use super::show::summary;
@@ -108,15 +108,25 @@ pub fn main(args: &DemoArgs) -> Result<u8> {
         there.console.say("verdict")?;
         let verdict = there.console.wait("WORKLOAD VERDICT", VERDICT_MAX)?;
         intact &= verdict.contains("VERDICT intact") && verdict.contains("errors=0");
-        print_result(&format!("the guest says: {}\n", text::reason(verdict.trim_start_matches("WORKLOAD "))));
+        print_result(&format!(
+            "the guest says: {}\n",
+            text::reason(verdict.trim_start_matches("WORKLOAD "))
+        ));
         if let Some(gap) = field(&verdict, "gap_max_ms=") {
-            print_result(&format!("the longest gap that the guest itself noticed: {} ms\n", text::name(gap)));
+            print_result(&format!(
+                "the longest gap that the guest itself noticed: {} ms\n",
+                text::name(gap)
+            ));
         }
         drop(std::mem::replace(&mut here, there));
         names.swap(0, 1);
     }
     here.console.say("quit")?;
-    print_result(if intact { "nothing is lost\n" } else { "MEMORY WAS LOST: see CORRUPT lines above\n" });
+    print_result(if intact {
+        "nothing is lost\n"
+    } else {
+        "MEMORY WAS LOST: see CORRUPT lines above\n"
+    });
     Ok(if intact { 0 } else { 1 })
 }
 
@@ -160,7 +170,10 @@ impl Stage {
         let mut builder = std::fs::DirBuilder::new();
         std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
         builder.create(&directory).map_err(|e| {
-            Error::refused(format!("cannot make {}: {e}; remove it, or set TMPDIR", directory.display()))
+            Error::refused(format!(
+                "cannot make {}: {e}; remove it, or set TMPDIR",
+                directory.display()
+            ))
         })?;
         let runtime = RuntimeDir::at(&directory)?;
         Ok(Self { directory, runtime })
@@ -241,15 +254,21 @@ impl Actor {
         let deadline = Instant::now() + START_MAX;
         loop {
             if let Ok(stream) = UnixStream::connect(console) {
-                let reader = stream.try_clone().map_err(|e| Error::os("opening the guest's console", e))?;
+                let reader =
+                    stream.try_clone().map_err(|e| Error::os("opening the guest's console", e))?;
                 self.console = Lines::of(reader, Some(stream));
                 return Ok(self);
             }
             if let Some(status) =
                 self.supervisor.try_wait().map_err(|e| Error::os("waiting for a supervisor", e))?
             {
-                let words: Vec<String> = self.words.iter().flat_map(|w| w.lines.try_iter()).collect();
-                return Err(Error::Guest(format!("{} ended ({status}): {}", self.name, words.join("; "))));
+                let words: Vec<String> =
+                    self.words.iter().flat_map(|w| w.lines.try_iter()).collect();
+                return Err(Error::Guest(format!(
+                    "{} ended ({status}): {}",
+                    self.name,
+                    words.join("; ")
+                )));
             }
             if Instant::now() >= deadline {
                 return Err(Error::Timeout { what: "waiting for the guest's console".into() });
@@ -260,7 +279,8 @@ impl Actor {
 
     /// Where its receiver listens.
     fn listening(&mut self) -> Result<String> {
-        let words = self.words.as_ref().ok_or_else(|| Error::Guest("no output of the receiver".into()))?;
+        let words =
+            self.words.as_ref().ok_or_else(|| Error::Guest("no output of the receiver".into()))?;
         let line = words.wait("waits for a guest on ", START_MAX)?;
         Ok(line.rsplit(' ').next().unwrap_or_default().to_owned())
     }
@@ -304,10 +324,9 @@ impl Lines {
     fn wait(&self, text: &str, wait: Duration) -> Result<String> {
         let deadline = Instant::now() + wait;
         loop {
-            let line = self
-                .lines
-                .recv_deadline(deadline)
-                .map_err(|_| Error::Timeout { what: format!("waiting for {text:?} from the guest") })?;
+            let line = self.lines.recv_deadline(deadline).map_err(|_| Error::Timeout {
+                what: format!("waiting for {text:?} from the guest"),
+            })?;
             if line.contains("WORKLOAD CORRUPT") || line.contains("WORKLOAD FAILED") {
                 return Err(Error::Guest(format!("the guest says: {}", text::reason(&line))));
             }
@@ -318,7 +337,10 @@ impl Lines {
     }
 
     fn say(&mut self, text: &str) -> Result<()> {
-        let console = self.writer.as_mut().ok_or_else(|| Error::Guest("the guest has no console".into()))?;
-        console.write_all(format!("{text}\n").as_bytes()).map_err(|e| Error::os("talking to the guest", e))
+        let console =
+            self.writer.as_mut().ok_or_else(|| Error::Guest("the guest has no console".into()))?;
+        console
+            .write_all(format!("{text}\n").as_bytes())
+            .map_err(|e| Error::os("talking to the guest", e))
     }
 }

@@ -1,7 +1,8 @@
 //! How a migration goes, for people: a bar on a terminal, a line a round elsewhere.
 //!
-//! A terminal takes nothing while it is stopped (Ctrl-S), and a client that waits for it would not hear how the
-//! migration ended. So the bar has a thread of its own, and is shown the latest state when it looks.
+//! A terminal takes nothing while it is stopped (Ctrl-S), and a client that waits for it would not
+//! hear how the migration ended. So the bar has a thread of its own, and is shown the latest state
+//! when it looks.
 
 use super::show::line;
 use crate::output::say;
@@ -79,7 +80,9 @@ impl Bar {
 
 fn draw(shown: &Receiver<Progress>, _going: &Sender<()>) {
     let bar = ProgressBar::new(0);
-    if let Ok(style) = ProgressStyle::with_template("{msg:38} {wide_bar} {bytes:>10} of {total_bytes:>10}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("{msg:38} {wide_bar} {bytes:>10} of {total_bytes:>10}")
+    {
         bar.set_style(style);
     }
     let mut link = String::new();

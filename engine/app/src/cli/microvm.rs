@@ -48,7 +48,8 @@ pub struct MicrovmArgs {
     /// Where it writes.
     #[arg(long, value_enum, value_name = "PATTERN")]
     payload_pattern: Option<Pattern>,
-    /// How fast each vCPU writes: pages a second, or with a unit, such as 400MB, bytes a second. [default: as fast as it can]
+    /// How fast each vCPU writes: pages a second, or with a unit, such as 400MB, bytes a second.
+    /// [default: as fast as it can]
     #[arg(long, value_parser = pages_a_second, value_name = "RATE")]
     payload_rate: Option<u64>,
     /// Memory that it writes at all, such as 64M. [default: all of it]
@@ -57,7 +58,8 @@ pub struct MicrovmArgs {
     /// Seed of what it writes where. [default: 1]
     #[arg(long, value_name = "NUMBER")]
     payload_seed: Option<u64>,
-    /// Wait here for a guest of another `pageferry microvm`, such as 10.0.0.2:7600; port 0 takes a free one and says which.
+    /// Wait here for a guest of another `pageferry microvm`, such as 10.0.0.2:7600; port 0 takes a
+    /// free one and says which.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<String>,
     /// Listen off loopback although the connection is neither encrypted nor authenticated yet.
@@ -101,11 +103,14 @@ pub fn main(args: &MicrovmArgs) -> Result<u8> {
     match (&args.listen, boot(args)) {
         (Some(address), _) => wait_for(args, address, config),
         (None, Some(boot)) => run(args, &config, &boot),
-        (None, None) => Err(Error::refused("give --kernel, --payload or --listen: what is the guest to be?")),
+        (None, None) => {
+            Err(Error::refused("give --kernel, --payload or --listen: what is the guest to be?"))
+        }
     }
 }
 
-/// Refuses options of another kind of guest. The parser does not: to it, what excludes each other needs no more.
+/// Refuses options of another kind of guest. The parser does not: to it, what excludes each other
+/// needs no more.
 fn check_options(args: &MicrovmArgs) -> Result<()> {
     let of_kernel = args.initrd.is_some() || args.append.is_some();
     let of_payload = args.payload_pattern.is_some()
@@ -174,7 +179,13 @@ fn wait_for(args: &MicrovmArgs, address: &str, config: MachineConfig) -> Result<
     let (claim, shared, inbox) = supervise(&args.name)?;
     super::refuse_left_behind(&runtime, &args.name)?;
     let receiver = Receiver::new(SessionListener::open(address)?, link);
-    receive(claim, shared, inbox, &mut MicrovmFactory::new(config, OperatorConsole::open()?), receiver)
+    receive(
+        claim,
+        shared,
+        inbox,
+        &mut MicrovmFactory::new(config, OperatorConsole::open()?),
+        receiver,
+    )
 }
 
 /// Refuses more memory than this host has: it would be promised, and the guest killed for using it.

@@ -16,7 +16,8 @@ pub(crate) struct MigrateArgs {
     to: String,
     #[command(flatten)]
     link: LinkArgs,
-    /// Queue pairs or TCP connections to spread the data over; the latter take a thread each at both ends. [default: half of the cores, 2 to 4; 1 on one core]
+    /// Queue pairs or TCP connections to spread the data over; the latter take a thread each at
+    /// both ends. [default: half of the cores, 2 to 4; 1 on one core]
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=64))]
     lanes: Option<u8>,
     /// Longest time in which the guest may be paused, such as 10ms or 1s.
@@ -26,8 +27,8 @@ pub(crate) struct MigrateArgs {
     /// pages, with the guest stopped, go as fast as they can.
     #[arg(long, value_parser = units::rate, value_name = "RATE")]
     bandwidth_max: Option<u64>,
-    /// What to do if the guest writes faster than the link carries: leave it here, or switch over with
-    /// a longer downtime than asked for.
+    /// What to do if the guest writes faster than the link carries: leave it here, or switch over
+    /// with a longer downtime than asked for.
     #[arg(long, value_enum, default_value_t)]
     when_stuck: choices::WhenStuck,
     /// Most rounds over memory before that is decided.
@@ -36,8 +37,9 @@ pub(crate) struct MigrateArgs {
     /// Digest all memory on both sides before the guest runs; the guest is paused meanwhile.
     #[arg(long)]
     verify: bool,
-    /// What to do if the hardware of this host lost pages of the guest: leave the guest here, or move it with zeros in
-    /// their place. Either way what they held is lost, unless it was sent before.
+    /// What to do if the hardware of this host lost pages of the guest: leave the guest here, or
+    /// move it with zeros in their place. Either way what they held is lost, unless it was sent
+    /// before.
     #[arg(long, value_enum, default_value_t)]
     poisoned: choices::Poisoned,
     /// Print the report as JSON on stdout.

@@ -25,12 +25,12 @@ use std::path::PathBuf;
 
 /// Moves running virtual machines between hosts.
 ///
-/// A guest is started under `pageferry run` (or attached with `attach`), a place is made for it with
-/// `pageferry receive` on the other host, and `pageferry migrate` moves it while it runs.
+/// A guest is started under `pageferry run` (or attached with `attach`), a place is made for it
+/// with `pageferry receive` on the other host, and `pageferry migrate` moves it while it runs.
 ///
-/// Exit status: 0 done; 1 the migration was aborted and the guest runs on at the source; 2 bad usage or
-/// refused, nothing was touched; 3 the outcome is not known here: the guest is stopped at the source, or
-/// its supervisor died.
+/// Exit status: 0 done; 1 the migration was aborted and the guest runs on at the source; 2 bad
+/// usage or refused, nothing was touched; 3 the outcome is not known here: the guest is stopped at
+/// the source, or its supervisor died.
 #[derive(Debug, Parser)]
 #[command(name = "pageferry", version)]
 pub struct Cli {
@@ -155,7 +155,9 @@ fn dispatch(command: Command) -> Result<u8> {
         Command::List { json } => client::list(json),
         Command::Status { name, json } => client::status(&name, json),
         Command::Cancel { name } => client::simple(&name, &api::Request::Cancel),
-        Command::Settle { name, choice } => client::simple(&name, &api::Request::Settle { run: choice.run }),
+        Command::Settle { name, choice } => {
+            client::simple(&name, &api::Request::Settle { run: choice.run })
+        }
         Command::Doctor(args) => doctor::main(&args),
         Command::Demo(args) => demo::main(&args),
         Command::Completions { shell } => {
@@ -167,7 +169,10 @@ fn dispatch(command: Command) -> Result<u8> {
             std::fs::create_dir_all(&directory)
                 .and_then(|()| clap_mangen::generate_to(Cli::command(), &directory))
                 .map_err(|e| {
-                    Error::refused(format!("cannot write man pages into {}: {e}", directory.display()))
+                    Error::refused(format!(
+                        "cannot write man pages into {}: {e}",
+                        directory.display()
+                    ))
                 })?;
             Ok(0)
         }

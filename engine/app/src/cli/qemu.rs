@@ -53,8 +53,8 @@ pub(crate) struct AttachArgs {
 pub(crate) struct ReceiveArgs {
     /// A name for the guest on this host.
     name: String,
-    /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which. Or unix:PATH, a socket for this
-    /// user alone.
+    /// Where to listen, such as 10.0.0.2:7600; port 0 takes a free one and says which. Or
+    /// unix:PATH, a socket for this user alone.
     #[arg(long, value_name = "ADDR:PORT")]
     listen: String,
     #[command(flatten)]
@@ -62,8 +62,8 @@ pub(crate) struct ReceiveArgs {
     /// Listen off loopback although the connection is neither encrypted nor authenticated yet.
     #[arg(long)]
     insecure: bool,
-    /// Take a guest although what it sees of its machine differs here in this, as the refusal named it
-    /// (cpu.smap, or cpu for all of them). May be given more than once.
+    /// Take a guest although what it sees of its machine differs here in this, as the refusal named
+    /// it (cpu.smap, or cpu for all of them). May be given more than once.
     #[arg(long, value_name = "NAME")]
     allow_difference: Vec<String>,
     /// The QEMU command: the same machine, memory and devices as at the source.
@@ -79,7 +79,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8> {
     let (child, qemu) = launch(&args.qemu, Role::Source, &claim.path("qmp"))?;
     claim.keep_guest();
     let pid = qemu.pid();
-    let hosting = Hosting::new(claim, shared, inbox, QemuRunning::new(QemuSource::new(qemu), Some(child)))?;
+    let hosting =
+        Hosting::new(claim, shared, inbox, QemuRunning::new(QemuSource::new(qemu), Some(child)))?;
     say(&format!(
         "{} runs (QEMU pid {}); move it with `pageferry migrate {} --to ADDR:PORT`",
         args.name, pid, args.name
@@ -87,8 +88,8 @@ pub(crate) fn run(args: &RunArgs) -> Result<u8> {
     hosting.run()
 }
 
-/// A guest that was left in doubt under one name is attached under that name, where the question about it lies: it must
-/// not lie there any more when the guest is moved the next time.
+/// A guest that was left in doubt under one name is attached under that name, where the question
+/// about it lies: it must not lie there any more when the guest is moved the next time.
 fn refuse_in_doubt_elsewhere(runtime: &RuntimeDir, name: &str, pid: u32) -> Result<()> {
     let in_doubt = |other: &String| {
         other.as_str() != name && runtime.record(other).and_then(|r| r.doubt_about(pid)).is_some()
@@ -116,10 +117,12 @@ pub(crate) fn attach(args: AttachArgs) -> Result<u8> {
         )));
     };
     refuse_in_doubt_elsewhere(&runtime, &args.name, pid)?;
-    let mut qemu = Qemu::attach(pid, &qmp, Access::Read, Ownership::default(), Instant::now() + ATTACH_MAX)?;
+    let mut qemu =
+        Qemu::attach(pid, &qmp, Access::Read, Ownership::default(), Instant::now() + ATTACH_MAX)?;
     let state = qemu.status()?;
     let doubt = record.and_then(|record| record.doubt_about(pid));
-    // In these two states QEMU is as the migration has left it, or as it was parked where a stray `cont` was undone.
+    // In these two states QEMU is as the migration has left it, or as it was parked where a stray
+    // `cont` was undone.
     let untouched = matches!(state.as_str(), "postmigrate" | "finish-migrate");
     if doubt.is_some() && !untouched {
         say(&format!(
@@ -142,9 +145,10 @@ pub(crate) fn attach(args: AttachArgs) -> Result<u8> {
              guest that was paused when a migration of it was aborted: that one is nowhere else",
             args.name, args.name
         )),
-        state => {
-            say(&format!("attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}", args.name))
-        }
+        state => say(&format!(
+            "attached to {} (QEMU pid {pid}), which does not run: QEMU says {state}",
+            args.name
+        )),
     }
     let mut guest = QemuSource::new(qemu);
     if let Some(doubt) = doubt {

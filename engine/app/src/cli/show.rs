@@ -88,11 +88,16 @@ pub(crate) fn describe(status: &Status) -> String {
     let pid = status.pid.map(|pid| format!(" ({} pid {pid})", status.vmm)).unwrap_or_default();
     match status.state {
         State::Starting => "starting".into(),
-        State::Waiting => format!("waits for a guest on {}{pid}", status.listen.as_deref().unwrap_or("?")),
+        State::Waiting => {
+            format!("waits for a guest on {}{pid}", status.listen.as_deref().unwrap_or("?"))
+        }
         State::Receiving => format!("receives a guest{pid}"),
         State::Hosting => format!("here{pid}"),
         State::Migrating => {
-            format!("moving: {}{pid}", status.progress.as_ref().map_or_else(|| "starting".into(), line))
+            format!(
+                "moving: {}{pid}",
+                status.progress.as_ref().map_or_else(|| "starting".into(), line)
+            )
         }
         State::Moved => format!("has moved away{pid}"),
         State::Unknown => format!("STOPPED, migration in doubt{pid}: `pageferry settle`"),

@@ -9,15 +9,17 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     {
         return Ok(duration);
     }
-    humantime::parse_duration(text).map_err(|e| format!("{e}; write a time such as 10ms, 1s or 2min"))
+    humantime::parse_duration(text)
+        .map_err(|e| format!("{e}; write a time such as 10ms, 1s or 2min"))
 }
 
 /// A limit on the downtime: none at all cannot be kept.
 pub fn downtime_max(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => {
-            Err("a guest that is moved is paused for some milliseconds: allow it some, such as 10ms".into())
-        }
+        Duration::ZERO => Err(
+            "a guest that is moved is paused for some milliseconds: allow it some, such as 10ms"
+                .into(),
+        ),
         limit => Ok(limit),
     }
 }
@@ -37,7 +39,9 @@ pub fn rate(text: &str) -> Result<u64, String> {
     let number = text.trim_end_matches("/s").trim_end_matches("ps");
     UNITS
         .iter()
-        .find_map(|(unit, bytes)| Some(number.strip_suffix(unit)?.trim().parse::<f64>().ok()? * bytes))
+        .find_map(|(unit, bytes)| {
+            Some(number.strip_suffix(unit)?.trim().parse::<f64>().ok()? * bytes)
+        })
         .filter(|rate| *rate >= 1.0 && *rate < u64::MAX as f64)
         .map(|rate| rate as u64)
         .ok_or_else(|| "write a rate such as 10Gbit, 800Mbit, 500MB or 1GiB (a second)".into())
@@ -50,7 +54,9 @@ pub fn size(text: &str) -> Result<u64, String> {
     let number = text.strip_suffix("iB").or_else(|| text.strip_suffix('B')).unwrap_or(text);
     UNITS
         .iter()
-        .find_map(|(unit, bytes)| Some(number.strip_suffix(*unit)?.trim().parse::<f64>().ok()? * bytes))
+        .find_map(|(unit, bytes)| {
+            Some(number.strip_suffix(*unit)?.trim().parse::<f64>().ok()? * bytes)
+        })
         .or_else(|| text.parse::<u64>().ok().map(|bytes| bytes as f64))
         .filter(|size| *size >= 0.0 && *size < u64::MAX as f64)
         .map(|size| size as u64)

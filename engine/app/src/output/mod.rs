@@ -1,15 +1,16 @@
-//! Everything that this program says: lines for the operator on stderr, and on stdout what a command was
-//! asked for. Nothing else in the engine writes to either (a lint denies it), because no output may end or
-//! hold up a process that has a guest in its hands:
+//! Everything that this program says: lines for the operator on stderr, and on stdout what a
+//! command was asked for. Nothing else in the engine writes to either (a lint denies it), because
+//! no output may end or hold up a process that has a guest in its hands:
 //!
 //! ```text
 //!   say, tracing  -->  a bounded buffer  -->  a thread  -->  stderr    never waits, never fails; a loss is counted
 //!   print         ------------------------------------->  stdout     of a client: waits as any tool does
 //! ```
 //!
-//! A closed stdout ends `print` quietly, as the reader has what it wanted (`pageferry list | head -1`). Any other
-//! failure, such as a full disk, is an error, except behind something that was done: there the exit status tells
-//! what was done, and [`print_result`] says on stderr that it could not be printed.
+//! A closed stdout ends `print` quietly, as the reader has what it wanted (`pageferry list | head
+//! -1`). Any other failure, such as a full disk, is an error, except behind something that was
+//! done: there the exit status tells what was done, and [`print_result`] says on stderr that it
+//! could not be printed.
 
 pub mod spool;
 
@@ -43,7 +44,8 @@ const LINE_CHARS_MAX: usize = 16 << 10;
 /// For the last lines to be out when a process ends.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 
-/// Shows the events of `tracing`: those for the operator as they are, others by the level that PAGEFERRY_LOG says.
+/// Shows the events of `tracing`: those for the operator as they are, others by the level that
+/// PAGEFERRY_LOG says.
 pub fn show_events() {
     let level = EnvFilter::try_from_env("PAGEFERRY_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
     let log = tracing_subscriber::fmt::layer()
@@ -77,8 +79,8 @@ impl Visit for Message {
     }
 }
 
-/// A line for the operator on stderr. Never waits and never fails; it is escaped, so it is one line whatever is
-/// in it.
+/// A line for the operator on stderr. Never waits and never fails; it is escaped, so it is one line
+/// whatever is in it.
 pub fn say(text: &str) {
     if pageferry_engine::clock::tell(text) {
         return;
@@ -149,8 +151,8 @@ impl Write for TracingLog {
     }
 }
 
-/// Sends a panic's message the way of all others: the default hook writes to stderr itself and waits for it,
-/// and a thread that waits there is never joined.
+/// Sends a panic's message the way of all others: the default hook writes to stderr itself and
+/// waits for it, and a thread that waits there is never joined.
 pub fn say_panics() {
     std::panic::set_hook(Box::new(|info| {
         let thread = std::thread::current();
@@ -163,8 +165,8 @@ pub fn say_panics() {
     }));
 }
 
-/// stdout or stderr, without the buffer and the lock of the standard library's handles: that lock is held while
-/// somebody waits.
+/// stdout or stderr, without the buffer and the lock of the standard library's handles: that lock
+/// is held while somebody waits.
 enum Descriptor {
     Stdout(std::io::Stdout),
     Stderr(std::io::Stderr),

@@ -1,9 +1,9 @@
 //! Output that never makes its writer wait: a bounded buffer, and a thread that writes it out.
 //!
-//! What stands behind stdout or stderr may stop taking anything: a terminal after Ctrl-S, a pipe that nobody
-//! reads, a full disk. A vCPU that waited for its console could not be paused for a migration, and a
-//! supervisor that waited for its log would leave a guest paused. So what does not fit into the buffer, or
-//! fails to be written, is dropped, and a note in its place says how much.
+//! What stands behind stdout or stderr may stop taking anything: a terminal after Ctrl-S, a pipe
+//! that nobody reads, a full disk. A vCPU that waited for its console could not be paused for a
+//! migration, and a supervisor that waited for its log would leave a guest paused. So what does not
+//! fit into the buffer, or fails to be written, is dropped, and a note in its place says how much.
 
 use pageferry_engine::error::{Error, Result};
 use std::collections::VecDeque;
@@ -38,12 +38,14 @@ pub const CONSOLE: Kind = Kind {
     thread: "console-out",
     buffer_bytes: 1 << 20,
     count: |bytes| bytes.len() as u64,
-    note: |lost| format!("\r\n[pageferry: {lost} bytes of console output dropped, as nobody took them]\r\n"),
+    note: |lost| {
+        format!("\r\n[pageferry: {lost} bytes of console output dropped, as nobody took them]\r\n")
+    },
     tries_again: false,
 };
 
-/// The writer's end. Clones write to the same place; when the last is dropped, the thread writes what is left and
-/// ends.
+/// The writer's end. Clones write to the same place; when the last is dropped, the thread writes
+/// what is left and ends.
 #[derive(Debug)]
 pub struct Spool(Arc<Shared>);
 
@@ -106,8 +108,8 @@ impl Spool {
         self.0.changed.notify_all();
     }
 
-    /// Waits until everything is out, or the output fails, or until the deadline: one that nobody reads takes
-    /// nothing.
+    /// Waits until everything is out, or the output fails, or until the deadline: one that nobody
+    /// reads takes nothing.
     pub fn flush_within(&self, wait: Duration) {
         let state = self.0.lock();
         let busy = |state: &mut State| {
@@ -287,7 +289,8 @@ mod tests {
     }
 
     fn gate() -> (Gate, Sender<()>, Receiver<()>, Receiver<Vec<u8>>) {
-        let ((sender, open), (taken, out), (entered, inside)) = (bounded(0), unbounded(), bounded(1));
+        let ((sender, open), (taken, out), (entered, inside)) =
+            (bounded(0), unbounded(), bounded(1));
         (Gate { open, taken, entered }, sender, inside, out)
     }
 
@@ -309,8 +312,15 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         assert!(text.starts_with("firstxxx"));
         assert_eq!(text.matches('x').count(), CONSOLE.buffer_bytes);
-        let note = format!("x\r\n[pageferry: {} bytes of console output dropped", CONSOLE.buffer_bytes / 2);
-        assert!(text.contains(&note) && text.ends_with("]\r\nlast"), "{}", &text[text.len() - 200..]);
+        let note = format!(
+            "x\r\n[pageferry: {} bytes of console output dropped",
+            CONSOLE.buffer_bytes / 2
+        );
+        assert!(
+            text.contains(&note) && text.ends_with("]\r\nlast"),
+            "{}",
+            &text[text.len() - 200..]
+        );
     }
 
     #[test]

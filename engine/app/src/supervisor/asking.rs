@@ -6,7 +6,8 @@ use pageferry_engine::inquiry::{Answer, Inquiry};
 use pageferry_engine::net::System;
 use std::time::Duration;
 
-/// A question that is being asked; dropped, it is not asked any more, and an answer under way is not heard.
+/// A question that is being asked; dropped, it is not asked any more, and an answer under way is
+/// not heard.
 #[derive(Debug)]
 pub struct Asking {
     answers: Receiver<Answer>,

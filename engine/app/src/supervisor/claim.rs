@@ -52,14 +52,14 @@ pub struct Claim {
     dir: RuntimeDir,
     /// Holds the flock.
     _lock: File,
-    /// Until the guest is known to be gone: without its record and its QMP socket nobody could ever reach
-    /// it again.
+    /// Until the guest is known to be gone: without its record and its QMP socket nobody could ever
+    /// reach it again.
     keep_record: bool,
 }
 
 impl RuntimeDir {
-    /// `$PAGEFERRY_RUNTIME_DIR`, `/run/pageferry` for root, `$XDG_RUNTIME_DIR/pageferry` for others;
-    /// made if it is not there.
+    /// `$PAGEFERRY_RUNTIME_DIR`, `/run/pageferry` for root, `$XDG_RUNTIME_DIR/pageferry` for
+    /// others; made if it is not there.
     pub fn open() -> Result<Self> {
         let root = rustix::process::geteuid().is_root();
         let path = if let Some(path) = std::env::var_os(RUNTIME_DIR_VARIABLE) {
@@ -89,8 +89,8 @@ impl RuntimeDir {
                 path.display()
             ))
         })?;
-        let metadata =
-            std::fs::metadata(path).map_err(|e| Error::os(format!("looking at {}", path.display()), e))?;
+        let metadata = std::fs::metadata(path)
+            .map_err(|e| Error::os(format!("looking at {}", path.display()), e))?;
         if !metadata.is_dir() {
             return Err(Error::refused(format!(
                 "{} is no directory: set {RUNTIME_DIR_VARIABLE} to one that is yours alone",
@@ -120,7 +120,8 @@ impl RuntimeDir {
         check_name(name)?;
         self.check_length(name)?;
         let path = self.path(name, "lock");
-        let lock = pageferry_engine::host::private::open(&path).map_err(|e| cannot_write(&path, &e))?;
+        let lock =
+            pageferry_engine::host::private::open(&path).map_err(|e| cannot_write(&path, &e))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
@@ -155,8 +156,8 @@ impl RuntimeDir {
 
     /// All names that have a supervisor or a record, in order.
     pub fn names(&self) -> Result<Vec<String>> {
-        let entries =
-            std::fs::read_dir(&self.0).map_err(|e| Error::os(format!("listing {}", self.0.display()), e))?;
+        let entries = std::fs::read_dir(&self.0)
+            .map_err(|e| Error::os(format!("listing {}", self.0.display()), e))?;
         let mut names: Vec<String> = entries
             .filter_map(|entry| {
                 let path = entry.ok()?.path();
@@ -173,7 +174,8 @@ impl RuntimeDir {
 impl Record {
     /// A record of a live process.
     pub fn of(pid: u32, qmp: &Path) -> Result<Self> {
-        let started = start_time(pid).ok_or_else(|| Error::Guest(format!("process {pid} has ended")))?;
+        let started =
+            start_time(pid).ok_or_else(|| Error::Guest(format!("process {pid} has ended")))?;
         Ok(Self { pid, started, qmp: qmp.into(), doubt: None })
     }
 
@@ -190,9 +192,9 @@ impl Record {
     }
 }
 
-/// Field 22 of /proc/PID/stat, unless field 3 says that the process has ended: nobody may ever reap a QEMU
-/// whose supervisor died, as in a container without an init. Fields are counted after the command's closing
-/// parenthesis.
+/// Field 22 of /proc/PID/stat, unless field 3 says that the process has ended: nobody may ever reap
+/// a QEMU whose supervisor died, as in a container without an init. Fields are counted after the
+/// command's closing parenthesis.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
@@ -232,7 +234,8 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         let mut extensions = vec!["sock", "ahead"];
-        // In a panic nobody knows whether the guest is gone, and a record of one that is harms nobody.
+        // In a panic nobody knows whether the guest is gone, and a record of one that is harms
+        // nobody.
         if !self.keep_record && !std::thread::panicking() {
             extensions.extend(["json", "qmp"]);
         }
@@ -253,7 +256,9 @@ pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
         Some(Errno::ROFS | Errno::ACCESS | Errno::PERM) => {
             format!("set {RUNTIME_DIR_VARIABLE} to a directory that you can write")
         }
-        _ => format!("see whether the runtime directory is as it should be, or set {RUNTIME_DIR_VARIABLE}"),
+        _ => format!(
+            "see whether the runtime directory is as it should be, or set {RUNTIME_DIR_VARIABLE}"
+        ),
     };
     Error::refused(format!("cannot write {}: {e}; {fix}", path.display()))
 }
@@ -293,7 +298,9 @@ mod tests {
     #[test]
     fn a_directory_that_others_may_enter_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        for (mode, good) in [(0o700, true), (0o755, false), (0o710, false), (0o701, false), (0o1777, false)] {
+        for (mode, good) in
+            [(0o700, true), (0o755, false), (0o710, false), (0o701, false), (0o1777, false)]
+        {
             std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
             match RuntimeDir::at(dir.path()) {
                 Ok(_) => assert!(good, "{mode:o}"),
@@ -309,7 +316,9 @@ mod tests {
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
         let file = dir.path().join("file");
         std::fs::write(&file, "").unwrap();
-        assert!(matches!(RuntimeDir::at(&file), Err(Error::Refused(text)) if text.contains("directory")));
+        assert!(
+            matches!(RuntimeDir::at(&file), Err(Error::Refused(text)) if text.contains("directory"))
+        );
     }
 
     #[test]
@@ -319,7 +328,10 @@ mod tests {
         let fits = RuntimeDir::at(&dir.path().join("x".repeat(room))).unwrap();
         fits.claim("vm").unwrap();
         let refused = fits.claim("vm2").unwrap_err();
-        assert!(matches!(&refused, Error::Refused(text) if text.contains("is too long")), "{refused}");
+        assert!(
+            matches!(&refused, Error::Refused(text) if text.contains("is too long")),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The question about a guest in doubt, kept with the guest's record for the supervisor after this one.
+//! The question about a guest in doubt, kept with the guest's record for the supervisor after this
+//! one.
 //!
 //! ```text
 //!   write_ahead   NAME.ahead   the record with the question, where nobody looks for it
@@ -6,8 +7,9 @@
 //!   forget        NAME.json    the record without a question
 //! ```
 //!
-//! Process, start time and question are one file, so that a question is never taken for another guest's, and so that
-//! each supervisor that takes the guest up, of whatever version, either asks it or writes it away.
+//! Process, start time and question are one file, so that a question is never taken for another
+//! guest's, and so that each supervisor that takes the guest up, of whatever version, either asks
+//! it or writes it away.
 
 use crate::supervisor::claim::{Claim, Record, cannot_write};
 use pageferry_engine::error::{Error, Result};
@@ -47,7 +49,9 @@ impl Files {
     pub fn forget(&self) -> Result<()> {
         self.remove_ahead()?;
         match self.record()? {
-            Some(record) if record.doubt.is_some() => write(&self.json, &Record { doubt: None, ..record }),
+            Some(record) if record.doubt.is_some() => {
+                write(&self.json, &Record { doubt: None, ..record })
+            }
             _ => Ok(()),
         }
     }
@@ -122,7 +126,8 @@ impl Keeper for RecordKeeper {
         if !self.is_ahead.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
-        std::fs::rename(&self.files.ahead, &self.files.json).map_err(|e| cannot_write(&self.files.json, &e))
+        std::fs::rename(&self.files.ahead, &self.files.json)
+            .map_err(|e| cannot_write(&self.files.json, &e))
     }
 }
 
@@ -143,7 +148,8 @@ mod tests {
     impl Scene {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
-            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700)).unwrap();
+            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o700))
+                .unwrap();
             let runtime = RuntimeDir::at(directory.path()).unwrap();
             let claim = runtime.claim("vm").unwrap();
             let record = Record { pid: 1, started: 2, qmp: "/a".into(), doubt: None };
@@ -157,7 +163,11 @@ mod tests {
 
         fn found(&self) -> Option<Token> {
             let record = self.runtime.record("vm").unwrap();
-            assert_eq!(Record { doubt: None, ..record.clone() }, self.record, "the guest is still found");
+            assert_eq!(
+                Record { doubt: None, ..record.clone() },
+                self.record,
+                "the guest is still found"
+            );
             record.doubt.map(|doubt| doubt.question.token)
         }
 
@@ -170,7 +180,11 @@ mod tests {
     }
 
     fn question(token: u8) -> Question {
-        Question { to: "127.0.0.1:1".parse().unwrap(), token: Token([token; 16]), was_running: true }
+        Question {
+            to: "127.0.0.1:1".parse().unwrap(),
+            token: Token([token; 16]),
+            was_running: true,
+        }
     }
 
     #[test]
@@ -181,13 +195,17 @@ mod tests {
         keeper.write_ahead(&question(1)).unwrap();
         assert_eq!(scene.found(), None, "the guest still runs");
         for file in ["vm.json", "vm.ahead"] {
-            let mode = std::fs::metadata(scene.directory.path().join(file)).unwrap().permissions().mode();
+            let mode =
+                std::fs::metadata(scene.directory.path().join(file)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{file}");
         }
         assert_eq!(scene.runtime.names().unwrap(), ["vm"]);
         keeper.reveal().unwrap();
         assert_eq!(scene.found(), Some(Token([1; 16])));
-        assert_eq!(scene.runtime.record("vm").unwrap().doubt.unwrap().settings, Some("as it was".into()));
+        assert_eq!(
+            scene.runtime.record("vm").unwrap().doubt.unwrap().settings,
+            Some("as it was".into())
+        );
         keeper.forget().unwrap();
         assert_eq!(scene.found(), None);
         keeper.forget().unwrap();
@@ -229,7 +247,8 @@ mod tests {
     fn a_question_is_asked_about_no_other_process() {
         let doubt = Doubt { question: question(1), settings: None };
         let pid = std::process::id();
-        let record = Record { doubt: Some(doubt.clone()), ..Record::of(pid, "/a".as_ref()).unwrap() };
+        let record =
+            Record { doubt: Some(doubt.clone()), ..Record::of(pid, "/a".as_ref()).unwrap() };
         assert_eq!(record.clone().doubt_about(pid), Some(doubt));
         assert_eq!(record.clone().doubt_about(pid + 1), None);
         let earlier = Record { started: record.started - 1, ..record };

@@ -22,7 +22,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 const ARRIVAL_GRACE: Duration = Duration::from_millis(500);
 /// For a monitor in a process of its own to end by the Ctrl-C that we got too.
 const CTRL_C_MAX: Duration = Duration::from_millis(300);
-/// For the destination to answer before an operator lets a guest in doubt run here, who waits for it.
+/// For the destination to answer before an operator lets a guest in doubt run here, who waits for
+/// it.
 const ASK_NOW_MAX: Duration = Duration::from_secs(3);
 /// Between the guest's first moments elsewhere and the freeing of its memory here.
 const END_GRACE: Duration = Duration::from_millis(300);
@@ -51,7 +52,13 @@ impl<H: RunningVm> Hosting<H> {
     }
 
     /// Takes over a guest that an earlier supervisor has left in doubt, and asks on for it.
-    pub fn in_doubt(claim: Claim, shared: Shared, inbox: Inbox, hosted: H, doubt: &Doubt) -> Result<Self> {
+    pub fn in_doubt(
+        claim: Claim,
+        shared: Shared,
+        inbox: Inbox,
+        hosted: H,
+        doubt: &Doubt,
+    ) -> Result<Self> {
         let mut hosting = Self::start(claim, shared, inbox, hosted, Some(doubt))?;
         hosting.ask_on(Some(Inquiry::again(&doubt.question)));
         Ok(hosting)
@@ -99,7 +106,8 @@ impl<H: RunningVm> Hosting<H> {
     /// Until the guest is gone or a signal comes. Returns the exit status.
     pub fn run(mut self) -> Result<u8> {
         loop {
-            let answers = self.asking.as_ref().map_or_else(never, |asking| asking.answers().clone());
+            let answers =
+                self.asking.as_ref().map_or_else(never, |asking| asking.answers().clone());
             select! {
                 recv(answers) -> answer => {
                     self.asking = None;
@@ -144,8 +152,8 @@ impl<H: RunningVm> Hosting<H> {
         }
     }
 
-    /// Runs one migration on a thread of its own, so that signals and orders are heard meanwhile. Returns
-    /// an exit status if this supervisor is to end.
+    /// Runs one migration on a thread of its own, so that signals and orders are heard meanwhile.
+    /// Returns an exit status if this supervisor is to end.
     fn migrate(&mut self, options: MigrateOptions, monitor: Monitor, reply: Answer) -> Option<u8> {
         say(&format!("moving {} to {}", self.claim.name(), options.to));
         self.have_question_kept(&monitor);
@@ -165,7 +173,8 @@ impl<H: RunningVm> Hosting<H> {
                             order.refuse("a migration of this guest is under way already");
                         }
                     }
-                    // Every wait of a migration has its deadline, so it ends; after Commit, when it is settled.
+                    // Every wait of a migration has its deadline, so it ends; after Commit, when it
+                    // is settled.
                     recv(inbox.signals) -> _ => {
                         say("told to end: cancelling the migration first");
                         watched.cancel();
@@ -191,7 +200,9 @@ impl<H: RunningVm> Hosting<H> {
                 };
                 say(&format!("{name} was not moved, and {what}: {}", reason(&report)));
             }
-            Outcome::Aborted => say(&format!("{name} was not moved and runs on here: {}", reason(&report))),
+            Outcome::Aborted => {
+                say(&format!("{name} was not moved and runs on here: {}", reason(&report)))
+            }
             Outcome::Unknown => say(&format!("{name} is STOPPED here: {}", reason(&report))),
         }
         // Stopped, but not for a Commit without an answer: it may run as soon as it can.
@@ -211,8 +222,8 @@ impl<H: RunningVm> Hosting<H> {
         }
         reply.deliver(Reply::Report(report));
         if completed {
-            // Freeing gigabytes keeps a core busy. If the destination is this very host, the guest that has
-            // just begun to run there needs it more.
+            // Freeing gigabytes keeps a core busy. If the destination is this very host, the guest
+            // that has just begun to run there needs it more.
             std::thread::sleep(END_GRACE);
             hold::point("moved");
             self.end_guest();
@@ -221,8 +232,8 @@ impl<H: RunningVm> Hosting<H> {
         if leaving { self.leave() } else { None }
     }
 
-    /// The migration's thread died of a bug of ours: the guest is put right as after any failure, unless
-    /// Commit may be out.
+    /// The migration's thread died of a bug of ours: the guest is put right as after any failure,
+    /// unless Commit may be out.
     fn after_panic(&mut self) -> MigrationReport {
         let mut report = MigrationReport::new(self.hosted.guest().memory().bytes());
         report.reason = Some("pageferry failed (a panic, see its output)".into());
@@ -238,7 +249,8 @@ impl<H: RunningVm> Hosting<H> {
         found.flatten().map(|question| Inquiry::again(&question))
     }
 
-    /// Has the question of a migration kept for the next supervisor, if the guest can come to have one.
+    /// Has the question of a migration kept for the next supervisor, if the guest can come to have
+    /// one.
     fn have_question_kept(&mut self, monitor: &Monitor) {
         match self.hosted.record() {
             Some(Ok(record)) => {
@@ -250,11 +262,16 @@ impl<H: RunningVm> Hosting<H> {
         }
     }
 
-    /// The guest runs here: nobody may ask for it any more. A question that stays all the same is answered as before by
-    /// the destination that has thrown its copy away, and keeps the next migration from beginning.
+    /// The guest runs here: nobody may ask for it any more. A question that stays all the same is
+    /// answered as before by the destination that has thrown its copy away, and keeps the next
+    /// migration from beginning.
     fn forget_question(&self) {
         if let Err(e) = Files::of(&self.claim).forget() {
-            say(&format!("what was to be asked about {} is not forgotten: {}", self.claim.name(), e.chain()));
+            say(&format!(
+                "what was to be asked about {} is not forgotten: {}",
+                self.claim.name(),
+                e.chain()
+            ));
         }
     }
 
@@ -262,15 +279,21 @@ impl<H: RunningVm> Hosting<H> {
     fn ask_on(&mut self, inquiry: Option<Inquiry>) {
         let Some(inquiry) = inquiry else { return };
         let name = self.claim.name();
-        say(&format!("asking {} on about {name}, every {} s", inquiry.to(), ASK_LATER_EVERY.as_secs()));
+        say(&format!(
+            "asking {} on about {name}, every {} s",
+            inquiry.to(),
+            ASK_LATER_EVERY.as_secs()
+        ));
         match Asking::start(inquiry) {
             Ok(asking) => self.asking = Some(asking),
-            Err(e) => say(&format!("{}: the destination is not asked again about {name}", e.chain())),
+            Err(e) => {
+                say(&format!("{}: the destination is not asked again about {name}", e.chain()))
+            }
         }
     }
 
-    /// The destination has settled what became of a guest in doubt. Returns an exit status if this supervisor
-    /// is to end.
+    /// The destination has settled what became of a guest in doubt. Returns an exit status if this
+    /// supervisor is to end.
     fn answered(&mut self, answer: inquiry::Answer) -> Option<u8> {
         let name = self.claim.name().to_owned();
         match answer {
@@ -290,7 +313,9 @@ impl<H: RunningVm> Hosting<H> {
                     }
                     Err(e) => {
                         let e = e.chain();
-                        say(&format!("settled: {name} was not moved ({why}), but cannot run here yet: {e}"));
+                        say(&format!(
+                            "settled: {name} was not moved ({why}), but cannot run here yet: {e}"
+                        ));
                         self.owes_resume = true;
                     }
                 }
@@ -317,7 +342,9 @@ impl<H: RunningVm> Hosting<H> {
                 self.claim.forget_guest();
                 self.hosted.reap();
             }
-            Err(e) => say(&format!("what is left of the guest here could not be ended: {}", e.chain())),
+            Err(e) => {
+                say(&format!("what is left of the guest here could not be ended: {}", e.chain()))
+            }
         }
     }
 
@@ -330,7 +357,8 @@ impl<H: RunningVm> Hosting<H> {
             });
             return None;
         }
-        // The destination's own word may be here already, or be had, and counts for more than what the operator could know.
+        // The destination's own word may be here already, or be had, and counts for more than what
+        // the operator could know.
         let answer = self.asking.as_ref().and_then(|asking| match asking.answers().try_recv() {
             Ok(answer) => Some(answer),
             Err(_) if run => asking.ask_before_running(ASK_NOW_MAX),
@@ -346,7 +374,11 @@ impl<H: RunningVm> Hosting<H> {
                 "the destination has said meanwhile that it does not have the guest, so it stays here"
             };
             let text = text.into();
-            reply.deliver(if run == runs_there { Reply::Refused { text } } else { Reply::Done { text } });
+            reply.deliver(if run == runs_there {
+                Reply::Refused { text }
+            } else {
+                Reply::Done { text }
+            });
             return status;
         }
         let settled = if run { self.forget_and_run() } else { self.hosted.end_here() };
@@ -395,7 +427,8 @@ impl<H: RunningVm> Hosting<H> {
         status
     }
 
-    /// A signal: ends, unless that would throw away what may be the only copy of a guest. Returns the exit status.
+    /// A signal: ends, unless that would throw away what may be the only copy of a guest. Returns
+    /// the exit status.
     fn leave(&mut self) -> Option<u8> {
         let in_doubt = self.shared.status().state == State::Unknown;
         if in_doubt && !self.outlives_us && !self.warned {
@@ -422,7 +455,8 @@ impl<H: RunningVm> Hosting<H> {
             return self.guest_ended();
         }
         self.hosted.let_go();
-        let how = if self.shared.status().state == State::Unknown { "stays stopped" } else { "goes on" };
+        let how =
+            if self.shared.status().state == State::Unknown { "stays stopped" } else { "goes on" };
         say(&format!(
             "leaving; the guest {how} without a supervisor. Take it up again with `pageferry attach {name}`"
         ));

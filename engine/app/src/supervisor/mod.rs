@@ -1,5 +1,6 @@
-//! `run`, `attach` and `receive` stay in front of their guest as its supervisor: a process that holds the
-//! guest's monitor and memory, and takes orders through a socket in the runtime directory.
+//! `run`, `attach` and `receive` stay in front of their guest as its supervisor: a process that
+//! holds the guest's monitor and memory, and takes orders through a socket in the runtime
+//! directory.
 //!
 //! ```text
 //!   pageferry migrate NAME --> NAME.sock --> api thread --> orders --> the guest's loop

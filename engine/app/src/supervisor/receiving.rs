@@ -1,5 +1,5 @@
-//! The loop of a supervisor that waits for a guest: a place stands ready; a source fills it; what does
-//! not work out is thrown away and a fresh place stands ready again.
+//! The loop of a supervisor that waits for a guest: a place stands ready; a source fills it; what
+//! does not work out is thrown away and a fresh place stands ready again.
 
 use super::api::{Order, State};
 use super::hosting::Hosting;
@@ -103,7 +103,8 @@ pub fn receive(
     }
 }
 
-/// Waits for something to happen. However many connections come, a signal and the place's end are heard.
+/// Waits for something to happen. However many connections come, a signal and the place's end are
+/// heard.
 fn hear(receiver: &Receiver, ended: &crossbeam_channel::Receiver<()>, inbox: &Inbox) -> Heard {
     let refuse = |order: Order| order.refuse("this is a receiver that has no guest yet");
     loop {

@@ -16,8 +16,8 @@ const START_MAX: Duration = Duration::from_secs(600);
 /// For a QEMU that has hung up to be gone.
 const EXIT_MAX: Duration = Duration::from_secs(2);
 
-/// Starts QEMU and takes it up, with the memory files that the command names. On failure no process is left, and where
-/// a file is in use none was started.
+/// Starts QEMU and takes it up, with the memory files that the command names. On failure no process
+/// is left, and where a file is in use none was started.
 pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)> {
     let ownership = Ownership::ahead_of(user)?;
     // The name is ours by its lock, so a socket that is still there is a dead QEMU's.
@@ -26,7 +26,8 @@ pub fn launch(user: &[OsString], role: Role, qmp: &Path) -> Result<(Child, Qemu)
     let program = Path::new(&prepared.words[0]).display().to_string();
     tracing::info!(command = ?prepared.words, "starting");
     let spawned = prepared.command().spawn();
-    // QEMU has inherited what it needs; with our copy of its socket gone, its death is heard at once.
+    // QEMU has inherited what it needs; with our copy of its socket gone, its death is heard at
+    // once.
     drop(prepared);
     let mut child = spawned.map_err(|e| {
         Error::refused(format!("cannot start {program}: {e}; is QEMU installed and in PATH?"))

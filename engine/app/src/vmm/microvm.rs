@@ -1,4 +1,5 @@
-//! Guests of the built-in monitor, as their supervisor holds them: they live in its process and end with it.
+//! Guests of the built-in monitor, as their supervisor holds them: they live in its process and end
+//! with it.
 
 use crate::supervisor::claim::{Claim, Record};
 use crate::supervisor::place::{Ended, IncomingVm, RunningVm, VmFactory, Vmm};
@@ -104,8 +105,8 @@ impl RunningVm for MicrovmRunning {
     }
 }
 
-/// Waits until a guest has ended, without taking its last words: the engine looks whether they are there. Returns
-/// whether it has, and not just its holder.
+/// Waits until a guest has ended, without taking its last words: the engine looks whether they are
+/// there. Returns whether it has, and not just its holder.
 fn watch(ending: &Receiver<Ending>, here: &Receiver<Infallible>) -> bool {
     loop {
         let mut either = Select::new();
@@ -155,7 +156,8 @@ impl IncomingVm for MicrovmIncoming {
     fn into_hosted(self) -> Result<MicrovmRunning> {
         let guest = self.guest.into_source();
         MicrovmRunning::new(
-            guest.ok_or_else(|| Error::Unknown("the guest that was received is not there".into()))?,
+            guest
+                .ok_or_else(|| Error::Unknown("the guest that was received is not there".into()))?,
         )
     }
 }

@@ -52,7 +52,8 @@ impl QemuRunning {
 
     /// One that a supervisor before this one left in doubt. It stays stopped until that is settled.
     pub fn in_doubt(mut guest: QemuSource, doubt: &Doubt) -> Result<Self> {
-        let settings = doubt.settings.clone().and_then(|settings| serde_json::from_value(settings).ok());
+        let settings =
+            doubt.settings.clone().and_then(|settings| serde_json::from_value(settings).ok());
         guest.watch_sealed(doubt.question.was_running, settings)?;
         Ok(Self::new(guest, None))
     }
@@ -81,9 +82,12 @@ impl RunningVm for QemuRunning {
             return None;
         }
         self.guest.settle_in();
-        let settings = Settings::read(&mut self.guest.qemu_mut().qmp)
-            .and_then(|settings| serde_json::to_value(settings).map_err(|e| Error::Guest(e.to_string())));
-        settings.inspect_err(|e| tracing::warn!(error = %e.chain(), "QEMU's migration settings")).ok()
+        let settings = Settings::read(&mut self.guest.qemu_mut().qmp).and_then(|settings| {
+            serde_json::to_value(settings).map_err(|e| Error::Guest(e.to_string()))
+        });
+        settings
+            .inspect_err(|e| tracing::warn!(error = %e.chain(), "QEMU's migration settings"))
+            .ok()
     }
 
     fn ended(&self) -> Result<Receiver<()>> {
@@ -113,13 +117,17 @@ impl RunningVm for QemuRunning {
 
     fn in_doubt(&mut self) -> bool {
         self.guest.is_watched()
-            || matches!(self.guest.qemu_mut().status().as_deref(), Ok("postmigrate" | "finish-migrate"))
+            || matches!(
+                self.guest.qemu_mut().status().as_deref(),
+                Ok("postmigrate" | "finish-migrate")
+            )
     }
 
     fn run_here(&mut self) -> Result<()> {
         let in_doubt = self.guest.is_sealed();
         let runs = self.let_run();
-        // As where its disks are locked, by the guest at the destination: then it is in doubt as before.
+        // As where its disks are locked, by the guest at the destination: then it is in doubt as
+        // before.
         if runs.is_err()
             && in_doubt
             && matches!(self.guest.qemu_mut().is_running(), Ok(false))

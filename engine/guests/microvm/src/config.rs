@@ -36,8 +36,8 @@ pub struct MachineConfig {
     pub vcpus: u32,
     /// Memory of huge pages of 2 MiB, which the host must have set aside.
     pub huge_pages: bool,
-    /// All of memory is taken from the host when the machine is made, and mapped for the guest where KVM can do that: a
-    /// guest that is received finds it ready.
+    /// All of memory is taken from the host when the machine is made, and mapped for the guest
+    /// where KVM can do that: a guest that is received finds it ready.
     pub preallocate: bool,
     /// How writes are followed.
     pub tracking: TrackingChoice,

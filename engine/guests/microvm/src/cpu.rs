@@ -1,10 +1,13 @@
 //! The processor that a guest sees, and whether another host can give it the same.
 //!
 //! A guest gets what its host's KVM supports, but for what this monitor does not carry over (nested
-//! virtualization). It keeps that for life: the destination sets the very same CPUID, so everything in it must be
-//! supported there. That is compared before anything is touched, from the source's Hello.
+//! virtualization). It keeps that for life: the destination sets the very same CPUID, so everything
+//! in it must be supported there. That is compared before anything is touched, from the source's
+//! Hello.
 
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_engine::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -49,7 +52,8 @@ pub struct HostCpu {
     xsave_bytes: u32,
 }
 
-/// How long XSAVE areas are. Made by [`HostCpu`] alone, as KVM reads and writes as many bytes as it says.
+/// How long XSAVE areas are. Made by [`HostCpu`] alone, as KVM reads and writes as many bytes as it
+/// says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct XsaveArea {
     host_bytes: u32,
@@ -63,7 +67,8 @@ impl XsaveArea {
         self.host_bytes as usize
     }
 
-    /// What the guest has of it: what the host had that it was born on. It never grows, so that a guest can go back.
+    /// What the guest has of it: what the host had that it was born on. It never grows, so that a
+    /// guest can go back.
     #[must_use]
     pub fn guest_bytes(self) -> usize {
         self.guest_bytes as usize
@@ -120,7 +125,8 @@ impl HostCpu {
                 FEATURES => {
                     entry.ecx = entry.ecx & !VMX | HYPERVISOR;
                     // Initial APIC id, and how many there are in the package.
-                    entry.ebx = entry.ebx & 0x0000_ffff | vcpus.next_power_of_two() << 16 | vcpu << 24;
+                    entry.ebx =
+                        entry.ebx & 0x0000_ffff | vcpus.next_power_of_two() << 16 | vcpu << 24;
                 }
                 AMD_FEATURES => entry.ecx &= !SVM,
                 function if TOPOLOGY.contains(&function) => {
@@ -158,7 +164,8 @@ impl HostCpu {
                 guest.xsave_bytes, self.xsave_bytes
             )));
         }
-        // KVM takes a frequency within 250 parts in a million for the same (its module parameter tsc_tolerance_ppm).
+        // KVM takes a frequency within 250 parts in a million for the same (its module parameter
+        // tsc_tolerance_ppm).
         let tolerance = u64::from(self.tsc_khz) * 250 / 1_000_000;
         if u64::from(guest.tsc_khz.abs_diff(self.tsc_khz)) > tolerance && !self.tsc_scaling {
             return Err(Error::refused(format!(
@@ -188,8 +195,9 @@ fn with_timer(kvm: &Kvm, mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_en
 
 /// Entries as the ioctl takes them.
 pub fn to_kvm(entries: &[kvm_cpuid_entry2]) -> Result<CpuId> {
-    CpuId::from_entries(entries)
-        .map_err(|_| Error::Guest(format!("{} CPUID entries are more than KVM takes", entries.len())))
+    CpuId::from_entries(entries).map_err(|_| {
+        Error::Guest(format!("{} CPUID entries are more than KVM takes", entries.len()))
+    })
 }
 
 /// The registers of a leaf whose bits are features, each of which a guest may rely on.
@@ -235,14 +243,20 @@ fn missing_feature(guest: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Opt
             }
             let missing = wanted & !here[register];
             if missing != 0 {
-                return Some(name(entry.function, index(entry), register, missing.trailing_zeros()));
+                return Some(name(
+                    entry.function,
+                    index(entry),
+                    register,
+                    missing.trailing_zeros(),
+                ));
             }
         }
     }
     None
 }
 
-/// What a feature bit is called: by its name where it is one that software asks for, else by its place.
+/// What a feature bit is called: by its name where it is one that software asks for, else by its
+/// place.
 fn name(function: u32, index: u32, register: usize, bit: u32) -> String {
     const NAMES: &[(u32, u32, usize, u32, &str)] = &[
         (1, 0, 2, 0, "SSE3"),
@@ -308,7 +322,8 @@ fn name(function: u32, index: u32, register: usize, bit: u32) -> String {
         "CPUID {function:#x}.{index}, {} bit {bit}",
         ["eax", "ebx", "ecx", "edx"].get(register).unwrap_or(&"?")
     );
-    let known = NAMES.iter().find(|(f, i, r, b, _)| (*f, *i, *r, *b) == (function, index, register, bit));
+    let known =
+        NAMES.iter().find(|(f, i, r, b, _)| (*f, *i, *r, *b) == (function, index, register, bit));
     match known {
         Some((.., name)) => format!("{name} ({place})"),
         None => format!("the feature {place}"),
@@ -352,7 +367,9 @@ mod tests {
         assert!(refusal(vec![entry(7, 0, 0, 1 << 5)]).contains("AVX2 (CPUID 0x7.0, ebx bit 5)"));
         assert!(refusal(vec![entry(1, 0, 1 << 20, 0)]).contains("SSE4.2"));
         // A leaf that is not there at all lacks all of its features.
-        assert!(refusal(vec![entry(7, 1, 1 << 7, 0)]).contains("the feature CPUID 0x7.1, ecx bit 7"));
+        assert!(
+            refusal(vec![entry(7, 1, 1 << 7, 0)]).contains("the feature CPUID 0x7.1, ecx bit 7")
+        );
     }
 
     #[test]
@@ -367,7 +384,9 @@ mod tests {
         let good = profile(vec![]);
         here.admit(&good).unwrap();
         let refusal = |guest: CpuProfile| here.admit(&guest).unwrap_err().chain();
-        assert!(refusal(CpuProfile { msrs: vec![0xc000_0080], ..good.clone() }).contains("0xc0000080"));
+        assert!(
+            refusal(CpuProfile { msrs: vec![0xc000_0080], ..good.clone() }).contains("0xc0000080")
+        );
         assert!(refusal(CpuProfile { xsave_bytes: 8192, ..good.clone() }).contains("8192 bytes"));
         assert!(refusal(CpuProfile { tsc_khz: 2_100_000, ..good.clone() }).contains("2100000 kHz"));
         here.admit(&CpuProfile { tsc_khz: 2_000_400, ..good }).unwrap();

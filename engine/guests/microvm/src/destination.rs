@@ -74,10 +74,13 @@ impl DestinationGuest for KvmDestination {
         let mut blob = vec![0; len];
         state.read(0, &mut blob)?;
         let state = Arc::new(MachineState::decode(&blob)?);
-        let machine =
-            self.machine.take().ok_or_else(|| Error::Guest("a state for a machine that has one".into()))?;
+        let machine = self
+            .machine
+            .take()
+            .ok_or_else(|| Error::Guest("a state for a machine that has one".into()))?;
         let (bytes, vcpus) = (machine.config().memory_bytes, machine.config().vcpus);
-        let payload = state.payload.map(|options| PayloadPlan::new(options, bytes, vcpus)).transpose()?;
+        let payload =
+            state.payload.map(|options| PayloadPlan::new(options, bytes, vcpus)).transpose()?;
         machine.restore(&state)?;
         let profile = Machine::profile_of(&state);
         self.loaded = Some(KvmSource::of(machine, profile, payload));
@@ -91,8 +94,10 @@ impl DestinationGuest for KvmDestination {
 
     fn run(&mut self, was_running: bool) -> Result<()> {
         assert!(self.sealed, "a guest runs at the destination only after Commit");
-        let guest =
-            self.loaded.as_mut().ok_or_else(|| Error::Guest("running a guest without state".into()))?;
+        let guest = self
+            .loaded
+            .as_mut()
+            .ok_or_else(|| Error::Guest("running a guest without state".into()))?;
         if was_running { guest.go(true) } else { Ok(()) }
     }
 

@@ -16,8 +16,8 @@ pub struct Devices {
     rings: Option<Arc<RingSet>>,
 }
 
-/// The serial port, and whether input must wait because the machine is paused: an interrupt of it would come to
-/// controllers whose state has been read.
+/// The serial port, and whether input must wait because the machine is paused: an interrupt of it
+/// would come to controllers whose state has been read.
 struct Port {
     serial: Serial,
     frozen: bool,
@@ -86,13 +86,16 @@ impl Exits for Devices {
     fn port_write(&self, port: u16, data: &[u8]) -> Option<Ending> {
         let value = *data.first()?;
         if let Some(register) = serial_register(port) {
-            // A write of several bytes is a string instruction's: one after the other to the same register.
+            // A write of several bytes is a string instruction's: one after the other to the same
+            // register.
             let mut port = self.port();
             data.iter().for_each(|value| port.serial.write(register, *value));
             return None;
         }
         if port == FAILURE_PORT {
-            return Some(Ending::Failed("the payload guest found a page that is not as it wrote it".into()));
+            return Some(Ending::Failed(
+                "the payload guest found a page that is not as it wrote it".into(),
+            ));
         }
         match power::written(port, value)? {
             PowerRequest::Reset => Some(Ending::Reset),

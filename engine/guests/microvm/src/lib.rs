@@ -1,5 +1,5 @@
-//! A VMM of our own for guests under this host's KVM, in the process that migrates them: as small as a VMM
-//! can be that moves a Linux guest, and an example of what one does to be moved.
+//! A VMM of our own for guests under this host's KVM, in the process that migrates them: as small
+//! as a VMM can be that moves a Linux guest, and an example of what one does to be moved.
 //!
 //! ```text
 //!   source, destination    the engine's two traits

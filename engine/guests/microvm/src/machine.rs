@@ -77,9 +77,11 @@ impl Machine {
         let made = |what| move |e| Error::os(what, e);
         let vm = Arc::new(kvm.create_vm().map_err(made("making a virtual machine"))?);
         let rings = ring_entries.map(|entries| RingSet::enable(&vm, entries)).transpose()?;
-        // Below the top of the hole, where nothing else lies: what real mode takes on older Intel processors.
+        // Below the top of the hole, where nothing else lies: what real mode takes on older Intel
+        // processors.
         vm.set_identity_map_address(IDENTITY_MAP).map_err(made("placing the identity map"))?;
-        vm.set_tss_address(IDENTITY_MAP as usize + 0x1000).map_err(made("placing the task state segment"))?;
+        vm.set_tss_address(IDENTITY_MAP as usize + 0x1000)
+            .map_err(made("placing the task state segment"))?;
         let memory = Arc::new(allocate(config)?);
         let slots = Arc::new(register(&vm, &memory, config)?);
         vm.create_irq_chip().map_err(made("making the interrupt controllers"))?;
@@ -90,10 +92,12 @@ impl Machine {
         for index in 0..config.vcpus {
             fds.push(vm.create_vcpu(u64::from(index)).map_err(made("making a vCPU"))?);
         }
-        let tsc_khz =
-            fds[0].get_tsc_khz().map_err(made("reading the frequency of the time-stamp counter"))?;
+        let tsc_khz = fds[0]
+            .get_tsc_khz()
+            .map_err(made("reading the frequency of the time-stamp counter"))?;
         let host = HostCpu::read(&kvm, tsc_khz)?;
-        let cpuids: Vec<_> = (0..config.vcpus).map(|index| host.guest_cpuid(index, config.vcpus)).collect();
+        let cpuids: Vec<_> =
+            (0..config.vcpus).map(|index| host.guest_cpuid(index, config.vcpus)).collect();
         for (cpuid, fd) in cpuids.iter().zip(&fds) {
             fd.set_cpuid2(&cpu::to_kvm(cpuid)?).map_err(made("setting a vCPU's CPUID"))?;
         }
@@ -168,7 +172,9 @@ impl Machine {
     /// Its memory as loaders take it: other mappings of the same files.
     pub fn boot_memory(&self) -> Result<GuestMemoryMmap> {
         let mut ranges = Vec::new();
-        for (slot, (address, bytes)) in self.memory.slots().iter().zip(layout(self.config.memory_bytes)) {
+        for (slot, (address, bytes)) in
+            self.memory.slots().iter().zip(layout(self.config.memory_bytes))
+        {
             let file = FileOffset::new(slot.file()?, 0);
             ranges.push((GuestAddress(address), bytes as usize, Some(file)));
         }
@@ -185,10 +191,15 @@ impl Machine {
             machine: MACHINE.into(),
             vcpus: self.config.vcpus,
             blocks: blocks
-                .map(|slot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 })
+                .map(|slot| BlockDescription {
+                    name: slot.name.clone(),
+                    bytes: slot.region().len() as u64,
+                })
                 .collect(),
             images: Vec::new(),
-            platform: profile.and_then(|profile| postcard::to_stdvec(profile).ok()).unwrap_or_default(),
+            platform: profile
+                .and_then(|profile| postcard::to_stdvec(profile).ok())
+                .unwrap_or_default(),
         }
     }
 
@@ -206,13 +217,14 @@ impl Machine {
         let xsave_bytes = self.host.xsave_bytes();
         let cpuid = self.cpuids()[0].clone();
         self.vcpus.ask(0, move |vcpu| {
-            let tsc_khz = vcpu.get_tsc_khz().map_err(|e| Error::os("reading a vCPU's frequency", e))?;
+            let tsc_khz =
+                vcpu.get_tsc_khz().map_err(|e| Error::os("reading a vCPU's frequency", e))?;
             Ok(CpuProfile { cpuid, msrs: readable_msrs(vcpu, &msrs)?, tsc_khz, xsave_bytes })
         })
     }
 
-    /// The same of a guest that has come with this state, without asking KVM for each register once more: the guest
-    /// is paused meanwhile.
+    /// The same of a guest that has come with this state, without asking KVM for each register once
+    /// more: the guest is paused meanwhile.
     #[must_use]
     pub fn profile_of(state: &MachineState) -> CpuProfile {
         let first = &state.vcpus[0];
@@ -234,7 +246,8 @@ impl Machine {
         })
     }
 
-    /// Maps pages for a guest that is yet to come, where this host's KVM can and they are not mapped already.
+    /// Maps pages for a guest that is yet to come, where this host's KVM can and they are not
+    /// mapped already.
     #[must_use]
     pub fn map_ahead(&self) -> Option<MapAhead> {
         if self.config.preallocate { None } else { map_ahead(&self.slots, &self.vcpus) }
@@ -254,8 +267,8 @@ impl Machine {
         self.vcpus.park()
     }
 
-    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to read, `xsave_bytes`
-    /// is what the guest has had for vector registers since it was born.
+    /// Begins to read the state of a parked machine, all vCPUs at once. `msrs` are the registers to
+    /// read, `xsave_bytes` is what the guest has had for vector registers since it was born.
     pub fn begin_save(&self, msrs: &Arc<[u32]>, xsave_bytes: u32) -> Result<Saving> {
         let vm_state = VmState::save(&self.vm)?;
         let xsave = self.host.xsave_area(xsave_bytes);
@@ -282,11 +295,13 @@ impl Machine {
         }
         let xsave = self.host.xsave_area(self.host.xsave_bytes());
         let cpuids = Arc::new(self.cpuids().clone());
-        // vCPU 0 sets the clock and tells the others, so that its thread is woken once only: the guest is paused.
+        // vCPU 0 sets the clock and tells the others, so that its thread is woken once only: the
+        // guest is paused.
         let (teller, told) = bounded(self.vcpus.len());
         let mut teller = Some(teller);
         let restoring = self.vcpus.ask_all(|index| {
-            let (vm, state, cpuids) = (Arc::clone(&self.vm), Arc::clone(state), Arc::clone(&cpuids));
+            let (vm, state, cpuids) =
+                (Arc::clone(&self.vm), Arc::clone(state), Arc::clone(&cpuids));
             let (teller, told) = (teller.take(), told.clone());
             Box::new(move |vcpu: &mut VcpuFd| {
                 let (own, first) = (&state.vcpus[index], &state.vcpus[0]);
@@ -332,8 +347,15 @@ impl Saving {
     ) -> Result<MachineState> {
         let (vcpus, clocks): (Vec<_>, Vec<_>) = self.vcpus.wait()?.into_iter().unzip();
         let clock = clocks.into_iter().flatten().next();
-        let clock = clock.ok_or_else(|| Error::Guest("a machine without vCPUs has no clock".into()))?;
-        Ok(MachineState { vm: self.vm_state, clock, vcpus, serial: machine.devices.state(), payload })
+        let clock =
+            clock.ok_or_else(|| Error::Guest("a machine without vCPUs has no clock".into()))?;
+        Ok(MachineState {
+            vm: self.vm_state,
+            clock,
+            vcpus,
+            serial: machine.devices.state(),
+            payload,
+        })
     }
 }
 
@@ -350,9 +372,9 @@ fn choose_ring(config: &MachineConfig) -> Result<Option<u32>> {
     }
     match probe::trust()? {
         Trust::Ring { .. } => Ok(Some(config.ring_entries.unwrap_or(RING_ENTRIES))),
-        Trust::Log { why } if config.tracking == TrackingChoice::Ring => Err(Error::refused(format!(
-            "KVM's dirty ring cannot be used here: {why}; use --tracking auto or log"
-        ))),
+        Trust::Log { why } if config.tracking == TrackingChoice::Ring => Err(Error::refused(
+            format!("KVM's dirty ring cannot be used here: {why}; use --tracking auto or log"),
+        )),
         Trust::Log { why } => {
             tracing::info!(why, "following writes by the log");
             Ok(None)

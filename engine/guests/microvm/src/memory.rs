@@ -26,8 +26,8 @@ pub(crate) fn allocate(config: &MachineConfig) -> Result<GuestMemory> {
         if config.huge_pages {
             flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
         }
-        let file =
-            sealed_memfd(&format!("pageferry-{name}"), flags, bytes).map_err(|e| memory_error(config, e))?;
+        let file = sealed_memfd(&format!("pageferry-{name}"), flags, bytes)
+            .map_err(|e| memory_error(config, e))?;
         sources.push(SlotSource {
             name: name.into(),
             file: File::from(file),
@@ -72,8 +72,15 @@ pub(crate) fn register(
         // SAFETY: the region is this long, shared, and mapped for as long as the machine has it.
         unsafe { vm.set_user_memory_region(region) }
             .map_err(|e| Error::os("giving the guest its memory", e))?;
-        slots.push(KvmSlot { slot: number, guest_address, bytes, host_address, first_page: slot.first_page });
+        slots.push(KvmSlot {
+            slot: number,
+            guest_address,
+            bytes,
+            host_address,
+            first_page: slot.first_page,
+        });
     }
-    // SAFETY: these are the slots as they were just registered, and the machine keeps memory and slots together.
+    // SAFETY: these are the slots as they were just registered, and the machine keeps memory and
+    // slots together.
     unsafe { KvmSlots::new(Arc::clone(vm), slots) }
 }

@@ -1,5 +1,5 @@
-//! How a guest says that its machine shall end: the keyboard controller's reset line, and ACPI's sleep
-//! register ([`crate::boot::acpi`] tells the guest of both).
+//! How a guest says that its machine shall end: the keyboard controller's reset line, and ACPI's
+//! sleep register ([`crate::boot::acpi`] tells the guest of both).
 
 /// The keyboard controller's command port, and status when read.
 pub const KEYBOARD_COMMAND: u16 = 0x64;
@@ -31,13 +31,15 @@ pub fn written(port: u16, value: u8) -> Option<PowerRequest> {
     let sleep_type = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
     match port {
         KEYBOARD_COMMAND if value == KEYBOARD_RESET => Some(PowerRequest::Reset),
-        SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_OFF => Some(PowerRequest::Off),
+        SLEEP_CONTROL if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_OFF => {
+            Some(PowerRequest::Off)
+        }
         _ => None,
     }
 }
 
-/// What a read of a port gives, if it is one of ours: a keyboard controller that is ready for a command,
-/// and sleep registers at rest.
+/// What a read of a port gives, if it is one of ours: a keyboard controller that is ready for a
+/// command, and sleep registers at rest.
 #[must_use]
 pub fn read(port: u16) -> Option<u8> {
     matches!(port, KEYBOARD_COMMAND | SLEEP_CONTROL | SLEEP_STATUS).then_some(0)
@@ -55,7 +57,8 @@ mod tests {
 
     #[test]
     fn nothing_else_ends_it() {
-        // Another command, another port, a sleep type that is not enabled, a sleep state that we have not.
+        // Another command, another port, a sleep type that is not enabled, a sleep state that we
+        // have not.
         for (port, value) in
             [(0x64, 0xd1), (0x60, 0xfe), (SLEEP_CONTROL, 5 << 2), (SLEEP_CONTROL, 3 << 2 | 1 << 5)]
         {

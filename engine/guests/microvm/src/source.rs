@@ -63,8 +63,8 @@ pub struct KvmSource {
     retired: Option<Box<dyn DirtySource>>,
     /// What calling the vCPUs out took when tracking began, in microseconds.
     kick_us: u64,
-    /// The memory as the lanes read it, once it is to be moved. Not the mapping in which the guest runs: a page that the
-    /// host lost reads as zeros in this one.
+    /// The memory as the lanes read it, once it is to be moved. Not the mapping in which the guest
+    /// runs: a page that the host lost reads as zeros in this one.
     view: Option<Arc<GuestMemory>>,
 }
 
@@ -74,15 +74,22 @@ impl KvmSource {
         // What can be refused is refused before anything is made.
         config.check()?;
         let payload = match boot {
-            Boot::Payload(options) => Some(PayloadPlan::new(*options, config.memory_bytes, config.vcpus)?),
+            Boot::Payload(options) => {
+                Some(PayloadPlan::new(*options, config.memory_bytes, config.vcpus)?)
+            }
             Boot::Linux { .. } => None,
         };
         let machine = Machine::new(config, console)?;
         let memory = machine.boot_memory()?;
         match (boot, &payload) {
             (Boot::Linux { kernel, initrd, command_line }, _) => {
-                let entry =
-                    linux::load_linux(&memory, kernel, initrd.as_deref(), command_line, config.vcpus)?;
+                let entry = linux::load_linux(
+                    &memory,
+                    kernel,
+                    initrd.as_deref(),
+                    command_line,
+                    config.vcpus,
+                )?;
                 machine.vcpus().ask(0, move |vcpu| linux::enter(vcpu, &memory, &entry))?;
             }
             (Boot::Payload(_), Some(plan)) => {
@@ -147,7 +154,8 @@ impl KvmSource {
         self.sealed
     }
 
-    /// Stops the guest, compares all of its memory with its ledger, and lets it go on. A payload guest only.
+    /// Stops the guest, compares all of its memory with its ledger, and lets it go on. A payload
+    /// guest only.
     pub fn check(&mut self) -> Result<LedgerReport> {
         let Some(plan) = self.payload.clone() else {
             return Err(Error::refused("only a payload guest keeps a ledger"));
@@ -175,19 +183,22 @@ impl KvmSource {
         self.plan()?.forget_gaps(self.machine.memory())
     }
 
-    /// The longest gap that each vCPU has seen since then, in ticks of its time-stamp counter. A payload guest only.
+    /// The longest gap that each vCPU has seen since then, in ticks of its time-stamp counter. A
+    /// payload guest only.
     pub fn gap_ticks_max(&self) -> Result<Vec<u64>> {
         self.plan()?.gap_ticks_max(self.machine.memory())
     }
 
-    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each page. A payload
-    /// guest only.
+    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each
+    /// page. A payload guest only.
     pub fn last_ticks(&self) -> Result<Vec<u64>> {
         self.plan()?.last_ticks(self.machine.memory())
     }
 
     fn plan(&self) -> Result<&PayloadPlan> {
-        self.payload.as_ref().ok_or_else(|| Error::refused("only a payload guest measures its gaps"))
+        self.payload
+            .as_ref()
+            .ok_or_else(|| Error::refused("only a payload guest measures its gaps"))
     }
 
     fn alive(&self) -> Result<()> {
@@ -204,7 +215,8 @@ impl KvmSource {
 
     fn halt(&mut self) -> Result<()> {
         if self.running {
-            // Before it is known to be true: should one vCPU not come out in time, `resume` lets all of them run again.
+            // Before it is known to be true: should one vCPU not come out in time, `resume` lets
+            // all of them run again.
             self.running = false;
             self.machine.park()?;
         }
@@ -268,8 +280,8 @@ impl SourceGuest for KvmSource {
 
     fn start_tracking(&mut self, watch: &mut Watch<'_>) -> Result<Box<dyn DirtySource>> {
         let tracking = self.machine.start_tracking(watch)?;
-        // The shortest counts: vCPUs that were called out go on at once, and may keep the processor from the thread that
-        // waits to hear of it.
+        // The shortest counts: vCPUs that were called out go on at once, and may keep the processor
+        // from the thread that waits to hear of it.
         self.kick_us = u64::MAX;
         for _ in 0..KICKS_TIMED {
             let kicking = Instant::now();
@@ -300,8 +312,10 @@ impl SourceGuest for KvmSource {
     }
 
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let saving =
-            self.saving.take().ok_or_else(|| Error::Guest("a state that nobody began to save".into()))?;
+        let saving = self
+            .saving
+            .take()
+            .ok_or_else(|| Error::Guest("a state that nobody began to save".into()))?;
         let payload = self.payload.as_ref().map(PayloadPlan::options);
         let blob = saving.finish(&self.machine, payload)?.encode()?;
         blob.chunks(PIECE_BYTES).try_for_each(sink)

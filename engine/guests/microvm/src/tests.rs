@@ -44,7 +44,12 @@ fn config(vcpus: u32, tracking: TrackingChoice) -> MachineConfig {
 }
 
 fn payload(pattern: Pattern) -> Boot {
-    Boot::Payload(PayloadOptions { pattern, pages_per_second: None, working_set_pages: Some(256), seed: 7 })
+    Boot::Payload(PayloadOptions {
+        pattern,
+        pages_per_second: None,
+        working_set_pages: Some(256),
+        seed: 7,
+    })
 }
 
 fn start(config: &MachineConfig, pattern: Pattern) -> KvmSource {
@@ -71,8 +76,10 @@ fn moved_counting(
     config: &MachineConfig,
     change: impl Fn(&mut MigrateOptions),
 ) -> (KvmSource, MigrationReport, u64) {
-    let receiver =
-        Receiver::new(SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap(), LinkChoice::default());
+    let receiver = Receiver::new(
+        SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap(),
+        LinkChoice::default(),
+    );
     let mut options = MigrateOptions::to(receiver.listener().address.to_string());
     (options.downtime_us_max, options.when_stuck) = (500_000, WhenStuck::Switchover);
     (options.lanes, options.verify, options.rounds_max) = (2, true, 5);
@@ -103,7 +110,9 @@ fn moved(
 
 fn goes_back_and_forth(vcpus: u32, tracking: TrackingChoice, times: usize) {
     let config = config(vcpus, tracking);
-    for (pattern, times) in [(Pattern::Random, times), (Pattern::Sequential, 1), (Pattern::HotCold, 1)] {
+    for (pattern, times) in
+        [(Pattern::Random, times), (Pattern::Sequential, 1), (Pattern::HotCold, 1)]
+    {
         let mut guest = start(&config, pattern);
         write_and_check(&mut guest, 20);
         for _ in 0..times {
@@ -329,8 +338,12 @@ fn a_guests_clock_goes_on_and_not_back() {
     // The first reading is a little older than `begun`, the last a little newer than `gone`.
     let tolerance = 200_000_000;
     assert!(clock.abs_diff(gone) < tolerance, "kvmclock went on by {clock} ns in {gone} ns");
-    let ticks = (after.clock.tsc - before.clock.tsc) * 1_000_000 / u64::from(after.vcpus[0].tsc_khz);
-    assert!(ticks.abs_diff(gone) < tolerance, "the time-stamp counter went on by {ticks} ns in {gone} ns");
+    let ticks =
+        (after.clock.tsc - before.clock.tsc) * 1_000_000 / u64::from(after.vcpus[0].tsc_khz);
+    assert!(
+        ticks.abs_diff(gone) < tolerance,
+        "the time-stamp counter went on by {ticks} ns in {gone} ns"
+    );
 }
 
 #[test]
@@ -352,20 +365,25 @@ fn a_lesser_processor_is_refused_before_anything_is_touched() {
 fn aborted(guest: &mut KvmSource, config: &MachineConfig) -> MigrationReport {
     let listener = SessionListener::open("127.0.0.1:0".parse().unwrap()).unwrap();
     let mut options = MigrateOptions::to(listener.address.to_string());
-    (options.downtime_us_max, options.when_stuck, options.rounds_max) = (500_000, WhenStuck::Switchover, 3);
+    (options.downtime_us_max, options.when_stuck, options.rounds_max) =
+        (500_000, WhenStuck::Switchover, 3);
     let mut refuses = KvmDestination::new(config, Console::none()).unwrap();
     let receiver = std::thread::spawn(move || {
         let mut receiver = Receiver::new(listener, LinkChoice::default());
         let incoming = receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
         let served = receiver.serve(incoming, &mut Refusing(&mut refuses), &mut || Ok(()));
-        assert!(matches!(&served, Served::Discarded(e) if e.chain().contains("altered")), "{served:?}");
+        assert!(
+            matches!(&served, Served::Discarded(e) if e.chain().contains("altered")),
+            "{served:?}"
+        );
     });
     let report = migrate(guest, &options, &Monitor::default());
     receiver.join().unwrap();
     report
 }
 
-/// A destination whose machine cannot take in the state that arrives: the last moment at which a guest is taken back.
+/// A destination whose machine cannot take in the state that arrives: the last moment at which a
+/// guest is taken back.
 struct Refusing<'d>(&'d mut KvmDestination);
 
 impl DestinationGuest for Refusing<'_> {
@@ -411,7 +429,8 @@ fn an_aborted_migration_leaves_the_guest_running_and_loses_nothing() {
     write_and_check(&mut guest, 10);
 }
 
-/// Moves, and failures in between, with rings that are full all the time: more pages are written than a ring holds.
+/// Moves, and failures in between, with rings that are full all the time: more pages are written
+/// than a ring holds.
 fn goes_fifty_times(vcpus: u32) {
     let config = config(vcpus, TrackingChoice::Ring);
     let options = PayloadOptions {
@@ -430,7 +449,8 @@ fn goes_fifty_times(vcpus: u32) {
             assert_eq!(report.outcome, Outcome::Aborted, "{report:?}");
             guest.check().unwrap();
         }
-        let (arrived, _, full) = moved_counting(guest, &config, |options| options.verify = turn % 5 == 0);
+        let (arrived, _, full) =
+            moved_counting(guest, &config, |options| options.verify = turn % 5 == 0);
         (guest, full_exits) = (arrived, full_exits + full);
     }
     write_and_check(&mut guest, 10);

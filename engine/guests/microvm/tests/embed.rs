@@ -41,7 +41,14 @@ fn ended(command: &mut Command, within: Duration) -> Output {
 /// Builds the example as `scripts/test` builds everything, so that nothing is built twice.
 fn build() -> Command {
     let mut command = Command::new(env!("CARGO"));
-    command.args(["build", "--quiet", "--locked", "--workspace", "--features", "pageferry-engine/vm-memory"]);
+    command.args([
+        "build",
+        "--quiet",
+        "--locked",
+        "--workspace",
+        "--features",
+        "pageferry-engine/vm-memory",
+    ]);
     command.args(["--example", "embed"]);
     if !cfg!(debug_assertions) {
         command.arg("--release");
@@ -63,7 +70,11 @@ fn the_example_of_an_embedder_moves_its_guest_and_its_counters_go_on() {
     let built = ended(&mut build(), BUILD_MAX);
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     let moved = ended(&mut Command::new(example()), MOVE_MAX);
-    let (said, failed) = (String::from_utf8_lossy(&moved.stdout), String::from_utf8_lossy(&moved.stderr));
+    let (said, failed) =
+        (String::from_utf8_lossy(&moved.stdout), String::from_utf8_lossy(&moved.stderr));
     assert!(moved.status.success(), "{said}{failed}");
-    assert!(said.contains("outcome: Completed") && said.contains("the first counter stopped at"), "{said}");
+    assert!(
+        said.contains("outcome: Completed") && said.contains("the first counter stopped at"),
+        "{said}"
+    );
 }

@@ -41,7 +41,8 @@ pub struct QemuDestination {
     opened: OpenWatch,
     /// Whether somebody did, and its memory has not been made zero since.
     used: bool,
-    /// The number of the last event before it waited: no RESUME and no RESET may follow before Commit.
+    /// The number of the last event before it waited: no RESUME and no RESET may follow before
+    /// Commit.
     waiting_since: u64,
     /// Has the monitor from the load to Commit.
     sentry: Option<Sentry>,
@@ -71,7 +72,8 @@ impl QemuDestination {
         let waiting_since = qemu.qmp.events_heard();
         // Firmware and tables that QEMU laid into guest memory; the source's will come.
         qemu.memory().make_zero()?;
-        let guardian = Guardian::start(Side::Destination, qemu.pid(), qemu.pidfd().as_fd(), qemu.qmp_path())?;
+        let guardian =
+            Guardian::start(Side::Destination, qemu.pid(), qemu.pidfd().as_fd(), qemu.qmp_path())?;
         guardian.entrust(&settings)?;
         let sentry = Sentry::ready(Post::Destination(qemu.pidfd()))?;
         let struck = sentry.struck();
@@ -91,7 +93,8 @@ impl QemuDestination {
         })
     }
 
-    /// Takes a guest although what it sees differs in these ([`platform::Difference::name`](super::platform::Difference)).
+    /// Takes a guest although what it sees differs in these
+    /// ([`platform::Difference::name`](super::platform::Difference)).
     #[must_use]
     pub fn allowing(self, names: &[String]) -> Self {
         Self { allowed: names.to_vec(), ..self }
@@ -121,7 +124,8 @@ impl DestinationGuest for QemuDestination {
 
     fn admit(&mut self, theirs: &GuestDescription) -> Result<()> {
         let theirs = Platform::unpack(&theirs.platform)?;
-        // Asked now: what was plugged in or out while this waited is part of the machine. What takes long is known.
+        // Asked now: what was plugged in or out while this waited is part of the machine. What
+        // takes long is known.
         let pid = self.qemu.pid();
         admit(&theirs, &self.gatherer.gather(&mut self.qemu.qmp, pid)?, &self.allowed)?;
         // While this waited, somebody may have used its memory, or changed its images.
@@ -163,21 +167,26 @@ impl DestinationGuest for QemuDestination {
             ));
         }
         self.qemu.qmp.type_ahead("cont", deadline)?;
-        let mut stream =
-            self.stream.take().ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;
+        let mut stream = self
+            .stream
+            .take()
+            .ok_or_else(|| Error::Guest("the device state was loaded already".into()))?;
         let mut piece = vec![0; PIECE_BYTES.min(len)];
         let mut at = 0;
         while at < len {
             let part = PIECE_BYTES.min(len - at);
             state.read(at, &mut piece[..part])?;
-            let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            let left =
+                deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             stream.set_write_timeout(Some(left)).map_err(|e| Error::os(what, e))?;
             stream.write_all(&piece[..part]).map_err(|e| refused(&Error::os(what, e)))?;
             at += part;
         }
         drop(stream);
-        let loaded =
-            self.qemu.qmp.wait_event(deadline, |e| stream::is_migration(e, &["completed", "failed"]));
+        let loaded = self
+            .qemu
+            .qmp
+            .wait_event(deadline, |e| stream::is_migration(e, &["completed", "failed"]));
         match loaded {
             Ok(event) if stream::is_migration(&event, &["completed"]) => {
                 let sentry = self.sentry.as_ref();
@@ -233,8 +242,8 @@ impl QemuDestination {
         ))
     }
 
-    /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a disk's
-    /// lock and then succeed.
+    /// Lets the vCPUs run. Only QEMU's own refusal means that they do not: `cont` may wait for a
+    /// disk's lock and then succeed.
     fn cont(&mut self) -> Result<()> {
         let deadline = Instant::now() + CONT_MAX;
         match self.qemu.qmp.execute("cont", json!({}), deadline) {

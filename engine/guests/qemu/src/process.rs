@@ -40,8 +40,8 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Takes up the QEMU with this pid and QMP socket, and the files of its memory, some of which may be owned already.
-    /// Nothing about it changes.
+    /// Takes up the QEMU with this pid and QMP socket, and the files of its memory, some of which
+    /// may be owned already. Nothing about it changes.
     pub fn attach(
         pid: u32,
         qmp_path: &Path,
@@ -62,7 +62,8 @@ impl Qemu {
         let mut qmp = Qmp::connect(qmp_path, deadline)?;
         let GuestBlocks { shared, unshared, images } = find::find(&mut qmp, pid, access, deadline)?;
         let private_bytes = unshared.iter().map(|block| block.bytes).sum();
-        let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }), deadline)?;
+        let machine =
+            qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }), deadline)?;
         let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
         let memory = GuestMemory::map_unreserved(shared, access)?;
         ownership.cover(&memory)?;
@@ -109,13 +110,15 @@ impl Qemu {
         &self.memory
     }
 
-    /// Whether what QEMU maps now is what this maps: the same files at the same addresses, and not the same names alone.
+    /// Whether what QEMU maps now is what this maps: the same files at the same addresses, and not
+    /// the same names alone.
     pub fn memory_is_current(&mut self) -> Result<bool> {
         let now = find::find(&mut self.qmp, self.pid, Access::Read, Instant::now() + QMP_MAX)?;
         Ok(self.memory.maps(&now.shared)? && same_images(&self.images, &now.images))
     }
 
-    /// Maps, to read, what QEMU maps now, if that has changed: memory was plugged in or out, or replaced. Says whether.
+    /// Maps, to read, what QEMU maps now, if that has changed: memory was plugged in or out, or
+    /// replaced. Says whether.
     pub fn follow_memory(&mut self) -> Result<bool> {
         let now = find::find(&mut self.qmp, self.pid, Access::Read, Instant::now() + QMP_MAX)?;
         if self.memory.maps(&now.shared)? && same_images(&self.images, &now.images) {
@@ -131,7 +134,8 @@ impl Qemu {
 
     /// Reads the blocks that nobody writes, so that the description has what they hold.
     pub fn describe_images(&mut self) -> Result<()> {
-        self.description.images = self.images.iter_mut().map(Image::describe).collect::<Result<_>>()?;
+        self.description.images =
+            self.images.iter_mut().map(Image::describe).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -140,13 +144,17 @@ impl Qemu {
         self.images.iter().try_for_each(Image::check)
     }
 
-    /// Whether QEMU has reserved the huge pages of its memory, as it does unless `reserve=off` is said (since 6.1).
+    /// Whether QEMU has reserved the huge pages of its memory, as it does unless `reserve=off` is
+    /// said (since 6.1).
     pub fn has_huge_pages_set_aside(&mut self) -> bool {
         let huge = self.memory.slots().iter().filter(|slot| slot.backing_page_bytes != PAGE_BYTES);
         let ids: Vec<&str> = huge.filter_map(|slot| slot.name.rsplit('/').next()).collect();
         ids.into_iter().all(|id| {
             let backend = json!({ "path": format!("/objects/{id}"), "property": "reserve" });
-            !matches!(self.qmp.execute("qom-get", backend, Instant::now() + QMP_MAX), Ok(Value::Bool(false)))
+            !matches!(
+                self.qmp.execute("qom-get", backend, Instant::now() + QMP_MAX),
+                Ok(Value::Bool(false))
+            )
         })
     }
 
@@ -186,7 +194,8 @@ impl Qemu {
         Arc::clone(&self.pidfd)
     }
 
-    /// Whether the vCPUs run, or sleep by the guest's own wish (ACPI S3) and must wake up by themselves.
+    /// Whether the vCPUs run, or sleep by the guest's own wish (ACPI S3) and must wake up by
+    /// themselves.
     pub fn is_running(&mut self) -> Result<bool> {
         let status = self.qmp.execute("query-status", json!({}), Instant::now() + QMP_MAX)?;
         Ok(status["running"] == true || status["status"] == "suspended")
@@ -214,8 +223,10 @@ fn same_images(ours: &[Image], now: &[Image]) -> bool {
 }
 
 fn described(memory: &GuestMemory) -> Vec<BlockDescription> {
-    let describe =
-        |slot: &MemorySlot| BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 };
+    let describe = |slot: &MemorySlot| BlockDescription {
+        name: slot.name.clone(),
+        bytes: slot.region().len() as u64,
+    };
     memory.slots().iter().map(describe).collect()
 }
 
@@ -244,7 +255,8 @@ pub fn ended(pidfd: &OwnedFd, wait: Duration) -> Result<bool> {
     let deadline = Instant::now() + wait;
     loop {
         let wait = deadline.saturating_duration_since(Instant::now());
-        let wait = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let wait =
+            Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&wait)) {
             Ok(ready) => return Ok(ready > 0),
             // A signal to this process says nothing about that one.

@@ -29,8 +29,8 @@ use std::time::{Duration, Instant};
 /// Device state beside the RAM blocks in QEMU's stream: some 100 KiB a device at the very most.
 const DEVICE_STATE_BYTES_MAX: u64 = 64 << 20;
 
-/// An estimate of the downtime's fixed part, in microseconds, from moves of a small guest by QEMU 10 on one
-/// two-core machine. What a migration really takes is known only at its end.
+/// An estimate of the downtime's fixed part, in microseconds, from moves of a small guest by QEMU
+/// 10 on one two-core machine. What a migration really takes is known only at its end.
 const FIXED_COSTS: FixedCosts =
     FixedCosts { pause_us: 400, sync_us: 0, save_us: 1500, load_us: 1800, resume_us: 400 };
 
@@ -41,11 +41,20 @@ const RESUME_MAX: Duration = Duration::from_secs(30);
 /// Pause between two attempts at it.
 const RESUME_EVERY: Duration = Duration::from_millis(20);
 
-/// QEMU's states in which a guest can be moved. One that does not run stays as it is at the destination: QEMU's stream
-/// has the state. Those that stopped for an error of a disk, a panic, a shutdown or the watchdog are among them: that is
-/// when an operator wants the guest away from a host.
-const MOVABLE: [&str; 8] =
-    ["running", "paused", "suspended", "prelaunch", "io-error", "guest-panicked", "shutdown", "watchdog"];
+/// QEMU's states in which a guest can be moved. One that does not run stays as it is at the
+/// destination: QEMU's stream has the state. Those that stopped for an error of a disk, a panic, a
+/// shutdown or the watchdog are among them: that is when an operator wants the guest away from a
+/// host.
+const MOVABLE: [&str; 8] = [
+    "running",
+    "paused",
+    "suspended",
+    "prelaunch",
+    "io-error",
+    "guest-panicked",
+    "shutdown",
+    "watchdog",
+];
 
 /// See the [module](self).
 pub struct QemuSource {
@@ -62,8 +71,8 @@ pub struct QemuSource {
     asked: u64,
     /// Whether we stopped vCPUs that ran.
     stopped: bool,
-    /// The number of the last event when the vCPUs had been stopped for the switchover: a RESUME behind it
-    /// is another monitor's.
+    /// The number of the last event when the vCPUs had been stopped for the switchover: a RESUME
+    /// behind it is another monitor's.
     halted: u64,
     /// Has the monitor while the guest is sealed or in doubt.
     sentry: Option<Sentry>,
@@ -127,8 +136,8 @@ impl QemuSource {
         }
     }
 
-    /// Makes a source of a QEMU whose guest has just come; the settings are QEMU's before that, and the gatherer
-    /// has asked it already.
+    /// Makes a source of a QEMU whose guest has just come; the settings are QEMU's before that, and
+    /// the gatherer has asked it already.
     #[must_use]
     pub fn arrived(qemu: Qemu, before: Settings, gatherer: Gatherer) -> Self {
         Self { left_over: Some(before), gatherer, ..Self::new(qemu) }
@@ -140,8 +149,8 @@ impl QemuSource {
         !self.is_watched() && (self.left_over.is_some() || !self.asked_ahead)
     }
 
-    /// Asks QEMU for what a migration will want to know, as far as it cannot change: some hundred questions,
-    /// while nobody waits.
+    /// Asks QEMU for what a migration will want to know, as far as it cannot change: some hundred
+    /// questions, while nobody waits.
     pub fn ask_ahead(&mut self) {
         if !std::mem::replace(&mut self.asked_ahead, true)
             && let Err(e) = self.gatherer.ask_ahead(&mut self.qemu.qmp)
@@ -150,8 +159,9 @@ impl QemuSource {
         }
     }
 
-    /// Puts back what QEMU's settings were before a guest came. Not in the guest's first moments here: QEMU
-    /// takes ten milliseconds to read these commands, in the loop that the devices need too.
+    /// Puts back what QEMU's settings were before a guest came. Not in the guest's first moments
+    /// here: QEMU takes ten milliseconds to read these commands, in the loop that the devices need
+    /// too.
     pub fn settle_in(&mut self) {
         if let Some(before) = self.left_over.take()
             && let Err(e) = before.restore(&mut self.qemu.qmp)
@@ -171,20 +181,23 @@ impl QemuSource {
         &mut self.qemu
     }
 
-    /// Whether Commit may have been sent, so that only its answer, or the operator, may let the guest run.
+    /// Whether Commit may have been sent, so that only its answer, or the operator, may let the
+    /// guest run.
     #[must_use]
     pub fn is_sealed(&self) -> bool {
         self.sealed
     }
 
-    /// Keeps a guest stopped that an earlier supervisor has left in doubt: [`SourceGuest::resume`] lets it run.
+    /// Keeps a guest stopped that an earlier supervisor has left in doubt: [`SourceGuest::resume`]
+    /// lets it run.
     pub fn take_up_in_doubt(&mut self) -> Result<()> {
         (self.was_running, self.stopped) = (true, true);
         self.watch_in_doubt()
     }
 
-    /// Keeps a guest stopped that was found stopped in doubt, or could not be let run in doubt, until the operator has decided
-    /// about it. When this supervisor leaves or dies before that, its guardian does.
+    /// Keeps a guest stopped that was found stopped in doubt, or could not be let run in doubt,
+    /// until the operator has decided about it. When this supervisor leaves or dies before that,
+    /// its guardian does.
     pub fn watch_in_doubt(&mut self) -> Result<()> {
         // One that has died keeps nothing stopped.
         if let Some(dead) = self.guardian.take_if(|guardian| guardian.check().is_err()) {
@@ -200,16 +213,17 @@ impl QemuSource {
         after_us
     }
 
-    /// Waits until the guardian of the supervisor before has noticed that the monitor was taken: it would stop a guest that
-    /// the operator has let run since, were the monitor free again before that.
+    /// Waits until the guardian of the supervisor before has noticed that the monitor was taken: it
+    /// would stop a guest that the operator has let run since, were the monitor free again before
+    /// that.
     pub fn outlast_guardian(&self) {
         if let Some(gone) = self.guardian_gone.filter(|_| !self.is_watched()) {
             std::thread::sleep(gone.saturating_duration_since(Instant::now()));
         }
     }
 
-    /// The same for a guest that an earlier supervisor has sealed: [`SourceGuest::resume`] lets it run if it ran
-    /// then, and restores QEMU's settings.
+    /// The same for a guest that an earlier supervisor has sealed: [`SourceGuest::resume`] lets it
+    /// run if it ran then, and restores QEMU's settings.
     pub fn watch_sealed(&mut self, was_running: bool, settings: Option<Settings>) -> Result<()> {
         self.watch_in_doubt()?;
         (self.was_running, self.stopped) = (was_running, was_running);
@@ -234,8 +248,8 @@ impl QemuSource {
         }
     }
 
-    /// Fails if another monitor has let the guest run, or reset it, since it was stopped for the switchover.
-    /// QEMU says so before a vCPU runs: what is not here yet has not happened.
+    /// Fails if another monitor has let the guest run, or reset it, since it was stopped for the
+    /// switchover. QEMU says so before a vCPU runs: what is not here yet has not happened.
     fn refuse_interference(&mut self) -> Result<()> {
         if let Err(e) = self.qemu.qmp.look() {
             // A QEMU that has died lets nothing run, and its guest may live on at the destination.
@@ -275,16 +289,17 @@ impl QemuSource {
     fn guardian(&mut self) -> Result<&mut Guardian> {
         let watching = self.guardian_on_duty()?.is_watching();
         let was_running = if watching? { Some(self.is_running()?) } else { None };
-        let guardian = self.guardian.as_mut().ok_or_else(|| Error::Guest("no guardian is on duty".into()))?;
+        let guardian =
+            self.guardian.as_mut().ok_or_else(|| Error::Guest("no guardian is on duty".into()))?;
         if let Some(was_running) = was_running {
             guardian.engage(was_running)?;
         }
         Ok(guardian)
     }
 
-    /// Stops the vCPUs, with a guardian that knows of it. A guest that has stopped by itself, or was
-    /// paused, since it was asked whether it runs counts as one that did not: QEMU forgets why it
-    /// stopped once its state is saved.
+    /// Stops the vCPUs, with a guardian that knows of it. A guest that has stopped by itself, or
+    /// was paused, since it was asked whether it runs counts as one that did not: QEMU forgets why
+    /// it stopped once its state is saved.
     fn stop(&mut self) -> Result<()> {
         // It may have asked anew whether the guest runs.
         self.guardian()?;
@@ -301,7 +316,10 @@ impl QemuSource {
         self.halted = self.qemu.qmp.events_heard();
         // Between the look and QEMU's stop. Asked only where something was said: it takes time in
         // the downtime.
-        if was_running && self.qemu.qmp.turns().ceased > self.asked && self.qemu.status()? != "paused" {
+        if was_running
+            && self.qemu.qmp.turns().ceased > self.asked
+            && self.qemu.status()? != "paused"
+        {
             (self.was_running, self.stopped) = (false, false);
             self.guardian()?.was_running(false)?;
         }
@@ -314,8 +332,8 @@ impl QemuSource {
         Ok(())
     }
 
-    /// The guest runs elsewhere, or nowhere any more: should this process die, the guardian ends its
-    /// QEMU.
+    /// The guest runs elsewhere, or nowhere any more: should this process die, the guardian ends
+    /// its QEMU.
     fn give_away(&self) {
         if let Some(Err(e)) = self.guardian.as_ref().map(Guardian::give_away) {
             tracing::warn!(error = %e.chain(), "should this process die now, nobody ends the guest's QEMU");
@@ -335,8 +353,9 @@ impl QemuSource {
         }
     }
 
-    /// Nothing of the guest is to be put right any more. While its memory is armed the guardian stays, to
-    /// disarm it in short calls should this process die first. The next [`SourceGuest::resume`] ends it.
+    /// Nothing of the guest is to be put right any more. While its memory is armed the guardian
+    /// stays, to disarm it in short calls should this process die first. The next
+    /// [`SourceGuest::resume`] ends it.
     fn stand_by(&mut self) -> Result<()> {
         match &self.guardian {
             Some(guardian) if self.memory_armed.strong_count() > 0 => {
@@ -353,11 +372,16 @@ impl QemuSource {
         stream::cancel(&mut self.qemu.qmp)?;
         if self.stopped && !stream::let_run(&mut self.qemu.qmp, Instant::now() + QMP_MAX)? {
             (self.stopped, self.was_running) = (false, false);
-            tracing::warn!("the guest has stopped by itself just before it was to be moved, and stays so");
+            tracing::warn!(
+                "the guest has stopped by itself just before it was to be moved, and stays so"
+            );
         } else if self.stopped {
-            // Under QEMU's word and not by the absence of an error: a guest is never said to run that does not.
+            // Under QEMU's word and not by the absence of an error: a guest is never said to run
+            // that does not.
             if let state @ ("postmigrate" | "finish-migrate") = self.qemu.status()?.as_str() {
-                return Err(Error::Guest(format!("QEMU let the guest run and says {state:?} all the same")));
+                return Err(Error::Guest(format!(
+                    "QEMU let the guest run and says {state:?} all the same"
+                )));
             }
             self.stopped = false;
         } else if self.armed.is_some() && !self.was_running {
@@ -448,7 +472,9 @@ impl SourceGuest for QemuSource {
         }
         self.inventory = Some(self.refuse_what_escapes_tracking(deadline)?);
         if self.qemu.follow_memory()? {
-            tracing::info!("the guest's memory has changed since it was attached, and is mapped anew");
+            tracing::info!(
+                "the guest's memory has changed since it was attached, and is mapped anew"
+            );
         }
         self.qemu.describe_images()?;
         let status = self.qemu.status()?;
@@ -515,7 +541,9 @@ impl SourceGuest for QemuSource {
             Err(e) => return Err(e),
         }
         let devices = self.qemu.qmp.execute("query-memory-devices", json!({}), deadline)?;
-        Ok(devices.as_array().is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
+        Ok(devices
+            .as_array()
+            .is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
     }
 
     fn name_guest_physical(&mut self, pages: &mut [LostPage]) {
@@ -558,8 +586,8 @@ impl SourceGuest for QemuSource {
     }
 
     fn drain_io(&mut self) -> Result<()> {
-        // Asked each time: disks are plugged in. Stopping the vCPUs is the one thing by which QEMU waits for
-        // every transfer of every device.
+        // Asked each time: disks are plugged in. Stopping the vCPUs is the one thing by which QEMU
+        // waits for every transfer of every device.
         let nodes = self.look_in_the_rounds().map_err(no_refusal)?;
         let pinning = disks::may_pin(&nodes, self.qemu.pid())?;
         if let Some(why) = pinning
@@ -645,9 +673,12 @@ impl SourceGuest for QemuSource {
         // A nested guest that began after the last look has written by now.
         if let Some(exposed) = &self.nested {
             let deadline = Instant::now() + QMP_MAX;
-            exposed.check_stopped(&mut self.qemu.qmp, &self.vouched, deadline).map_err(no_refusal)?;
+            exposed
+                .check_stopped(&mut self.qemu.qmp, &self.vouched, deadline)
+                .map_err(no_refusal)?;
         }
-        // Before the destination compares digests: memory that the guest has written since would be its excuse.
+        // Before the destination compares digests: memory that the guest has written since would be
+        // its excuse.
         self.refuse_interference()
     }
 
@@ -665,8 +696,8 @@ impl SourceGuest for QemuSource {
     fn resume(&mut self) -> Result<()> {
         self.relieve();
         match &self.guardian {
-            // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be busy, would have to
-            // answer, and a migration that it is busy with is somebody else's.
+            // Nothing was done to the guest or to QEMU: there is nothing that QEMU, which may be
+            // busy, would have to answer, and a migration that it is busy with is somebody else's.
             Some(guardian) if guardian.is_watching()? => return self.stand_by(),
             Some(guardian) => guardian.unseal()?,
             None => {
@@ -674,11 +705,14 @@ impl SourceGuest for QemuSource {
                 return Ok(());
             }
         }
-        // QEMU is busy with no migration of ours: what it refuses now it refuses in half a minute too.
-        let patience = if self.sealed && self.armed.is_none() { Duration::ZERO } else { RESUME_MAX };
+        // QEMU is busy with no migration of ours: what it refuses now it refuses in half a minute
+        // too.
+        let patience =
+            if self.sealed && self.armed.is_none() { Duration::ZERO } else { RESUME_MAX };
         self.sealed = false;
         if let Some(armed) = &mut self.armed {
-            // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is refused.
+            // Closing our end of the stream has QEMU's migration fail; until it has, `cont` is
+            // refused.
             armed.outgoing = None;
         }
         let alive = self.qemu.liveness();

@@ -66,7 +66,9 @@ fn spawn(command: &mut Command) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::null());
     match command.spawn() {
         Ok(child) => child,
-        Err(e) => panic!("qemu-system-x86_64 does not start ({e}): run scripts/setup, which installs it"),
+        Err(e) => {
+            panic!("qemu-system-x86_64 does not start ({e}): run scripts/setup, which installs it")
+        }
     }
 }
 

@@ -72,8 +72,10 @@ impl DestinationGuest for SyntheticDestination {
         if self.refuses_to_run {
             return Err(Error::Guest("this guest was told not to run here".into()));
         }
-        let State { options, writers } =
-            self.state.take().ok_or_else(|| Error::Guest("running a guest without state".into()))?;
+        let State { options, writers } = self
+            .state
+            .take()
+            .ok_or_else(|| Error::Guest("running a guest without state".into()))?;
         let mut guest = SyntheticSource {
             memory: self.memory.clone(),
             options,

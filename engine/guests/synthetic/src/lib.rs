@@ -1,10 +1,11 @@
-//! A guest without a machine: threads that write a memfd and keep a ledger of what they wrote. For tests
-//! and benches of everything but QEMU.
+//! A guest without a machine: threads that write a memfd and keep a ledger of what they wrote. For
+//! tests and benches of everything but QEMU.
 //!
-//! Every 8-byte word of a page is a function of the page's number, its generation and the word's place,
-//! and a writer checks the whole page against its ledger before it writes the next generation. So a page
-//! that was lost, torn, or put back to an older generation is found by the guest itself, soon after, or
-//! by [`SyntheticSource::check`] at once. The ledger and the generators' states are the device state.
+//! Every 8-byte word of a page is a function of the page's number, its generation and the word's
+//! place, and a writer checks the whole page against its ledger before it writes the next
+//! generation. So a page that was lost, torn, or put back to an older generation is found by the
+//! guest itself, soon after, or by [`SyntheticSource::check`] at once. The ledger and the
+//! generators' states are the device state.
 
 mod destination;
 mod memory;
@@ -55,7 +56,8 @@ mod tests {
         let pages = source.memory().pages();
         let receiver = std::thread::spawn(move || {
             let (mut receiver, mut guest) = (receiver, SyntheticDestination::new(pages).unwrap());
-            let incoming = receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
+            let incoming =
+                receiver.listener().next(Instant::now() + Duration::from_secs(10)).unwrap();
             let served = receiver.serve(incoming, &mut guest, &mut || Ok(()));
             assert!(matches!(served, Served::Received(_)), "{served:?}");
             guest.into_source().unwrap()
@@ -68,8 +70,12 @@ mod tests {
 
     #[test]
     fn a_guest_that_writes_and_gives_pages_back_is_moved_without_loss() {
-        let mut guest =
-            SyntheticSource::start(SyntheticOptions { pages: 8192, touched_pages: 4096, ..OPTIONS }).unwrap();
+        let mut guest = SyntheticSource::start(SyntheticOptions {
+            pages: 8192,
+            touched_pages: 4096,
+            ..OPTIONS
+        })
+        .unwrap();
         while guest.generations().unwrap() < 5000 {
             std::thread::yield_now();
         }
@@ -81,7 +87,8 @@ mod tests {
 
     #[test]
     fn a_rate_can_be_changed_and_goes_with_the_guest() {
-        let mut guest = SyntheticSource::start(SyntheticOptions { discards: false, ..OPTIONS }).unwrap();
+        let mut guest =
+            SyntheticSource::start(SyntheticOptions { discards: false, ..OPTIONS }).unwrap();
         // Slower than a page in the whole test: what was written stays what was written.
         guest.set_rate(Some(1)).unwrap();
         let mut guest = moved(guest);
@@ -124,7 +131,8 @@ mod tests {
         let generation = guest.stopped.as_ref().unwrap()[0].generations[5];
         let mut torn = page.clone();
         for index in WORDS / 2..WORDS {
-            torn[index * 8..][..8].copy_from_slice(&word(5, generation - 1, index as u64).to_le_bytes());
+            torn[index * 8..][..8]
+                .copy_from_slice(&word(5, generation - 1, index as u64).to_le_bytes());
         }
         region.write(5 * PAGE_BYTES as usize, &torn).unwrap();
         assert!(guest.stopped.iter().flatten().any(|w| w.check_all(&region).is_err()));

@@ -23,7 +23,12 @@ impl Memory {
         let file = sealed_memfd("pageferry-synthetic", MemfdFlags::empty(), pages * PAGE_BYTES)
             .map(File::from)
             .map_err(|e| Error::os("making a memfd", e))?;
-        let guest = MemoryRegion::map_shared(file.as_fd(), 0, (pages * PAGE_BYTES) as usize, Access::Write)?;
+        let guest = MemoryRegion::map_shared(
+            file.as_fd(),
+            0,
+            (pages * PAGE_BYTES) as usize,
+            Access::Write,
+        )?;
         let again = file.try_clone().map_err(|e| Error::os("keeping a memfd", e))?;
         let slot = SlotSource {
             name: "synthetic".into(),

@@ -60,14 +60,17 @@ impl SyntheticSource {
     /// Stops the guest, compares all of its memory with its ledger, and lets it go on.
     pub fn check(&mut self) -> Result<()> {
         self.halt()?;
-        let checked =
-            self.stopped.iter().flatten().try_for_each(|writer| writer.check_all(&self.memory.guest));
+        let checked = self
+            .stopped
+            .iter()
+            .flatten()
+            .try_for_each(|writer| writer.check_all(&self.memory.guest));
         self.go();
         checked
     }
 
-    /// The engine loses a page of it, as to broken hardware, until the next migration begins. The guest itself does not:
-    /// its threads have a mapping of their own.
+    /// The engine loses a page of it, as to broken hardware, until the next migration begins. The
+    /// guest itself does not: its threads have a mapping of their own.
     pub fn lose(&mut self, page: u64) -> Result<()> {
         let poison = match self.poison.take() {
             Some(poison) => poison,
@@ -79,7 +82,8 @@ impl SyntheticSource {
     /// Pages written since the guest was born.
     pub fn generations(&mut self) -> Result<u64> {
         self.halt()?;
-        let sum = self.stopped.iter().flatten().flat_map(|w| &w.generations).map(|g| u64::from(*g)).sum();
+        let sum =
+            self.stopped.iter().flatten().flat_map(|w| &w.generations).map(|g| u64::from(*g)).sum();
         self.go();
         Ok(sum)
     }
@@ -180,7 +184,8 @@ impl SourceGuest for SyntheticSource {
     }
 
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let writers = self.stopped.clone().ok_or_else(|| Error::Guest("saving a guest that runs".into()))?;
+        let writers =
+            self.stopped.clone().ok_or_else(|| Error::Guest("saving a guest that runs".into()))?;
         let state = postcard::to_stdvec(&State { options: self.options, writers })
             .map_err(|e| Error::Guest(format!("the ledger cannot be encoded: {e}")))?;
         state.chunks(64 << 10).try_for_each(sink)

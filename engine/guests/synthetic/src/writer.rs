@@ -40,7 +40,8 @@ pub(crate) fn word(page: u64, generation: u32, index: u64) -> u64 {
     if generation == 0 {
         return 0;
     }
-    splitmix(page ^ (u64::from(generation) << 32)).wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15))
+    splitmix(page ^ (u64::from(generation) << 32))
+        .wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15))
 }
 
 /// Sebastiano Vigna's SplitMix64, one step from `x`.
@@ -92,7 +93,8 @@ impl Writer {
             (self.first + offset as u64, self.generations[offset].wrapping_add(1).max(1));
         let mut bytes = [0; PAGE_BYTES as usize];
         for index in 0..WORDS {
-            bytes[index * 8..][..8].copy_from_slice(&word(page, generation, index as u64).to_le_bytes());
+            bytes[index * 8..][..8]
+                .copy_from_slice(&word(page, generation, index as u64).to_le_bytes());
         }
         memory.write(page as usize * PAGE_BYTES as usize, &bytes)?;
         self.generations[offset] = generation;
@@ -130,7 +132,8 @@ impl Engine {
                         }
                         steps += 1;
                         if let Some(rate) = pages_per_second {
-                            let due = begun + Duration::from_secs_f64(f64::from(steps) / f64::from(rate));
+                            let due =
+                                begun + Duration::from_secs_f64(f64::from(steps) / f64::from(rate));
                             std::thread::sleep(due.saturating_duration_since(Instant::now()));
                         }
                     }

@@ -1,4 +1,5 @@
-//! Where a destination listens: hears the first words of every connection, and passes on what makes sense.
+//! Where a destination listens: hears the first words of every connection, and passes on what makes
+//! sense.
 //!
 //! ```text
 //!   accept --> greeting (a thread) --- a known token --------------> known ------+
@@ -7,8 +8,8 @@
 //!                                       --- anything else: closed
 //! ```
 //!
-//! Nobody who does not know a session's token can keep out who does, nor have more than a bounded memory and
-//! a bounded number of lines spent on it.
+//! Nobody who does not know a session's token can keep out who does, nor have more than a bounded
+//! memory and a bounded number of lines spent on it.
 
 mod room;
 mod visitors;
@@ -29,12 +30,13 @@ use visitors::Origin;
 /// For a preamble once only a session's own source is expected: it sends it with the connection.
 const PREAMBLE_CLOSED_MAX: Duration = Duration::from_secs(1);
 
-/// How often the listener looks for a place while all are taken. Those who were hurried leave within
+/// How often the listener looks for a place while all are taken. Those who were hurried leave
+/// within
 /// [`HURRY_EVERY`] or twice that.
 const PLACE_EVERY: Duration = Duration::from_millis(5);
 
-/// How often a greeting looks whether it is to make room for others, and for how long it then goes on with
-/// what has come.
+/// How often a greeting looks whether it is to make room for others, and for how long it then goes
+/// on with what has come.
 const HURRY_EVERY: Duration = Duration::from_millis(50);
 
 /// A connection that has said its first words.
@@ -88,8 +90,8 @@ impl SessionListener {
         Ok(Self { address, room, bell })
     }
 
-    /// The next connection, or none before the deadline. Those that bear the token of a session go before
-    /// all others.
+    /// The next connection, or none before the deadline. Those that bear the token of a session go
+    /// before all others.
     #[must_use]
     pub fn next(&self, deadline: Instant) -> Option<Incoming> {
         loop {
@@ -127,14 +129,15 @@ impl SessionListener {
         self.room.stranger()
     }
 
-    /// Rings when a connection has come, to wait for that together with other things. It may ring for one
-    /// that was taken already.
+    /// Rings when a connection has come, to wait for that together with other things. It may ring
+    /// for one that was taken already.
     #[must_use]
     pub fn bell(&self) -> &Receiver<()> {
         &self.bell
     }
 
-    /// A line for the operator about who bears no token: of many only the first are said, and then how many.
+    /// A line for the operator about who bears no token: of many only the first are said, and then
+    /// how many.
     pub fn say_of_stranger(&self, line: &str) {
         self.room.say_of_stranger(line);
     }
@@ -159,7 +162,8 @@ fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
     loop {
         let (connection, peer) = match listener.accept() {
             Ok(accepted) => accepted,
-            // It was reset before it was taken. Strangers can have many of these, and none may cost time or a line.
+            // It was reset before it was taken. Strangers can have many of these, and none may cost
+            // time or a line.
             Err(e) if is_gone(e.kind()) => continue,
             Err(e) => {
                 tracing::warn!(error = %e, "a connection could not be accepted");
@@ -177,11 +181,12 @@ fn greet_all(listener: &dyn Listener, room: &Arc<Room>) {
             }
         };
         let room = Arc::clone(room);
-        let spawned = clock::spawn("greeting", move || match hear(connection, &peer, &place, &room) {
-            Ok(Heard::Known(incoming)) => room.queue_known(incoming),
-            Ok(Heard::Stranger(incoming)) => room.queue_stranger(origin, incoming),
-            Err(e) => room.ignored(&peer, &e),
-        });
+        let spawned =
+            clock::spawn("greeting", move || match hear(connection, &peer, &place, &room) {
+                Ok(Heard::Known(incoming)) => room.queue_known(incoming),
+                Ok(Heard::Stranger(incoming)) => room.queue_stranger(origin, incoming),
+                Err(e) => room.ignored(&peer, &e),
+            });
         if let Err(e) = spawned {
             tracing::warn!(error = %e, "no thread for a new connection");
         }
@@ -207,11 +212,17 @@ enum Heard {
     Stranger(Incoming),
 }
 
-/// Reads the preamble and, of a control connection, the first message, so that a silent stranger keeps
-/// nobody waiting but this thread.
-fn hear(mut connection: Box<dyn Connection>, peer: &Address, place: &Place, room: &Room) -> Result<Heard> {
+/// Reads the preamble and, of a control connection, the first message, so that a silent stranger
+/// keeps nobody waiting but this thread.
+fn hear(
+    mut connection: Box<dyn Connection>,
+    peer: &Address,
+    place: &Place,
+    room: &Room,
+) -> Result<Heard> {
     let open = room.is_open();
-    // Asked first, as nobody can be asked about who has gone again; said once it has said what it wants.
+    // Asked first, as nobody can be asked about who has gone again; said once it has said what it
+    // wants.
     let trusted = connection.check_peer();
     let mut patience = Patience::new(place, if open { SETUP_MAX } else { PREAMBLE_CLOSED_MAX });
     let mut preamble = [0; PREAMBLE_BYTES];
@@ -275,7 +286,8 @@ impl<'p> Patience<'p> {
         const WHAT: &str = "waiting for its first words";
         while !buffer.is_empty() {
             if !self.hurried && self.place.is_hurried() {
-                (self.hurried, self.deadline) = (true, self.deadline.min(clock::now() + HURRY_EVERY));
+                (self.hurried, self.deadline) =
+                    (true, self.deadline.min(clock::now() + HURRY_EVERY));
             }
             let until = self.deadline.min(clock::now() + HURRY_EVERY);
             if !connection.readable(until).map_err(|e| Error::os(WHAT, e))? {

@@ -1,5 +1,6 @@
-//! What the threads of the listener and the receiver share: who is being heard, which tokens are known, and
-//! two queues of those that were heard. Who bears a known token goes before everybody else.
+//! What the threads of the listener and the receiver share: who is being heard, which tokens are
+//! known, and two queues of those that were heard. Who bears a known token goes before everybody
+//! else.
 
 use super::Incoming;
 use super::visitors::{Bounds, Hurried, Origin, Visitors};
@@ -14,8 +15,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Connections that may be saying their first words at once. A peer's share holds a source's lanes, which
-/// come together.
+/// Connections that may be saying their first words at once. A peer's share holds a source's lanes,
+/// which come together.
 const BOUNDS: Bounds = Bounds { each: 80, all: 160 };
 
 /// Connections of known sessions that wait to be taken: all lanes and some that ask again.
@@ -24,8 +25,8 @@ const KNOWN_MAX: usize = LANES_MAX + 16;
 /// Strangers that wait to be answered: from one peer, and from all.
 const STRANGERS: Bounds = Bounds { each: 16, all: 64 };
 
-/// Tokens that are known at once: one session that runs, one that has succeeded, and those that were
-/// discarded ([`crate::destination`] remembers 64).
+/// Tokens that are known at once: one session that runs, one that has succeeded, and those that
+/// were discarded ([`crate::destination`] remembers 64).
 const TOKENS_MAX: usize = 66;
 
 /// Lines about connections that were ignored, in [`LINES_EVERY`]; of more only the number is said.
@@ -79,7 +80,8 @@ impl Room {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection that is to say its first words; none while those who were hurried have not left.
+    /// A place for a connection that is to say its first words; none while those who were hurried
+    /// have not left.
     pub(super) fn admit(self: &Arc<Self>, origin: Origin) -> Option<Place> {
         let (id, hurried) = self.state().visitors.admit(origin, BOUNDS)?;
         Some(Place { room: Arc::clone(self), id, hurried })
@@ -179,7 +181,8 @@ impl Room {
 }
 
 impl Ignored {
-    /// Counts one more: how many were not spoken of until now, if that is to be said, and whether this one is.
+    /// Counts one more: how many were not spoken of until now, if that is to be said, and whether
+    /// this one is.
     fn count(&mut self, now: Instant) -> (u64, bool) {
         let mut unsaid = 0;
         if now.saturating_duration_since(self.since) >= LINES_EVERY {

@@ -1,4 +1,5 @@
-//! The listener against strangers: who bears a session's token, or has something to say, comes through.
+//! The listener against strangers: who bears a session's token, or has something to say, comes
+//! through.
 
 use super::*;
 use crate::net::System;
@@ -52,7 +53,8 @@ fn silent_connections_shut_out_neither_a_source_nor_one_that_asks_again() {
     let renewing = std::thread::spawn({
         let ended = Arc::clone(&ended);
         move || {
-            let mut silent: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(at).unwrap()).collect();
+            let mut silent: Vec<TcpStream> =
+                (0..200).map(|_| TcpStream::connect(at).unwrap()).collect();
             while !ended.load(Ordering::Relaxed) {
                 silent.remove(0);
                 silent.push(TcpStream::connect(at).unwrap());
@@ -62,7 +64,9 @@ fn silent_connections_shut_out_neither_a_source_nor_one_that_asks_again() {
     });
     for _ in 0..5 {
         let _asking = ask(&listener);
-        assert!(is_asking(&listener.next(Instant::now() + SETUP_MAX).expect("one that asks again")));
+        assert!(is_asking(
+            &listener.next(Instant::now() + SETUP_MAX).expect("one that asks again")
+        ));
         let mut source = TcpStream::connect(at).unwrap();
         source.write_all(&stranger(&Message::Commit)).unwrap();
         let incoming = listener.next(Instant::now() + SETUP_MAX).expect("one that opens a session");

@@ -1,7 +1,8 @@
-//! Who is saying its first words, without having shown a session's token yet: bounded for each peer and for
-//! all together. Who comes when a bound is reached is heard all the same; who has been silent the longest
-//! is hurried instead, and has to do with what it has sent by then. So silence shuts nobody out, and whoever
-//! sends its first words at once, as a pageferry does, loses nothing. Pure.
+//! Who is saying its first words, without having shown a session's token yet: bounded for each peer
+//! and for all together. Who comes when a bound is reached is heard all the same; who has been
+//! silent the longest is hurried instead, and has to do with what it has sent by then. So silence
+//! shuts nobody out, and whoever sends its first words at once, as a pageferry does, loses nothing.
+//! Pure.
 
 use crate::net::Address;
 use std::collections::{HashMap, VecDeque};
@@ -18,8 +19,8 @@ pub(super) struct Bounds {
     pub(super) all: usize,
 }
 
-/// A peer, as far as it is bounded: an IPv4 address, the /64 network of an IPv6 address (a host has all of
-/// it), or this host.
+/// A peer, as far as it is bounded: an IPv4 address, the /64 network of an IPv6 address (a host has
+/// all of it), or this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Origin {
     Ip(IpAddr),
@@ -58,7 +59,8 @@ struct Visitor {
 }
 
 impl Visitors {
-    /// Takes one in, if need be by hurrying another. None if even those who were hurried are still too many.
+    /// Takes one in, if need be by hurrying another. None if even those who were hurried are still
+    /// too many.
     pub(super) fn admit(&mut self, origin: Origin, bounds: Bounds) -> Option<(u64, Hurried)> {
         if self.heard.len() >= 2 * bounds.all {
             return None;
@@ -86,7 +88,8 @@ impl Visitors {
     }
 
     fn hurry_oldest(&mut self, origin: Origin) {
-        let oldest = self.heard.iter().find(|visitor| visitor.origin == origin && !visitor.is_hurried());
+        let oldest =
+            self.heard.iter().find(|visitor| visitor.origin == origin && !visitor.is_hurried());
         if let Some(oldest) = oldest {
             oldest.hurried.store(true, Ordering::Relaxed);
         }
@@ -111,7 +114,8 @@ mod tests {
 
     #[test]
     fn the_oldest_of_a_peer_with_too_many_is_hurried_and_the_newcomer_is_heard() {
-        let (mut visitors, one, other) = (Visitors::default(), origin("10.0.0.1:1"), origin("10.0.0.2:1"));
+        let (mut visitors, one, other) =
+            (Visitors::default(), origin("10.0.0.1:1"), origin("10.0.0.2:1"));
         let mut hurried = Vec::new();
         for from in [one, other, one, one, one] {
             hurried.push(visitors.admit(from, BOUNDS).unwrap().1);
@@ -122,7 +126,8 @@ mod tests {
 
     #[test]
     fn where_all_are_too_many_the_peer_with_the_most_makes_room() {
-        let (mut visitors, many, few) = (Visitors::default(), origin("10.0.0.1:1"), origin("10.0.0.2:1"));
+        let (mut visitors, many, few) =
+            (Visitors::default(), origin("10.0.0.1:1"), origin("10.0.0.2:1"));
         let few_first = visitors.admit(few, BOUNDS).unwrap().1;
         let many_first = visitors.admit(many, BOUNDS).unwrap().1;
         for from in [many, many, origin("10.0.0.3:1"), origin("10.0.0.4:1")] {
@@ -134,7 +139,8 @@ mod tests {
     #[test]
     fn who_was_hurried_and_stays_counts_until_it_leaves() {
         let (mut visitors, one) = (Visitors::default(), origin("10.0.0.1:1"));
-        let ids: Vec<u64> = (0..2 * BOUNDS.all).map(|_| visitors.admit(one, BOUNDS).unwrap().0).collect();
+        let ids: Vec<u64> =
+            (0..2 * BOUNDS.all).map(|_| visitors.admit(one, BOUNDS).unwrap().0).collect();
         assert!(visitors.admit(one, BOUNDS).is_none());
         visitors.leave(ids[4]);
         assert!(visitors.admit(one, BOUNDS).is_some());

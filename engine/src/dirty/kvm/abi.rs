@@ -39,8 +39,8 @@ pub const fn log_words(pages: u64) -> usize {
     pages.div_ceil(64) as usize
 }
 
-/// Protects again every page whose entry was taken, in all rings of the machine, and frees the entries.
-/// Returns how many; fewer than there are if the thread is wanted for a signal.
+/// Protects again every page whose entry was taken, in all rings of the machine, and frees the
+/// entries. Returns how many; fewer than there are if the thread is wanted for a signal.
 pub fn reset_dirty_rings(vm: &VmFd) -> io::Result<u64> {
     // SAFETY: the call takes no argument, and changes the machine's own tables alone.
     let answer = unsafe { libc::ioctl(vm.as_raw_fd(), KVM_RESET_DIRTY_RINGS as _, 0) };
@@ -59,18 +59,25 @@ pub fn get_dirty_log(vm: &VmFd, slot: u32, pages: u64, words: &mut [u64]) -> io:
         __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap },
         ..Default::default()
     };
-    // SAFETY: the kernel reads `arg`, and writes a bit for each page of the slot behind the pointer in it.
-    // It knows the slot's length by itself; ours is the same, because a slot that is registered keeps its
-    // length (contract of `KvmSlots::new`), and `words` is exclusive and of that length.
+    // SAFETY: the kernel reads `arg`, and writes a bit for each page of the slot behind the pointer
+    // in it. It knows the slot's length by itself; ours is the same, because a slot that is
+    // registered keeps its length (contract of `KvmSlots::new`), and `words` is exclusive and of
+    // that length.
     answer(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_GET_DIRTY_LOG as _, &raw const arg) })
 }
 
-/// Clears those bits of a slot's log that are set in `words`, which begin at `first_page`, and protects their
-/// pages again.
+/// Clears those bits of a slot's log that are set in `words`, which begin at `first_page`, and
+/// protects their pages again.
 ///
 /// # Panics
 /// If `words` has not a bit for each of `pages` pages.
-pub fn clear_dirty_log(vm: &VmFd, slot: u32, first_page: u64, pages: u32, words: &[u64]) -> io::Result<()> {
+pub fn clear_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    first_page: u64,
+    pages: u32,
+    words: &[u64],
+) -> io::Result<()> {
     assert_eq!(words.len(), log_words(u64::from(pages)), "a bit a page");
     // The kernel only reads it, whatever the type says.
     let dirty_bitmap = words.as_ptr().cast_mut().cast();
@@ -80,8 +87,8 @@ pub fn clear_dirty_log(vm: &VmFd, slot: u32, first_page: u64, pages: u32, words:
         first_page,
         __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap },
     };
-    // SAFETY: the kernel reads `arg`, and a bit for each of `pages` pages behind the pointer in it, which is
-    // what `words` holds (asserted).
+    // SAFETY: the kernel reads `arg`, and a bit for each of `pages` pages behind the pointer in it,
+    // which is what `words` holds (asserted).
     answer(unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG as _, &raw const arg) })
 }
 

@@ -1,5 +1,5 @@
-//! A virtual machine of this process as its trackers need it: its memory slots, and a way to have its vCPUs
-//! leave the guest.
+//! A virtual machine of this process as its trackers need it: its memory slots, and a way to have
+//! its vCPUs leave the guest.
 
 pub(super) mod abi;
 
@@ -54,11 +54,11 @@ impl KvmSlot {
 
 /// Makes vCPUs leave the guest.
 pub trait KickVcpus: Send + Sync {
-    /// Returns once every vCPU has been outside the guest since the call; it may be in the guest again. All
-    /// are kicked before any is waited for.
+    /// Returns once every vCPU has been outside the guest since the call; it may be in the guest
+    /// again. All are kicked before any is waited for.
     ///
-    /// The processor notes written pages in a buffer of its own (Intel's PML), and the kernel sees them when
-    /// the vCPU leaves the guest.
+    /// The processor notes written pages in a buffer of its own (Intel's PML), and the kernel sees
+    /// them when the vCPU leaves the guest.
     fn kick_all(&self) -> Result<()>;
 }
 
@@ -77,8 +77,9 @@ impl KvmSlots {
     /// [`Error::Refused`] if they are not whole pages, or two of them overlap on the line or have one number.
     ///
     /// # Safety
-    /// Each slot is registered with `vm` with these very values and without flags, and stays so. Its host memory
-    /// stays mapped, for the guest to write, as long as the machine or what is returned lives:
+    /// Each slot is registered with `vm` with these very values and without flags, and stays so.
+    /// Its host memory stays mapped, for the guest to write, as long as the machine or what is
+    /// returned lives:
     /// [`Self::set_logging`] registers it again.
     pub unsafe fn new(vm: Arc<VmFd>, slots: Vec<KvmSlot>) -> Result<Self> {
         for slot in &slots {
@@ -98,7 +99,8 @@ impl KvmSlots {
                 )));
             }
         }
-        let table = SlotTable::new(slots.iter().map(|slot| (slot.slot, slot.first_page, slot.pages())))?;
+        let table =
+            SlotTable::new(slots.iter().map(|slot| (slot.slot, slot.first_page, slot.pages())))?;
         Ok(Self { vm, slots, table })
     }
 
@@ -120,8 +122,8 @@ impl KvmSlots {
         &self.table
     }
 
-    /// Has KVM follow writes to all slots, or stop it. An error leaves some of them changed; calling it again
-    /// is allowed.
+    /// Has KVM follow writes to all slots, or stop it. An error leaves some of them changed;
+    /// calling it again is allowed.
     pub fn set_logging(&self, on: bool) -> Result<()> {
         for slot in &self.slots {
             let region = kvm_userspace_memory_region {
@@ -131,8 +133,8 @@ impl KvmSlots {
                 memory_size: slot.bytes,
                 userspace_addr: slot.host_address,
             };
-            // SAFETY: the slot is registered with these values already, and its memory stays mapped (contract
-            // of `new`): only its flags change.
+            // SAFETY: the slot is registered with these values already, and its memory stays mapped
+            // (contract of `new`): only its flags change.
             unsafe { self.vm.set_user_memory_region(region) }.map_err(|e| {
                 let what = if on { "following writes to" } else { "no longer following writes to" };
                 Error::os(format!("{what} KVM's slot {}", slot.slot), std::io::Error::from(e))
@@ -183,7 +185,10 @@ impl SlotTable {
         let pages = rows.last().map_or(0, |row| row.first_page + row.pages);
         rows.sort_by_key(|row| row.slot);
         if let Some(pair) = rows.windows(2).find(|pair| pair[0].slot == pair[1].slot) {
-            return Err(Error::refused(format!("two memory slots have KVM's number {}", pair[0].slot)));
+            return Err(Error::refused(format!(
+                "two memory slots have KVM's number {}",
+                pair[0].slot
+            )));
         }
         Ok(Self { rows, pages })
     }
@@ -195,8 +200,8 @@ impl SlotTable {
         self.rows.get(index)
     }
 
-    /// Whether this slot is in an address space of which we follow nothing (x86 has a second one, for system
-    /// management mode).
+    /// Whether this slot is in an address space of which we follow nothing (x86 has a second one,
+    /// for system management mode).
     #[must_use]
     pub fn is_foreign(&self, slot: u32) -> bool {
         self.rows.iter().all(|row| row.slot >> ADDRESS_SPACE_SHIFT != slot >> ADDRESS_SPACE_SHIFT)

@@ -9,15 +9,15 @@
 //!
 //! It sees every write that goes through a page table of that process: vCPUs, the process' own
 //! threads, and the kernel on its behalf (`read(2)` into guest memory, vhost-net). It does not see
-//! writes through another process' mapping of the same file. A transfer by DMA into pinned pages (direct
-//! disk I/O) is reported when it begins and not when it ends; [`crate::guest::SourceGuest::drain_io`] is
-//! there for that. See `ioctl_userfaultfd(2)` and
+//! writes through another process' mapping of the same file. A transfer by DMA into pinned pages
+//! (direct disk I/O) is reported when it begins and not when it ends;
+//! [`crate::guest::SourceGuest::drain_io`] is there for that. See `ioctl_userfaultfd(2)` and
 //! `Documentation/admin-guide/mm/pagemap.rst` in the kernel.
 //!
 //! What a page that no page table entry maps looks like (tried on Linux 6.18; the tests hold it):
-//! the first write to it after `new` is reported, a mere read is not, and a hole that is punched into
-//! the file (a balloon's `MADV_REMOVE`) is **not** reported: the pump looks for holes at the end
-//! ([`crate::source::pump::Pump::push_freed`]).
+//! the first write to it after `new` is reported, a mere read is not, and a hole that is punched
+//! into the file (a balloon's `MADV_REMOVE`) is **not** reported: the pump looks for holes at the
+//! end ([`crate::source::pump::Pump::push_freed`]).
 
 mod abi;
 pub mod arming;
@@ -69,12 +69,12 @@ impl TrackedRange {
 /// which every second page is dirty takes one call for half a GiB.
 const REGIONS_PER_SCAN: usize = 64 * 1024;
 
-/// Memory that one scan call walks, in bytes, unless its pages are larger: some 0.1 ms of walking, so that
-/// the process' mmap lock is let go in between and threads share even a small guest evenly.
+/// Memory that one scan call walks, in bytes, unless its pages are larger: some 0.1 ms of walking,
+/// so that the process' mmap lock is let go in between and threads share even a small guest evenly.
 const SCAN_WINDOW_BYTES: u64 = 128 << 20;
 
-/// Threads that scan at once, at most. Walking page tables is bound by memory latency, and the last two
-/// syncs lie in the downtime.
+/// Threads that scan at once, at most. Walking page tables is bound by memory latency, and the last
+/// two syncs lie in the downtime.
 const SCANNERS_MAX: usize = 8;
 
 /// Follows the writes of one process. See the [module](self).
@@ -149,14 +149,15 @@ impl PagemapSource {
             )
         })?;
         let windows: Vec<_> = ranges.iter().flat_map(|range| range.windows(window_bytes)).collect();
-        let scanners = (0..scanners_max.clamp(1, windows.len().max(1))).map(|_| Scanner::new()).collect();
+        let scanners =
+            (0..scanners_max.clamp(1, windows.len().max(1))).map(|_| Scanner::new()).collect();
         let source = Self { armed, pagemap, ranges, windows, scanners };
         source.check_tracked()?;
         Ok(source)
     }
 
-    /// Can be upgraded for as long as the memory is armed, which may take a moment longer than this lives. What is
-    /// disarmed in the background does not count.
+    /// Can be upgraded for as long as the memory is armed, which may take a moment longer than this
+    /// lives. What is disarmed in the background does not count.
     #[must_use]
     pub fn while_armed(&self) -> Weak<()> {
         self.armed.while_armed()
@@ -192,7 +193,8 @@ impl PagemapSource {
 
 impl DirtySource for PagemapSource {
     fn sync(&mut self, into: &mut DirtyBitmap) -> Result<Synced> {
-        let (pagemap, windows, next) = (self.pagemap.as_fd(), &self.windows[..], AtomicUsize::new(0));
+        let (pagemap, windows, next) =
+            (self.pagemap.as_fd(), &self.windows[..], AtomicUsize::new(0));
         let scan = |scanner: &mut Scanner| -> Result<()> {
             while let Some(window) = windows.get(next.fetch_add(1, Ordering::Relaxed)) {
                 scanner.walk(pagemap, window)?;
@@ -206,7 +208,10 @@ impl DirtySource for PagemapSource {
             let helping: Vec<_> = others.iter_mut().filter_map(help).collect();
             let own = scan(own);
             let died = |_| Err(Error::Guest("a thread that scans page tables panicked".into()));
-            helping.into_iter().map(|thread| thread.join().unwrap_or_else(died)).fold(own, Result::and)
+            helping
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(died))
+                .fold(own, Result::and)
         });
         let mut sync = Synced::default();
         for run in self.scanners.iter_mut().flat_map(|scanner| scanner.runs.drain(..)) {
@@ -220,8 +225,8 @@ impl DirtySource for PagemapSource {
 }
 
 impl TrackedRange {
-    /// Itself in pieces of at most this many bytes; never less than a page of its backing, of which the
-    /// kernel scans no part.
+    /// Itself in pieces of at most this many bytes; never less than a page of its backing, of which
+    /// the kernel scans no part.
     fn windows(&self, bytes_max: u64) -> impl Iterator<Item = Self> + use<> {
         let (range, step) = (*self, bytes_max.max(self.backing_page_bytes));
         (0..range.bytes.div_ceil(step)).map(move |index| {
@@ -259,8 +264,8 @@ impl Scanner {
         Ok(())
     }
 
-    /// Scans `[at, end)` and protects again what it reports. Returns how many entries of `regions` are
-    /// filled, and where the next scan must start.
+    /// Scans `[at, end)` and protects again what it reports. Returns how many entries of `regions`
+    /// are filled, and where the next scan must start.
     fn scan(&mut self, pagemap: BorrowedFd<'_>, at: u64, end: u64) -> Result<(usize, u64)> {
         let mut arg = abi::PmScanArg {
             flags: abi::PM_SCAN_WP_MATCHING | abi::PM_SCAN_CHECK_WPASYNC,
@@ -363,11 +368,12 @@ fn enable(uffd: BorrowedFd<'_>) -> Result<()> {
 fn scan_call(pagemap: BorrowedFd<'_>, arg: &mut abi::PmScanArg) -> Result<usize> {
     match ioctl(pagemap, abi::PAGEMAP_SCAN, arg) {
         Ok(filled) => Ok(filled),
-        Err(Errno::NOTTY) => {
-            Err(Error::refused("this kernel has no PAGEMAP_SCAN: pageferry needs Linux 6.7 or newer"))
-        }
+        Err(Errno::NOTTY) => Err(Error::refused(
+            "this kernel has no PAGEMAP_SCAN: pageferry needs Linux 6.7 or newer",
+        )),
         Err(Errno::PERM) => Err(Error::Guest(
-            "PAGEMAP_SCAN met memory that is not tracked: the guest's process changed its mapping".into(),
+            "PAGEMAP_SCAN met memory that is not tracked: the guest's process changed its mapping"
+                .into(),
         )),
         // Newer kernels say so, older ones find nothing.
         Err(Errno::SRCH) => Err(Error::Guest(format!(
@@ -378,11 +384,15 @@ fn scan_call(pagemap: BorrowedFd<'_>, arg: &mut abi::PmScanArg) -> Result<usize>
     }
 }
 
-fn ioctl<T: abi::IoctlArg>(fd: BorrowedFd<'_>, number: libc::c_ulong, arg: &mut T) -> Result<usize, Errno> {
+fn ioctl<T: abi::IoctlArg>(
+    fd: BorrowedFd<'_>,
+    number: libc::c_ulong,
+    arg: &mut T,
+) -> Result<usize, Errno> {
     debug_assert_eq!((number >> 16 & 0x3fff) as usize, size_of::<T>());
     // SAFETY: `number` encodes the size of `T` (asserted where the numbers are defined), `arg` is a
-    // live exclusive reference to one, and a pointer inside it (the scan's vector) is to memory that
-    // the caller holds exclusively and whose length it states.
+    // live exclusive reference to one, and a pointer inside it (the scan's vector) is to memory
+    // that the caller holds exclusively and whose length it states.
     let answer = unsafe { libc::ioctl(fd.as_raw_fd(), number as _, std::ptr::from_mut(arg)) };
     usize::try_from(answer).map_err(|_| last_errno())
 }

@@ -29,7 +29,14 @@ impl Memory {
         let bytes = pages * PAGE_BYTES;
         ftruncate(&file, bytes).unwrap();
         let region = MemoryRegion::map_shared(file.as_fd(), 0, bytes as usize, Access::Write)?;
-        Ok(Self { file, region, pages, backing_page_bytes, window_bytes: SCAN_WINDOW_BYTES, scanners: 2 })
+        Ok(Self {
+            file,
+            region,
+            pages,
+            backing_page_bytes,
+            window_bytes: SCAN_WINDOW_BYTES,
+            scanners: 2,
+        })
     }
 
     fn track(&self) -> PagemapSource {
@@ -249,7 +256,8 @@ fn windows_cover_a_range_exactly_and_never_cut_a_page_of_its_backing() {
     for (bytes, backing_page_bytes, bytes_max) in
         [(10 << 12, PAGE_BYTES, 3 << 12), (6 << 21, 2 << 20, 4096), (1 << 30, 1 << 30, 128 << 20)]
     {
-        let range = TrackedRange { process_address: 7 << 30, bytes, first_page: 5, backing_page_bytes };
+        let range =
+            TrackedRange { process_address: 7 << 30, bytes, first_page: 5, backing_page_bytes };
         let mut at = range.process_address;
         for window in range.windows(bytes_max) {
             assert_eq!(window.process_address, at);
@@ -265,7 +273,9 @@ fn windows_cover_a_range_exactly_and_never_cut_a_page_of_its_backing() {
 fn no_write_to_huge_pages_is_missed() {
     const HUGE_PAGES: u64 = 4;
     let Some(_reserved) = HugePages::reserve(HUGE_PAGES) else {
-        eprintln!("NOT TESTED: no {HUGE_PAGES} huge pages of 2 MiB can be reserved on this machine");
+        eprintln!(
+            "NOT TESTED: no {HUGE_PAGES} huge pages of 2 MiB can be reserved on this machine"
+        );
         return;
     };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
@@ -274,7 +284,11 @@ fn no_write_to_huge_pages_is_missed() {
     {
         let mut source = memory.track();
         memory.write(700);
-        assert_eq!(sync(&mut source, memory.pages), (512..1024).collect(), "a huge page is one unit");
+        assert_eq!(
+            sync(&mut source, memory.pages),
+            (512..1024).collect(),
+            "a huge page is one unit"
+        );
         assert!(sync(&mut source, memory.pages).is_empty());
         memory.write(512);
         assert_eq!(sync(&mut source, memory.pages).len(), 512);
@@ -282,7 +296,8 @@ fn no_write_to_huge_pages_is_missed() {
     no_write_is_missed(&memory, 100);
 }
 
-/// Huge pages reserved beyond what the machine had, given back on drop. One test at a time has some.
+/// Huge pages reserved beyond what the machine had, given back on drop. One test at a time has
+/// some.
 pub(crate) struct HugePages {
     pages: u64,
     _alone: MutexGuard<'static, ()>,

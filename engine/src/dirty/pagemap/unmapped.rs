@@ -1,7 +1,8 @@
-//! Which pages of this process' own mappings its page tables do not map: one walk, which touches nothing.
+//! Which pages of this process' own mappings its page tables do not map: one walk, which touches
+//! nothing.
 //!
-//! A page that is freed in its file, by whichever process, is unmapped everywhere. So of pages that were read here before,
-//! those that are still mapped were not freed since.
+//! A page that is freed in its file, by whichever process, is unmapped everywhere. So of pages that
+//! were read here before, those that are still mapped were not freed since.
 
 use super::{SCAN_WINDOW_BYTES, SCANNERS_MAX, abi, ioctl};
 use crate::error::{Error, Result};
@@ -11,13 +12,15 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Regions that one call may report: what was freed is few and long; where it is not, there are more calls.
+/// Regions that one call may report: what was freed is few and long; where it is not, there are
+/// more calls.
 const REGIONS: usize = 4096;
 
-/// The parts of these ranges of our own addresses that are not mapped, in no order. `None` where the kernel cannot tell
-/// (before Linux 6.7).
+/// The parts of these ranges of our own addresses that are not mapped, in no order. `None` where
+/// the kernel cannot tell (before Linux 6.7).
 pub fn unmapped_here(ranges: &[Range<u64>]) -> Result<Option<Vec<Range<u64>>>> {
-    let pagemap = File::open("/proc/self/pagemap").map_err(|e| Error::os("opening /proc/self/pagemap", e))?;
+    let pagemap =
+        File::open("/proc/self/pagemap").map_err(|e| Error::os("opening /proc/self/pagemap", e))?;
     let pagemap = pagemap.as_fd();
     let windows: Vec<_> = ranges.iter().flat_map(windows).collect();
     let next = AtomicUsize::new(0);
@@ -52,7 +55,11 @@ fn windows(range: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
         .map(move |start| start..range.end.min(start + SCAN_WINDOW_BYTES))
 }
 
-fn walk(pagemap: BorrowedFd<'_>, window: &Range<u64>, found: &mut Vec<Range<u64>>) -> Result<(), Errno> {
+fn walk(
+    pagemap: BorrowedFd<'_>,
+    window: &Range<u64>,
+    found: &mut Vec<Range<u64>>,
+) -> Result<(), Errno> {
     let mut regions = vec![abi::PageRegion::default(); REGIONS];
     let mut at = window.start;
     while at < window.end {
@@ -98,11 +105,14 @@ mod tests {
         fallocate(&file, punch, at(5), PAGE_BYTES).unwrap();
         fallocate(&file, punch, at(20), 3 * PAGE_BYTES).unwrap();
         let base = region.as_ptr() as u64;
-        let here = |pages: u64| unmapped_here(std::slice::from_ref(&(base..base + at(pages)))).unwrap();
+        let here =
+            |pages: u64| unmapped_here(std::slice::from_ref(&(base..base + at(pages)))).unwrap();
         let mut found = here(64).expect("this kernel can");
         found.sort_by_key(|range| range.start);
-        let pages: Vec<_> =
-            found.iter().map(|r| (r.start - base) / PAGE_BYTES..(r.end - base) / PAGE_BYTES).collect();
+        let pages: Vec<_> = found
+            .iter()
+            .map(|r| (r.start - base) / PAGE_BYTES..(r.end - base) / PAGE_BYTES)
+            .collect();
         assert_eq!(pages, [5..6, 20..23, 48..64]);
         assert_eq!(here(5), Some(Vec::new()));
     }

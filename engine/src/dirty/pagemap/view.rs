@@ -54,13 +54,15 @@ impl FileView {
     }
 
     fn through(file: BorrowedFd<'_>, bytes: u64, page_bytes: u64) -> Result<Self> {
-        let len =
-            usize::try_from(bytes).map_err(|_| Error::refused("guest memory exceeds the address space"))?;
+        let len = usize::try_from(bytes)
+            .map_err(|_| Error::refused("guest memory exceeds the address space"))?;
         let region = MemoryRegion::map_unreserved(file, 0, len, Access::Read)?;
         if page_bytes == PAGE_BYTES {
             // SAFETY: a mapping of ours; the advice changes no content. A kernel without huge pages
             // refuses it, and needs none.
-            let _ = unsafe { rustix::mm::madvise(region.as_ptr().cast(), len, Advice::LinuxNoHugepage) };
+            let _ = unsafe {
+                rustix::mm::madvise(region.as_ptr().cast(), len, Advice::LinuxNoHugepage)
+            };
         }
         let uffd = own_userfaultfd()?;
         let features = match page_bytes {
@@ -71,8 +73,10 @@ impl FileView {
         let asking = "UFFDIO_CONTINUE, which tells which pages a memory file has (Linux 5.14)";
         ioctl(uffd.as_fd(), abi::UFFDIO_API, &mut api).map_err(|e| Error::os(asking, e))?;
         let range = abi::UffdioRange { start: region.as_ptr() as u64, len: bytes };
-        let mut register = abi::UffdioRegister { range, mode: abi::UFFDIO_REGISTER_MODE_MINOR, ioctls: 0 };
-        ioctl(uffd.as_fd(), abi::UFFDIO_REGISTER, &mut register).map_err(|e| Error::os(asking, e))?;
+        let mut register =
+            abi::UffdioRegister { range, mode: abi::UFFDIO_REGISTER_MODE_MINOR, ioctls: 0 };
+        ioctl(uffd.as_fd(), abi::UFFDIO_REGISTER, &mut register)
+            .map_err(|e| Error::os(asking, e))?;
         Ok(Self { uffd, region, page_bytes })
     }
 
@@ -121,7 +125,12 @@ impl FileView {
                 Err(Errno::EXIST | Errno::IO) => return Ok(self.page_bytes),
                 Err(Errno::AGAIN) if arg.mapped > 0 => return Ok(arg.mapped as u64),
                 Err(Errno::AGAIN) => range.len = self.page_bytes.min(range.len),
-                Err(e) => return Err(Error::os("UFFDIO_CONTINUE, which tells which pages a file has", e)),
+                Err(e) => {
+                    return Err(Error::os(
+                        "UFFDIO_CONTINUE, which tells which pages a file has",
+                        e,
+                    ));
+                }
             }
         }
         Err(Error::os("UFFDIO_CONTINUE, which tells which pages a file has", Errno::AGAIN))

@@ -1,9 +1,9 @@
-//! Which of KVM's two ways to follow writes can be trusted on this host: a machine of a few pages writes known ones, and
-//! what the rings or the log tell is compared with it.
+//! Which of KVM's two ways to follow writes can be trusted on this host: a machine of a few pages
+//! writes known ones, and what the rings or the log tell is compared with it.
 //!
-//! A capability alone says too little. Where KVM is emulated or runs under another hypervisor (PVM, say), vCPUs may
-//! be carried on by an emulator that fills a ring beyond its end: entries are lost, and with them pages of a guest.
-//! See docs/decisions/0019-ring-or-log.md.
+//! A capability alone says too little. Where KVM is emulated or runs under another hypervisor (PVM,
+//! say), vCPUs may be carried on by an emulator that fills a ring beyond its end: entries are lost,
+//! and with them pages of a guest. See docs/decisions/0019-ring-or-log.md.
 
 #[cfg(test)]
 mod on_kvm;
@@ -25,19 +25,22 @@ use std::thread;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-/// For the rings or the log to be tried. It takes some 10 ms, and in an emulated machine a hundred times as long.
+/// For the rings or the log to be tried. It takes some 10 ms, and in an emulated machine a hundred
+/// times as long.
 const TRIAL_MAX: Duration = Duration::from_secs(20);
 
 /// For a vCPU to leave the guest when it is told to, after the time is up.
 const LEAVE_MAX: Duration = Duration::from_secs(2);
-/// It is told so again and again: a signal that comes just before the vCPU enters the guest is missed.
+/// It is told so again and again: a signal that comes just before the vCPU enters the guest is
+/// missed.
 const TELL_EVERY: Duration = Duration::from_millis(20);
 
 /// Entries of the ring that is tried: the smallest.
 const ENTRIES: u32 = 256;
 /// How often the pages that are written in one go would fill the ring.
 const OVERFLOWS: u64 = 4;
-/// Between two pages that are written, so that one which is reported by mistake shows. Odd, and no power of two.
+/// Between two pages that are written, so that one which is reported by mistake shows. Odd, and no
+/// power of two.
 const STRIDE_PAGES: u64 = 3;
 /// Times that each page is written.
 const PASSES: u32 = 2;
@@ -86,10 +89,14 @@ fn try_both() -> Result<Trust> {
 /// Whether the rings tell every page.
 fn try_rings(stop: &AtomicBool) -> Result<Trust> {
     let mut payload = Payload::new(memory_pages(u64::from(ENTRIES.max(1024))), Some(ENTRIES))?;
-    let (enabled, set) = payload.rings().ok_or_else(|| Error::Guest("a machine without rings".into()))?;
+    let (enabled, set) =
+        payload.rings().ok_or_else(|| Error::Guest("a machine without rings".into()))?;
     let source = RingSource::start(set, Arc::new(Outside))?;
     compare(&mut payload, Box::new(source), stop)?;
-    Ok(Trust::Ring { entries_max: enabled.entries_max(), acquire_release: enabled.acquire_release() })
+    Ok(Trust::Ring {
+        entries_max: enabled.entries_max(),
+        acquire_release: enabled.acquire_release(),
+    })
 }
 
 /// Whether the log does.
@@ -104,8 +111,13 @@ fn memory_pages(entries: u64) -> u64 {
     Payload::CODE_PAGES + entries * OVERFLOWS * STRIDE_PAGES
 }
 
-/// Has the machine write pages, other pages, and the first again, and looks whether each time those are told.
-fn compare(payload: &mut Payload, mut source: Box<dyn DirtySource>, stop: &AtomicBool) -> Result<()> {
+/// Has the machine write pages, other pages, and the first again, and looks whether each time those
+/// are told.
+fn compare(
+    payload: &mut Payload,
+    mut source: Box<dyn DirtySource>,
+    stop: &AtomicBool,
+) -> Result<()> {
     // The last once more: pages that were reported are protected again.
     for shift in [0, 1, 0] {
         let writes = Writes {
@@ -138,8 +150,8 @@ impl KickVcpus for Outside {
     }
 }
 
-/// Does it on a thread of its own, which is called out of the guest when the time is up, and left behind if it
-/// does not come.
+/// Does it on a thread of its own, which is called out of the guest when the time is up, and left
+/// behind if it does not come.
 fn in_time<T: Send + 'static>(
     what: &str,
     trial: impl FnOnce(&AtomicBool) -> Result<T> + Send + 'static,
@@ -169,7 +181,8 @@ fn in_time<T: Send + 'static>(
     if register_signal_handler(signal, nothing).is_ok() {
         let until = Instant::now() + LEAVE_MAX;
         while !thread.is_finished() && Instant::now() < until {
-            // SAFETY: the thread is not joined, so its handle is valid, and the signal has a handler.
+            // SAFETY: the thread is not joined, so its handle is valid, and the signal has a
+            // handler.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
             let _ = told.recv_timeout(TELL_EVERY);
         }

@@ -36,7 +36,8 @@ impl Runner {
     fn run(&self, mut payload: Payload) {
         extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(SIGRTMIN() + 1, nothing).expect("a handler");
-        let (turns, done, stop) = (Arc::clone(&self.turns), Arc::clone(&self.done), Arc::clone(&self.stop));
+        let (turns, done, stop) =
+            (Arc::clone(&self.turns), Arc::clone(&self.done), Arc::clone(&self.stop));
         let thread = thread::spawn(move || {
             let ran = loop {
                 match payload.run(&stop) {
@@ -73,9 +74,10 @@ impl KickVcpus for Runner {
         let mut turns = self.turns.0.lock().expect("lock");
         let (before, until) = (*turns, Instant::now() + TEST_MAX);
         while *turns == before && !self.is_done() {
-            // Again and again: one that comes before the vCPU enters the guest is missed. Not too often: real-time
-            // signals are queued, and a thread that handles them does nothing else.
-            // SAFETY: the thread is not joined, so its handle is valid, and the signal has a handler.
+            // Again and again: one that comes before the vCPU enters the guest is missed. Not too
+            // often: real-time signals are queued, and a thread that handles them does nothing
+            // else. SAFETY: the thread is not joined, so its handle is valid, and the signal has a
+            // handler.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN() + 1) };
             turns = self.turns.1.wait_timeout(turns, KICK_EVERY).expect("lock").0;
             if Instant::now() > until {
@@ -87,8 +89,8 @@ impl KickVcpus for Runner {
     }
 }
 
-/// Harvests while the guest writes, and copies what is told, as a migration does. At the end the copy must be the
-/// memory. Returns how many pages were told in how many syncs.
+/// Harvests while the guest writes, and copies what is told, as a migration does. At the end the
+/// copy must be the memory. Returns how many pages were told in how many syncs.
 fn copy_while_it_writes(
     mut payload: Payload,
     writes: Writes,
@@ -118,10 +120,15 @@ fn copy_while_it_writes(
         }
     }
     let payload = runner.end();
-    // Pages that were not written are as they were, the others have been written as often as they should.
+    // Pages that were not written are as they were, the others have been written as often as they
+    // should.
     let mut expected = before;
     writes.pages().for_each(|page| expected[page as usize] += writes.passes);
-    assert!(copy == expected, "{} pages differ", copy.iter().zip(&expected).filter(|(a, b)| a != b).count());
+    assert!(
+        copy == expected,
+        "{} pages differ",
+        copy.iter().zip(&expected).filter(|(a, b)| a != b).count()
+    );
     drop(source);
     drop(payload);
     (told, syncs)
@@ -155,8 +162,8 @@ fn lab_a_small_ring_loses_no_write_of_a_running_vcpu() {
     assert!(told >= writes.pages().count() as u64 && set.full_exits() > 0);
 }
 
-/// Has the guest write, and returns what is told of it, but for the page that it executes: KVM maps a page that is
-/// read for the first time as writable where it can, and tells it.
+/// Has the guest write, and returns what is told of it, but for the page that it executes: KVM maps
+/// a page that is read for the first time as writable where it can, and tells it.
 fn told_of(payload: &mut Payload, source: &mut dyn DirtySource, writes: &Writes) -> Vec<u64> {
     payload.begin(writes).expect("registers");
     while payload.run(&AtomicBool::new(false)).expect("the payload runs") != Stopped::Done {}
@@ -180,7 +187,8 @@ fn the_log_tells_exactly_what_is_written() {
         return;
     }
     let mut payload = Payload::new(1000, None).expect("a machine");
-    let mut source = LogSource::start(payload.slots(), Arc::new(Runner::default())).expect("followed");
+    let mut source =
+        LogSource::start(payload.slots(), Arc::new(Runner::default())).expect("followed");
     exactly_what_is_written_is_told(&mut payload, &mut source);
 }
 
@@ -189,9 +197,14 @@ fn the_log_tells_exactly_what_is_written() {
 fn lab_rings_tell_exactly_what_is_written_though_they_overflow() {
     let mut payload = Payload::new(4000, Some(256)).expect("a machine");
     let (enabled, set) = payload.rings().expect("rings");
-    let mut source = RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
+    let mut source =
+        RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
     exactly_what_is_written_is_told(&mut payload, &mut source);
-    assert!(set.full_exits() >= 4000 / u64::from(enabled.entries()), "{} times full", set.full_exits());
+    assert!(
+        set.full_exits() >= 4000 / u64::from(enabled.entries()),
+        "{} times full",
+        set.full_exits()
+    );
 }
 
 #[test]
@@ -201,15 +214,20 @@ fn lab_a_vcpu_runs_on_when_tracking_ends_with_its_ring_full_and_can_be_followed_
     let (_, set) = payload.rings().expect("rings");
     let writes = Writes { first: 16, end: 4000, stride: 1, passes: 3 };
     for _ in 0..2 {
-        let mut source = RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
-        assert!(RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).is_err(), "followed twice");
+        let mut source =
+            RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
+        assert!(
+            RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).is_err(),
+            "followed twice"
+        );
         payload.begin(&writes).expect("registers");
         // Once round, so that entries are left in it.
         let never = AtomicBool::new(false);
         assert_eq!(payload.run(&never).expect("the payload runs"), Stopped::Full);
         drop(source);
         while payload.run(&never).expect("the payload runs") != Stopped::Done {}
-        source = RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
+        source =
+            RingSource::start(Arc::clone(&set), Arc::new(Runner::default())).expect("followed");
         let told = told_of(&mut payload, &mut source, &Writes { passes: 1, ..writes });
         assert_eq!(told, writes.pages().collect::<Vec<_>>());
     }

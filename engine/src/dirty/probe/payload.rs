@@ -24,7 +24,8 @@ const CODE: [u8; 14] = [
     0xf4, //            13: hlt
 ];
 
-/// Where a processor without unrestricted guest mode keeps what it needs to run one: below 4 GiB, where nothing is.
+/// Where a processor without unrestricted guest mode keeps what it needs to run one: below 4 GiB,
+/// where nothing is.
 const TASK_STATE_SEGMENT: usize = 0xfffb_d000;
 /// CR0: protected mode, and the bit that is always set.
 const PROTECTED_MODE: u64 = 0x11;
@@ -58,7 +59,8 @@ pub(in crate::dirty) enum Stopped {
 
 /// The machine. Its pages are one line, in two slots.
 pub(in crate::dirty) struct Payload {
-    // Before the memory, so that the guest is gone first; and the descriptor of the machine is in the slots.
+    // Before the memory, so that the guest is gone first; and the descriptor of the machine is in
+    // the slots.
     vcpu: VcpuFd,
     rings: Option<(EnabledRings, Arc<RingSet>)>,
     slots: Arc<KvmSlots>,
@@ -87,7 +89,8 @@ impl Payload {
             first_page,
         };
         // Numbers that are not their places, so that mixing them up shows.
-        let slots = vec![slot(5, 0, Self::CODE_PAGES), slot(3, Self::CODE_PAGES, pages - Self::CODE_PAGES)];
+        let slots =
+            vec![slot(5, 0, Self::CODE_PAGES), slot(3, Self::CODE_PAGES, pages - Self::CODE_PAGES)];
         for slot in &slots {
             let region = kvm_userspace_memory_region {
                 slot: slot.slot,
@@ -96,8 +99,10 @@ impl Payload {
                 memory_size: slot.bytes,
                 userspace_addr: slot.host_address,
             };
-            // SAFETY: the memory stays mapped as long as the machine lives: see the order of the fields.
-            unsafe { vm.set_user_memory_region(region) }.map_err(|e| os("giving a machine its memory", e))?;
+            // SAFETY: the memory stays mapped as long as the machine lives: see the order of the
+            // fields.
+            unsafe { vm.set_user_memory_region(region) }
+                .map_err(|e| os("giving a machine its memory", e))?;
         }
         // SAFETY: registered just now, without flags; the memory is as above, and nobody else's.
         let slots = Arc::new(unsafe { KvmSlots::new(Arc::clone(&vm), slots) }?);
@@ -172,12 +177,16 @@ impl Payload {
             Ok(VcpuExit::Hlt) => Ok(Stopped::Done),
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
                 let Some((_, set)) = &self.rings else {
-                    return Err(Error::Guest("KVM says that a ring is full, and there is none".into()));
+                    return Err(Error::Guest(
+                        "KVM says that a ring is full, and there is none".into(),
+                    ));
                 };
                 set.serve_full(0)?;
                 Ok(Stopped::Full)
             }
-            Ok(other) => Err(Error::Guest(format!("a guest of a few instructions left with {other:?}"))),
+            Ok(other) => {
+                Err(Error::Guest(format!("a guest of a few instructions left with {other:?}")))
+            }
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => Ok(Stopped::Called),
             Err(e) => Err(os("running a vCPU", e)),
         }

@@ -7,7 +7,8 @@ pub(super) fn kvm_is_missing(test: &str) -> bool {
     eprintln!("{said}");
     if let Some(path) = std::env::var_os("PAGEFERRY_NOT_RUN") {
         use std::io::Write;
-        let mut file = std::fs::File::options().create(true).append(true).open(path).expect("a file");
+        let mut file =
+            std::fs::File::options().create(true).append(true).open(path).expect("a file");
         writeln!(file, "{said}").expect("written");
     }
     true
@@ -36,5 +37,8 @@ fn the_log_tells_every_page_that_is_written() {
 #[ignore = "needs rings that are right: the lab machine"]
 fn lab_the_rings_of_kvm_are_trusted() {
     let trust = trust().expect("rings or log");
-    assert!(matches!(trust, Trust::Ring { entries_max, .. } if entries_max >= ENTRIES), "{trust:?}");
+    assert!(
+        matches!(trust, Trust::Ring { entries_max, .. } if entries_max >= ENTRIES),
+        "{trust:?}"
+    );
 }

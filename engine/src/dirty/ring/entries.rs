@@ -35,8 +35,8 @@ impl Entry {
         self.flags.store(KVM_DIRTY_GFN_F_DIRTY, Ordering::Release);
     }
 
-    /// Frees it as the kernel does when it resets a ring, and returns slot and offset if it was taken. For
-    /// tests and benchmarks.
+    /// Frees it as the kernel does when it resets a ring, and returns slot and offset if it was
+    /// taken. For tests and benchmarks.
     pub fn free(&self) -> Option<(u32, u64)> {
         if self.flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_RESET == 0 {
             return None;
@@ -57,7 +57,8 @@ impl Entry {
 pub struct Taken {
     /// Entries.
     pub entries: u64,
-    /// The first entry, if any, whose slot or offset is not one that we follow, though its address space is.
+    /// The first entry, if any, whose slot or offset is not one that we follow, though its address
+    /// space is.
     pub unknown: Option<(u32, u64)>,
 }
 
@@ -90,7 +91,10 @@ impl<M: Deref<Target = [Entry]>> DirtyRing<M> {
     /// Waits for whoever takes entries out now.
     pub fn lock(&self) -> Reader<'_> {
         // The count is right at every moment, whatever panicked.
-        Reader { entries: &self.memory, next: self.next.lock().unwrap_or_else(PoisonError::into_inner) }
+        Reader {
+            entries: &self.memory,
+            next: self.next.lock().unwrap_or_else(PoisonError::into_inner),
+        }
     }
 
     /// As [`Self::lock`], if nobody takes entries out now.
@@ -123,7 +127,8 @@ fn place(entries: &[Entry], count: u64) -> &Entry {
 }
 
 impl Reader<'_> {
-    /// Whether at least half of the ring is filled: entries are filled in order, so one is looked at.
+    /// Whether at least half of the ring is filled: entries are filled in order, so one is looked
+    /// at.
     #[must_use]
     pub fn is_half_full(&self) -> bool {
         let half = self.entries.len() as u64 / 2;
@@ -139,8 +144,9 @@ impl Reader<'_> {
         place(self.entries, last).flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_RESET == 0
     }
 
-    /// Takes every filled entry, at most all that the ring has, and calls `mark` with the first page of a word
-    /// of 64 and the pages in it. Pages of one word that follow each other are marked together.
+    /// Takes every filled entry, at most all that the ring has, and calls `mark` with the first
+    /// page of a word of 64 and the pages in it. Pages of one word that follow each other are
+    /// marked together.
     #[inline]
     pub fn take(&mut self, slots: &SlotTable, mut mark: impl FnMut(u64, u64)) -> Taken {
         let mut taken = Taken::default();

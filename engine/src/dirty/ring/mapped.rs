@@ -6,7 +6,8 @@ use crate::dirty::kvm::KvmSlots;
 use crate::dirty::kvm::abi;
 use crate::error::{Error, Result};
 use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, kvm_enable_cap,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET,
+    kvm_enable_cap,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::io;
@@ -16,12 +17,12 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Entries of a vCPU's ring unless told otherwise: 1 MiB of memory a vCPU, and 256 MiB of guest memory written
-/// before one has to stop. Linux allows no more.
+/// Entries of a vCPU's ring unless told otherwise: 1 MiB of memory a vCPU, and 256 MiB of guest
+/// memory written before one has to stop. Linux allows no more.
 pub const RING_ENTRIES: u32 = 65536;
 
-/// Fewest entries: a page of them, or what the hardware's own log of 512 pages (Intel's PML) and the kernel's reserve of
-/// 64 need.
+/// Fewest entries: a page of them, or what the hardware's own log of 512 pages (Intel's PML) and
+/// the kernel's reserve of 64 need.
 const ENTRIES_MIN: u32 = 256;
 const ENTRIES_MIN_HARDWARE_LOG: u32 = 1024;
 
@@ -34,11 +35,13 @@ pub struct EnabledRings {
 }
 
 impl EnabledRings {
-    /// Switches rings of at least `entries` entries on, as far as the kernel has them, for a machine that has no vCPU
-    /// yet. They cannot be switched off.
+    /// Switches rings of at least `entries` entries on, as far as the kernel has them, for a
+    /// machine that has no vCPU yet. They cannot be switched off.
     pub(super) fn enable(vm: &VmFd, entries: u32) -> Result<Self> {
         let (capability, bytes_max) = capability(vm).ok_or_else(|| {
-            Error::refused("this kernel's KVM has no dirty rings: Linux 5.11 or newer has, on x86-64")
+            Error::refused(
+                "this kernel's KVM has no dirty rings: Linux 5.11 or newer has, on x86-64",
+            )
         })?;
         let entries_max = bytes_max / size_of::<Entry>() as u32;
         if entries_max < ENTRIES_MIN {
@@ -50,11 +53,15 @@ impl EnabledRings {
         let mut entries = entries.clamp(ENTRIES_MIN, most).next_power_of_two();
         loop {
             let bytes = u64::from(entries) * size_of::<Entry>() as u64;
-            let arg = kvm_enable_cap { cap: capability, args: [bytes, 0, 0, 0], ..Default::default() };
+            let arg =
+                kvm_enable_cap { cap: capability, args: [bytes, 0, 0, 0], ..Default::default() };
             match vm.enable_cap(&arg) {
                 Ok(()) => break,
                 // It keeps more in reserve there, and does not say so.
-                Err(e) if e.errno() == libc::EINVAL && entries < ENTRIES_MIN_HARDWARE_LOG.min(most) => {
+                Err(e)
+                    if e.errno() == libc::EINVAL
+                        && entries < ENTRIES_MIN_HARDWARE_LOG.min(most) =>
+                {
                     entries *= 2
                 }
                 Err(e) if e.errno() == libc::EINVAL => {
@@ -62,10 +69,16 @@ impl EnabledRings {
                         "KVM takes no dirty rings of {entries} entries: the machine has vCPUs or rings already"
                     )));
                 }
-                Err(e) => return Err(Error::os("switching KVM's dirty rings on", io::Error::from(e))),
+                Err(e) => {
+                    return Err(Error::os("switching KVM's dirty rings on", io::Error::from(e)));
+                }
             }
         }
-        Ok(Self { entries, entries_max, acquire_release: capability == KVM_CAP_DIRTY_LOG_RING_ACQ_REL })
+        Ok(Self {
+            entries,
+            entries_max,
+            acquire_release: capability == KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+        })
     }
 
     /// Entries of each ring.
@@ -125,8 +138,9 @@ impl MappedRing {
         if address == libc::MAP_FAILED {
             return Err(Error::os("mapping a vCPU's dirty ring", io::Error::last_os_error()));
         }
-        let entries = NonNull::new(address.cast())
-            .ok_or_else(|| Error::Guest("the kernel mapped a vCPU's dirty ring at address 0".into()))?;
+        let entries = NonNull::new(address.cast()).ok_or_else(|| {
+            Error::Guest("the kernel mapped a vCPU's dirty ring at address 0".into())
+        })?;
         Ok(Self { entries, count })
     }
 }
@@ -140,15 +154,17 @@ impl Deref for MappedRing {
     type Target = [Entry];
 
     fn deref(&self) -> &[Entry] {
-        // SAFETY: the mapping holds this many entries (`new`) until it is dropped, and is page-aligned. Any
-        // bytes make an entry, and the kernel changes them only as atomics of these sizes.
+        // SAFETY: the mapping holds this many entries (`new`) until it is dropped, and is
+        // page-aligned. Any bytes make an entry, and the kernel changes them only as atomics of
+        // these sizes.
         unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.count) }
     }
 }
 
 impl Drop for MappedRing {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`, of that length; nobody has a reference into it any more.
+        // SAFETY: the mapping made in `new`, of that length; nobody has a reference into it any
+        // more.
         unsafe { libc::munmap(self.entries.as_ptr().cast(), self.count * size_of::<Entry>()) };
     }
 }
@@ -156,7 +172,8 @@ impl Drop for MappedRing {
 /// The machine, asked to reset its rings.
 impl ResetRings for Arc<KvmSlots> {
     fn reset(&self) -> io::Result<u64> {
-        // A pending signal (a kick, say) ends the call early. It is delivered once signals are let in again.
+        // A pending signal (a kick, say) ends the call early. It is delivered once signals are let
+        // in again.
         let _blocked = BlockedSignals::new()?;
         abi::reset_dirty_rings(self.vm())
     }
@@ -170,8 +187,8 @@ struct BlockedSignals {
 impl BlockedSignals {
     fn new() -> io::Result<Self> {
         let (mut all, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-        // SAFETY: the first call fills `all`; the second reads it, and fills `before` if it returns 0. Both touch
-        // this thread's mask alone.
+        // SAFETY: the first call fills `all`; the second reads it, and fills `before` if it returns
+        // 0. Both touch this thread's mask alone.
         let answer = unsafe {
             libc::sigfillset(all.as_mut_ptr());
             libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr())
@@ -187,6 +204,8 @@ impl BlockedSignals {
 impl Drop for BlockedSignals {
     fn drop(&mut self) {
         // SAFETY: the mask that this thread had.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut())
+        };
     }
 }

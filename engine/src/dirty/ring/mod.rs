@@ -12,12 +12,13 @@
 //!   drop                logging off, what is left in the rings is thrown away
 //! ```
 //!
-//! What it costs depends on what was written, not on how much memory the guest has. It does not see what this
-//! process writes into guest memory itself: whoever emulates a device marks those pages. See "KVM_CAP_DIRTY_LOG_RING"
-//! in `Documentation/virt/kvm/api.rst` of the kernel, and docs/ordering.md for why the order is right.
+//! What it costs depends on what was written, not on how much memory the guest has. It does not see
+//! what this process writes into guest memory itself: whoever emulates a device marks those pages.
+//! See "KVM_CAP_DIRTY_LOG_RING" in `Documentation/virt/kvm/api.rst` of the kernel, and
+//! docs/ordering.md for why the order is right.
 //!
-//! The set works at all times, with a [`RingSource`] or without: a vCPU whose ring is full while tracking begins
-//! or ends is served like any other.
+//! The set works at all times, with a [`RingSource`] or without: a vCPU whose ring is full while
+//! tracking begins or ends is served like any other.
 
 pub mod entries;
 pub mod pending;
@@ -39,7 +40,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use sync::Rings;
 
-/// The rings of a machine, shared by its vCPUs' threads and the migration's. One for the life of the machine.
+/// The rings of a machine, shared by its vCPUs' threads and the migration's. One for the life of
+/// the machine.
 #[derive(Debug)]
 pub struct RingSet {
     slots: Arc<KvmSlots>,
@@ -48,7 +50,8 @@ pub struct RingSet {
 }
 
 impl RingSet {
-    /// Switches rings of at least `entries` entries on, as far as the kernel has them, for a machine without a vCPU.
+    /// Switches rings of at least `entries` entries on, as far as the kernel has them, for a
+    /// machine without a vCPU.
     /// [`RING_ENTRIES`] is a good number. Such a machine has no log ([`super::log`]), for good.
     ///
     /// # Errors
@@ -57,7 +60,8 @@ impl RingSet {
         EnabledRings::enable(vm, entries)
     }
 
-    /// Maps the rings of all vCPUs of the machine, which have not run with logging yet. Their order is what
+    /// Maps the rings of all vCPUs of the machine, which have not run with logging yet. Their order
+    /// is what
     /// [`Self::serve_full`] counts by.
     ///
     /// # Errors
@@ -67,15 +71,17 @@ impl RingSet {
         vcpus: impl IntoIterator<Item = &'v VcpuFd>,
         enabled: EnabledRings,
     ) -> Result<Arc<Self>> {
-        let mapped =
-            vcpus.into_iter().map(|vcpu| MappedRing::new(vcpu, enabled)).collect::<Result<Vec<_>>>()?;
+        let mapped = vcpus
+            .into_iter()
+            .map(|vcpu| MappedRing::new(vcpu, enabled))
+            .collect::<Result<Vec<_>>>()?;
         let rings = Rings::new(Arc::clone(&slots), slots.table().clone(), mapped);
         Ok(Arc::new(Self { slots, rings, followed: AtomicBool::new(false) }))
     }
 
-    /// For a vCPU's own thread, when the vCPU has stopped with [`KVM_EXIT_DIRTY_RING_FULL`] (kvm-ioctls hands that out as
-    /// `VcpuExit::Unsupported`): empties its ring, and the vCPU can run on. It is right at any time, also when nothing is
-    /// followed any more.
+    /// For a vCPU's own thread, when the vCPU has stopped with [`KVM_EXIT_DIRTY_RING_FULL`]
+    /// (kvm-ioctls hands that out as `VcpuExit::Unsupported`): empties its ring, and the vCPU can
+    /// run on. It is right at any time, also when nothing is followed any more.
     ///
     /// # Errors
     /// [`Error::Guest`] if that vCPU cannot run on: see [`Rings::serve_full`].

@@ -1,15 +1,15 @@
 //! Pages that were taken out of rings and not reported yet.
 //!
-//! Several vCPUs mark at once. One bit a page, and above it one bit a word that says that the word may hold
-//! something: draining looks at a bit for 64 pages, and at a word for 16 MiB of guest.
+//! Several vCPUs mark at once. One bit a page, and above it one bit a word that says that the word
+//! may hold something: draining looks at a bit for 64 pages, and at a word for 16 MiB of guest.
 
 use crate::memory::bitmap::DirtyBitmap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A set of pages that many threads add to and one empties.
 ///
-/// Every mark and every drain happens under the lock of a ring, the drain under the locks of all: these order
-/// them, so that no access here has to.
+/// Every mark and every drain happens under the lock of a ring, the drain under the locks of all:
+/// these order them, so that no access here has to.
 #[derive(Debug)]
 pub struct PendingPages {
     words: Vec<AtomicU64>,
@@ -44,7 +44,8 @@ impl PendingPages {
         }
     }
 
-    /// Moves all pages into `into`; returns how many. The caller sees to it that nobody marks meanwhile.
+    /// Moves all pages into `into`; returns how many. The caller sees to it that nobody marks
+    /// meanwhile.
     pub fn drain(&self, into: &mut DirtyBitmap) -> u64 {
         self.empty(|first, mask| into.insert_mask(first, mask))
     }

@@ -1,5 +1,5 @@
-//! All rings of a machine: who takes entries, when the kernel protects their pages again, and where the pages
-//! wait until they are reported. The kernel is behind a trait.
+//! All rings of a machine: who takes entries, when the kernel protects their pages again, and where
+//! the pages wait until they are reported. The kernel is behind a trait.
 //!
 //! ```text
 //!   serve_full   own ring: lock, take -> pending, unlock, reset          a vCPU's thread
@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Without any entry freed, though entries were taken. A reset has no reason to wait; the thread may be
-/// without a processor for a while.
+/// Without any entry freed, though entries were taken. A reset has no reason to wait; the thread
+/// may be without a processor for a while.
 const RESET_STALL_MAX: Duration = Duration::from_secs(5);
 
 /// Times in a row that a vCPU may say that its ring is full when it is empty. Once is normal: the
@@ -30,8 +30,8 @@ const EMPTY_SERVES_MAX: u32 = 16;
 
 /// The kernel's part in it.
 pub trait ResetRings {
-    /// Protects again the pages of all entries that were taken, in all rings, and frees these. Returns how many:
-    /// fewer than there are if a signal is pending.
+    /// Protects again the pages of all entries that were taken, in all rings, and frees these.
+    /// Returns how many: fewer than there are if a signal is pending.
     fn reset(&self) -> io::Result<u64>;
 }
 
@@ -42,8 +42,8 @@ pub struct Rings<M, K> {
     table: SlotTable,
     rings: Vec<VcpuRing<M>>,
     pending: PendingPages,
-    /// One reset at a time: the kernel flushes the processors' address caches after it has let go of its own
-    /// lock, so a second reset could return before the first has taken effect.
+    /// One reset at a time: the kernel flushes the processors' address caches after it has let go
+    /// of its own lock, so a second reset could return before the first has taken effect.
     resetting: Mutex<()>,
     /// What the next sync must report instead of pages; the first such thing.
     fault: Mutex<Option<String>>,
@@ -75,8 +75,9 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
         }
     }
 
-    /// Empties the ring of a vCPU that has stopped because it is full; its own thread calls this. The other
-    /// vCPUs run on. An entry that makes no sense is told by the next sync: the guest is not to blame for it.
+    /// Empties the ring of a vCPU that has stopped because it is full; its own thread calls this.
+    /// The other vCPUs run on. An entry that makes no sense is told by the next sync: the guest is
+    /// not to blame for it.
     ///
     /// # Errors
     /// [`Error::Guest`] if there is no such vCPU, or the kernel goes on about a ring that is empty.
@@ -115,8 +116,8 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
         Ok(())
     }
 
-    /// Adds every page that is in a ring, or was taken out of one since the last call, to `into`, all
-    /// protected again. Returns how many. The caller has had every vCPU leave the guest.
+    /// Adds every page that is in a ring, or was taken out of one since the last call, to `into`,
+    /// all protected again. Returns how many. The caller has had every vCPU leave the guest.
     ///
     /// # Errors
     /// [`Error::Guest`] if an entry made no sense, or a reset did not do its work. It stays so until [`Self::discard`].
@@ -169,8 +170,9 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
         taken.entries
     }
 
-    /// Has the kernel reset until all that was taken is free. That an entry is free does not say that its page
-    /// is protected, only that a reset has come to it: so nothing is looked at but between two resets.
+    /// Has the kernel reset until all that was taken is free. That an entry is free does not say
+    /// that its page is protected, only that a reset has come to it: so nothing is looked at but
+    /// between two resets.
     fn reset_until(&self, done: impl Fn() -> bool) -> Result<()> {
         let _resetting = held(&self.resetting);
         let mut progress = Instant::now();
@@ -182,8 +184,9 @@ impl<M: Deref<Target = [Entry]>, K: ResetRings> Rings<M, K> {
             if done() {
                 break;
             }
-            // Since Linux 6.16 it stops when the thread is wanted (a debugger, a freezer: signals are blocked), after
-            // it has freed entries whose pages it has yet to protect. Which ones is not told.
+            // Since Linux 6.16 it stops when the thread is wanted (a debugger, a freezer: signals
+            // are blocked), after it has freed entries whose pages it has yet to protect. Which
+            // ones is not told.
             self.fail(
                 "the kernel was interrupted while it protected dirty pages again, and may have left some out (was a \
                  debugger attached, or the process frozen?): migrate again"

@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Two slots whose numbers are not in the order of their pages, and of which none begins with a word.
+/// Two slots whose numbers are not in the order of their pages, and of which none begins with a
+/// word.
 const SLOTS: [(u32, u64, u64); 2] = [(7, 10, 100), (2, 130, 300)];
 const PAGES: u64 = 430;
 
@@ -83,7 +84,11 @@ impl Kernel {
     }
 
     fn rings(self: &Arc<Self>) -> Rings<Memory, Shared> {
-        Rings::new(Shared(Arc::clone(self)), table(), self.rings.iter().map(|(memory, _)| memory.clone()))
+        Rings::new(
+            Shared(Arc::clone(self)),
+            table(),
+            self.rings.iter().map(|(memory, _)| memory.clone()),
+        )
     }
 
     /// A vCPU writes the `nth` page. False if its ring is full, and it has to stop before that.
@@ -124,7 +129,9 @@ impl ResetRings for Shared {
         for (memory, filled) in &self.0.rings {
             let mut filled = filled.lock().expect("lock");
             while filled.freed < filled.filled && freed < most {
-                let Some(place) = memory[filled.freed as usize % memory.len()].free() else { break };
+                let Some(place) = memory[filled.freed as usize % memory.len()].free() else {
+                    break;
+                };
                 protect.push(place);
                 filled.freed += 1;
                 freed += 1;
@@ -142,7 +149,8 @@ impl ResetRings for Shared {
                 self.0.protected[(nth / 64) as usize].fetch_or(1 << (nth % 64), Ordering::SeqCst);
             }
         }
-        // And the addresses that vCPUs have cached are flushed last: whoever writes now has written then.
+        // And the addresses that vCPUs have cached are flushed last: whoever writes now has written
+        // then.
         self.0.rings.iter().for_each(|(_, filled)| drop(filled.lock().expect("lock")));
         Ok(freed)
     }
@@ -267,7 +275,10 @@ fn an_entry_of_no_slot_of_ours_fails_the_sync_and_not_the_vcpu() {
         kernel.fill_raw(0, slot, offset);
         rings.serve_full(0).expect("the vCPU runs on");
         let error = rings.sync(&mut DirtyBitmap::new(PAGES)).expect_err("no such page");
-        assert!(matches!(&error, Error::Guest(text) if text.contains(&format!("slot {slot:#x}"))), "{error}");
+        assert!(
+            matches!(&error, Error::Guest(text) if text.contains(&format!("slot {slot:#x}"))),
+            "{error}"
+        );
     }
 }
 
@@ -307,7 +318,9 @@ fn no_write_is_lost_while_vcpus_and_the_migration_sync_at_once() {
                     random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     // Each has pages of its own, so that a page's last value is known.
                     let nth = (random >> 33) % (FOLLOWED / 2) * 2 + vcpu as u64;
-                    while !kernel.store(vcpu, nth, || memory[nth as usize].store(count, Ordering::SeqCst)) {
+                    while !kernel
+                        .store(vcpu, nth, || memory[nth as usize].store(count, Ordering::SeqCst))
+                    {
                         rings.serve_full(vcpu).expect("served");
                     }
                 }

@@ -1,5 +1,6 @@
-//! The memory cgroups above this process, and what they still take (Linux, Documentation/admin-guide/cgroup-v2.rst
-//! and cgroup-v1/memory.rst). What the receiver's threads touch first is charged to them.
+//! The memory cgroups above this process, and what they still take (Linux,
+//! Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst). What the receiver's threads
+//! touch first is charged to them.
 
 use super::Bound;
 use std::fs::read_to_string;
@@ -8,8 +9,8 @@ use std::path::{Path, PathBuf};
 /// The names of a version's files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Version {
-    /// The first is refused beyond; beyond the second, whoever allocates is held up until memory is given back, which a
-    /// guest's is not.
+    /// The first is refused beyond; beyond the second, whoever allocates is held up until memory is
+    /// given back, which a guest's is not.
     limits: &'static [&'static str],
     used: &'static str,
     /// Lines of `memory.stat`: file pages, which the kernel takes back before it refuses anything.
@@ -46,12 +47,17 @@ fn directories(cgroups: &str, mounts: &str) -> Vec<(PathBuf, Version)> {
             v1 if v1.split(',').any(|controller| controller == "memory") => V1,
             _ => continue,
         };
-        let Some((root, point)) = mounts.lines().find_map(|line| mount(line, version)) else { continue };
+        let Some((root, point)) = mounts.lines().find_map(|line| mount(line, version)) else {
+            continue;
+        };
         // A path outside of what is mounted cannot be looked at.
         let Ok(inner) = Path::new(path).strip_prefix(root) else { continue };
         let inner = point.join(inner);
         found.extend(
-            inner.ancestors().take_while(|at| at.starts_with(&point)).map(|at| (at.to_owned(), version)),
+            inner
+                .ancestors()
+                .take_while(|at| at.starts_with(&point))
+                .map(|at| (at.to_owned(), version)),
         );
     }
     found
@@ -99,13 +105,19 @@ mod tests {
                       31 1 0:26 / /sys/fs/cgroup/cpuset rw - cgroup cgroup rw,cpuset\n\
                       32 1 0:27 / /sys/fs/cgroup/unified rw shared:4 - cgroup2 none rw,nsdelegate\n";
         let paths = |cgroups, mounts| -> Vec<String> {
-            directories(cgroups, mounts).iter().map(|(path, _)| path.display().to_string()).collect()
+            directories(cgroups, mounts)
+                .iter()
+                .map(|(path, _)| path.display().to_string())
+                .collect()
         };
         assert_eq!(
             paths(v1, mounts),
             ["/sys/fs/cgroup/memory/a/b", "/sys/fs/cgroup/memory/a", "/sys/fs/cgroup/memory"]
         );
-        assert_eq!(paths("0::/vm\n", mounts), ["/sys/fs/cgroup/unified/vm", "/sys/fs/cgroup/unified"]);
+        assert_eq!(
+            paths("0::/vm\n", mounts),
+            ["/sys/fs/cgroup/unified/vm", "/sys/fs/cgroup/unified"]
+        );
         // In a container, whose mount begins at its own cgroup.
         let inside = "30 1 0:25 /docker/1 /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
         assert_eq!(
@@ -119,7 +131,8 @@ mod tests {
     #[test]
     fn file_pages_count_as_room_and_no_limit_is_none() {
         let directory = tempfile::tempdir().unwrap();
-        let write = |file: &str, text: &str| std::fs::write(directory.path().join(file), text).unwrap();
+        let write =
+            |file: &str, text: &str| std::fs::write(directory.path().join(file), text).unwrap();
         write("memory.max", "max\n");
         write("memory.current", "1000\n");
         write("memory.stat", "anon 10\ninactive_file 300\nactive_file 200\nactive_file_x 9\n");

@@ -1,4 +1,5 @@
-//! Whether this host has room for what a guest's memory will take here, asked before it is accepted.
+//! Whether this host has room for what a guest's memory will take here, asked before it is
+//! accepted.
 //!
 //! ```text
 //!   this host                     MemAvailable
@@ -7,7 +8,8 @@
 //!   every memory cgroup above     its limit, less what is in use, and file pages that it would give back
 //! ```
 //!
-//! Swap is not counted: a guest that lies in it is paused. What the guest has here already takes nothing more.
+//! Swap is not counted: a guest that lies in it is paused. What the guest has here already takes
+//! nothing more.
 
 mod cgroup;
 
@@ -43,8 +45,8 @@ struct Needs {
     pools: BTreeMap<u64, u64>,
 }
 
-/// Fails if these pages do not fit. `set_aside` says that huge pages were reserved when QEMU started, or it would not
-/// have started.
+/// Fails if these pages do not fit. `set_aside` says that huge pages were reserved when QEMU
+/// started, or it would not have started.
 ///
 /// # Errors
 /// [`Error::Refused`] with what is too small, by how much, and the fix.
@@ -65,8 +67,9 @@ pub(crate) fn check(memory: &GuestMemory, touched: &[PageRun], set_aside: bool) 
     )))
 }
 
-/// Fails if a pool does not have all of the huge pages of this memory. To be asked before it is looked through: where the
-/// kernel does not tell the holes of huge pages, all of it is allocated then.
+/// Fails if a pool does not have all of the huge pages of this memory. To be asked before it is
+/// looked through: where the kernel does not tell the holes of huge pages, all of it is allocated
+/// then.
 pub fn check_huge_pages(memory: &GuestMemory, set_aside: bool) -> Result<()> {
     let huge = memory.slots().iter().filter(|slot| slot.backing_page_bytes != PAGE_BYTES);
     check(memory, &huge.map(MemorySlot::run).collect::<Vec<_>>(), set_aside)
@@ -94,10 +97,12 @@ fn needs_beside(memory: &GuestMemory, touched: &[PageRun], set_aside: bool) -> R
     Ok(needs)
 }
 
-/// Bytes that the file of a slot has been given: of huge pages, how many there are is all that is told.
+/// Bytes that the file of a slot has been given: of huge pages, how many there are is all that is
+/// told.
 fn allocated(slot: &MemorySlot) -> Result<u64> {
     let file = slot.file()?;
-    let stat = fstat(&file).map_err(|e| Error::os(format!("looking at the memory of {}", slot.name), e))?;
+    let stat = fstat(&file)
+        .map_err(|e| Error::os(format!("looking at the memory of {}", slot.name), e))?;
     // In units of 512 bytes, says stat(2).
     Ok(u64::try_from(stat.st_blocks).unwrap_or(0).saturating_mul(512))
 }
@@ -135,7 +140,9 @@ fn whole_pages(parts: &[std::ops::Range<usize>], page: u64) -> u64 {
 /// The first bound that these needs exceed, and what is needed of it.
 fn short(memory: &GuestMemory, needs: &Needs) -> Result<Option<(Bound, u64)>> {
     for (index, bytes) in needs.file_systems.values() {
-        if let Some(bound) = file_system(&memory.slots()[*index])?.filter(|bound| bound.available < *bytes) {
+        if let Some(bound) =
+            file_system(&memory.slots()[*index])?.filter(|bound| bound.available < *bytes)
+        {
             return Ok(Some((bound, *bytes)));
         }
     }
@@ -168,7 +175,8 @@ fn host() -> Option<Bound> {
 /// The file system behind a slot, if it has a size of its own.
 fn file_system(slot: &MemorySlot) -> Result<Option<Bound>> {
     let file = slot.file()?;
-    let stat = fstatfs(&file).map_err(|e| Error::os(format!("looking at the memory of {}", slot.name), e))?;
+    let stat = fstatfs(&file)
+        .map_err(|e| Error::os(format!("looking at the memory of {}", slot.name), e))?;
     // Without a size, tmpfs says 0 blocks; hugetlbfs 0, or -1 where it only sets some aside.
     if stat.f_blocks == 0 || stat.f_blocks == u64::MAX {
         return Ok(None);
@@ -177,7 +185,8 @@ fn file_system(slot: &MemorySlot) -> Result<Option<Bound>> {
     let path = path.map_or_else(|_| slot.name.clone(), |path| path.display().to_string());
     Ok(Some(Bound {
         what: format!("the file system of {path}"),
-        fix: "make it larger (mount -o remount,size=...), or give the guest a mem-path elsewhere".into(),
+        fix: "make it larger (mount -o remount,size=...), or give the guest a mem-path elsewhere"
+            .into(),
         available: stat.f_bavail.saturating_mul(u64::try_from(stat.f_bsize).unwrap_or(0)),
     }))
 }
@@ -188,7 +197,8 @@ fn pool(page_bytes: u64) -> Option<Bound> {
     pool_at(Path::new(&directory), page_bytes)
 }
 
-/// The same, described by the files of this directory (Linux, Documentation/admin-guide/mm/hugetlbpage.rst).
+/// The same, described by the files of this directory (Linux,
+/// Documentation/admin-guide/mm/hugetlbpage.rst).
 fn pool_at(directory: &Path, page_bytes: u64) -> Option<Bound> {
     let count = |file: &str| -> Option<u64> {
         std::fs::read_to_string(directory.join(file)).ok()?.trim().parse().ok()
@@ -228,14 +238,18 @@ mod tests {
         assert_eq!(whole_pages(&[], huge), 0);
         let page = PAGE_BYTES as usize;
         assert_eq!(whole_pages(&[0..page, 9 * page..10 * page], huge), huge);
-        assert_eq!(whole_pages(&[0..page, 511 * page..513 * page, 600 * page..601 * page], huge), 2 * huge);
+        assert_eq!(
+            whole_pages(&[0..page, 511 * page..513 * page, 600 * page..601 * page], huge),
+            2 * huge
+        );
         assert_eq!(whole_pages(&[0..page, 9 * page..10 * page], PAGE_BYTES), 2 * PAGE_BYTES);
     }
 
     #[test]
     fn huge_pages_need_their_pool_unless_they_were_set_aside() {
         let memory =
-            GuestMemory::map(vec![slot(16, PAGE_BYTES), slot(1024, 2 << 20)], Access::Write).unwrap();
+            GuestMemory::map(vec![slot(16, PAGE_BYTES), slot(1024, 2 << 20)], Access::Write)
+                .unwrap();
         let runs = [PageRun::between(0, 3), PageRun::between(16, 17)];
         let open = needs(&memory, &runs, false);
         assert_eq!((open.small, open.pools.get(&(2 << 20))), (3 * PAGE_BYTES, Some(&(2 << 20))));

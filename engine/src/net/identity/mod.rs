@@ -1,16 +1,17 @@
-//! Who is at the other end of a connection within this host. Loopback is reached by every user of the host,
-//! so an address alone says nothing: whoever connects there could fill a receiver with a guest of its own,
-//! and whoever listens there first would be given a guest.
+//! Who is at the other end of a connection within this host. Loopback is reached by every user of
+//! the host, so an address alone says nothing: whoever connects there could fill a receiver with a
+//! guest of its own, and whoever listens there first would be given a guest.
 //!
-//! A peer is trusted if it is root or the user of this process. For TCP over loopback the kernel is asked
-//! whose the peer's socket is (`sock_diag(7)`), for a local socket it says so itself (`SO_PEERCRED`,
-//! unix(7)). Nothing is known of a peer on another host.
+//! A peer is trusted if it is root or the user of this process. For TCP over loopback the kernel is
+//! asked whose the peer's socket is (`sock_diag(7)`), for a local socket it says so itself
+//! (`SO_PEERCRED`, unix(7)). Nothing is known of a peer on another host.
 
 mod proc_net;
 
 use crate::error::{Error, Result};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
+    sockopt,
 };
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
@@ -26,8 +27,8 @@ const OVERFLOW_UID: u32 = 65534;
 #[derive(Debug, Clone, Copy)]
 struct Trust {
     own: u32,
-    /// The number under which this process is shown users that its user namespace has no number for; none where
-    /// it has one for all (user_namespaces(7)).
+    /// The number under which this process is shown users that its user namespace has no number
+    /// for; none where it has one for all (user_namespaces(7)).
     unmapped: Option<u32>,
 }
 
@@ -71,7 +72,8 @@ pub(super) fn check(uid: u32) -> Result<()> {
     Trust::of_this_process().check(uid)
 }
 
-/// Fails unless who is at the other end of this local socket is trusted: who connected it, or who listens.
+/// Fails unless who is at the other end of this local socket is trusted: who connected it, or who
+/// listens.
 pub(super) fn check_local(socket: impl AsFd) -> Result<()> {
     let peer = sockopt::socket_peercred(socket)
         .map_err(|e| Error::os("asking who is at the other end of a local socket", e))?;
@@ -90,8 +92,8 @@ pub(super) fn check_tcp(local: SocketAddr, peer: SocketAddr) -> Result<()> {
 fn owner_of_peer(local: SocketAddr, peer: SocketAddr) -> Result<u32> {
     owner(local, peer, |at, to| match ask(at, to) {
         Ok(Some(found)) => Ok(Some(found)),
-        // Without `tcp_diag` the kernel knows no socket at all, not even ours. The list is long where many
-        // come and go, so it is asked only then.
+        // Without `tcp_diag` the kernel knows no socket at all, not even ours. The list is long
+        // where many come and go, so it is asked only then.
         Ok(None) if matches!(ask(local, peer), Ok(Some(_))) => Ok(None),
         Ok(None) | Err(_) => proc_net::ask(at, to),
     })
@@ -114,7 +116,8 @@ fn owner(
     if found.held {
         return Ok(found.uid);
     }
-    // Nobody has accepted it yet, and until then it is whose listener it came to; if that is gone, so is this.
+    // Nobody has accepted it yet, and until then it is whose listener it came to; if that is gone,
+    // so is this.
     let nowhere = SocketAddr::new(if peer.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() }, 0);
     match ask(peer, nowhere)? {
         Some(listener) if listener.held && listener.listens => Ok(listener.uid),
@@ -176,7 +179,8 @@ fn ask(at: SocketAddr, to: SocketAddr) -> io::Result<Option<Found>> {
 
 fn request(at: SocketAddr, to: SocketAddr) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
-    let mut put = |offset: usize, field: &[u8]| bytes[offset..][..field.len()].copy_from_slice(field);
+    let mut put =
+        |offset: usize, field: &[u8]| bytes[offset..][..field.len()].copy_from_slice(field);
     put(0, &(REQUEST_BYTES as u32).to_ne_bytes());
     put(4, &SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     put(6, &NLM_F_REQUEST.to_ne_bytes());
@@ -267,10 +271,15 @@ mod tests {
 
     #[test]
     fn another_user_that_connects_is_refused() {
-        for (at, through) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")] {
+        for (at, through) in
+            [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")]
+        {
             let listener = TcpListener::bind(at).unwrap();
-            let to = SocketAddr::new(through.parse().unwrap(), listener.local_addr().unwrap().port());
-            let Some(_theirs) = as_stranger(move || TcpStream::connect(to).unwrap()) else { return };
+            let to =
+                SocketAddr::new(through.parse().unwrap(), listener.local_addr().unwrap().port());
+            let Some(_theirs) = as_stranger(move || TcpStream::connect(to).unwrap()) else {
+                return;
+            };
             let accepted = listener.accept().unwrap().0;
             let (local, peer) = ends(&accepted);
             assert!(refused(check_tcp(local, peer)), "{at}");
@@ -301,10 +310,12 @@ mod tests {
         assert!(check_tcp(local, peer).is_err());
     }
 
-    /// As where a rule of the firewall leads a connection elsewhere: it stands here, and has no other end.
+    /// As where a rule of the firewall leads a connection elsewhere: it stands here, and has no
+    /// other end.
     #[test]
     fn a_peer_in_another_network_namespace_is_refused_with_a_way_out() {
-        let [local, peer] = ["127.0.0.1:7600", "127.0.0.1:50000"].map(|at| at.parse::<SocketAddr>().unwrap());
+        let [local, peer] =
+            ["127.0.0.1:7600", "127.0.0.1:50000"].map(|at| at.parse::<SocketAddr>().unwrap());
         let only_ours = |established| {
             move |at: SocketAddr, _| {
                 let ours = Found { uid: 1000, held: true, listens: false, established };

@@ -1,5 +1,6 @@
-//! The same question asked of `/proc/net/tcp` and `tcp6`, for kernels without `tcp_diag`: it lists every socket
-//! of this network namespace, so it is slower, and it knows the same (proc_net_tcp in the kernel's documentation).
+//! The same question asked of `/proc/net/tcp` and `tcp6`, for kernels without `tcp_diag`: it lists
+//! every socket of this network namespace, so it is slower, and it knows the same (proc_net_tcp in
+//! the kernel's documentation).
 
 use super::Found;
 use std::io;
@@ -19,12 +20,15 @@ pub(super) fn ask(at: SocketAddr, to: SocketAddr) -> io::Result<Option<Found>> {
 
 fn find(text: &str, at: SocketAddr, to: SocketAddr) -> Option<Found> {
     let lines = || text.lines().filter_map(Line::parse);
-    let same =
-        |a: SocketAddr, b: SocketAddr| (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port());
-    let connected = lines().find(|line| !line.found.listens && same(line.at, at) && same(line.to, to));
+    let same = |a: SocketAddr, b: SocketAddr| {
+        (a.ip().to_canonical(), a.port()) == (b.ip().to_canonical(), b.port())
+    };
+    let connected =
+        lines().find(|line| !line.found.listens && same(line.at, at) && same(line.to, to));
     let exact = || lines().find(|line| line.found.listens && same(line.at, at));
-    let anywhere =
-        |line: &Line| line.found.listens && line.at.port() == at.port() && line.at.ip().is_unspecified();
+    let anywhere = |line: &Line| {
+        line.found.listens && line.at.port() == at.port() && line.at.ip().is_unspecified()
+    };
     connected.or_else(exact).or_else(|| lines().find(anywhere)).map(|line| line.found)
 }
 
@@ -71,20 +75,36 @@ mod tests {
 
     #[test]
     fn it_says_what_sock_diag_says() {
-        for (at, through) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")] {
+        for (at, through) in
+            [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1"), ("[::]:0", "127.0.0.1")]
+        {
             let listener = TcpListener::bind(at).unwrap();
-            let to = SocketAddr::new(through.parse().unwrap(), listener.local_addr().unwrap().port());
-            let nowhere = SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() }, 0);
+            let to =
+                SocketAddr::new(through.parse().unwrap(), listener.local_addr().unwrap().port());
+            let nowhere =
+                SocketAddr::new(if to.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() }, 0);
             let here = TcpStream::connect(to).unwrap();
             let local = here.local_addr().unwrap();
             let both = |at, to| (ask(at, to).unwrap(), super::super::ask(at, to).unwrap());
             let (listed, found) = both(to, local);
-            assert_eq!((listed, found.map(|found| found.held)), (found, Some(false)), "not accepted: {at}");
+            assert_eq!(
+                (listed, found.map(|found| found.held)),
+                (found, Some(false)),
+                "not accepted: {at}"
+            );
             let (listed, found) = both(to, nowhere);
-            assert_eq!((listed, found.map(|found| found.listens)), (found, Some(true)), "listens: {at}");
+            assert_eq!(
+                (listed, found.map(|found| found.listens)),
+                (found, Some(true)),
+                "listens: {at}"
+            );
             let _accepted = listener.accept().unwrap();
             let (listed, found) = both(to, local);
-            assert_eq!((listed, found.map(|found| found.held)), (found, Some(true)), "accepted: {at}");
+            assert_eq!(
+                (listed, found.map(|found| found.held)),
+                (found, Some(true)),
+                "accepted: {at}"
+            );
         }
     }
 

@@ -35,7 +35,8 @@ impl Pump<'_> {
         self.last_completion = clock::now();
         loop {
             self.poll(watch)?;
-            let reached = self.completions.iter().any(|c| matches!(c, Completion::Fence(t) if *t >= tag));
+            let reached =
+                self.completions.iter().any(|c| matches!(c, Completion::Fence(t) if *t >= tag));
             if reached {
                 if self.fenced && tag.0 == self.last_tag && !self.unfenced.is_empty() {
                     self.unfenced = DirtyBitmap::new(self.memory.pages());
@@ -68,13 +69,16 @@ impl Pump<'_> {
         if count > 0 {
             self.last_completion = clock::now();
             self.in_flight -=
-                self.completions.iter().filter(|c| matches!(c, Completion::Write(_))).count() as u64;
+                self.completions.iter().filter(|c| matches!(c, Completion::Write(_))).count()
+                    as u64;
             return Ok(());
         }
         watch()?;
         if clock::elapsed(self.last_completion) > STALL_MAX {
             tracing::warn!("{} writes are under way, none was completed", self.in_flight);
-            return Err(pageferry_transport::Error::Timeout { what: "the peer to take data" }.into());
+            return Err(
+                pageferry_transport::Error::Timeout { what: "the peer to take data" }.into()
+            );
         }
         Ok(())
     }
@@ -91,7 +95,8 @@ impl Pump<'_> {
                 self.last_fence_received = self.completions.contains(&last);
                 Ok(())
             }
-            // The peer ends them as soon as it has the fence, perhaps before all of it was told here.
+            // The peer ends them as soon as it has the fence, perhaps before all of it was told
+            // here.
             Err(pageferry_transport::Error::Closed { .. }) => {
                 self.last_fence_received = true;
                 Ok(())

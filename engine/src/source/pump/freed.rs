@@ -22,7 +22,8 @@ impl Pump<'_> {
         }
     }
 
-    /// How long looking for what the guest gave back takes: what [`Self::push_freed`] costs where there is none.
+    /// How long looking for what the guest gave back takes: what [`Self::push_freed`] costs where
+    /// there is none.
     pub fn time_a_look_for_holes(&self) -> Result<Duration> {
         let begun = Instant::now();
         if let Some(witness) = &self.witness {
@@ -31,10 +32,11 @@ impl Pump<'_> {
         Ok(begun.elapsed())
     }
 
-    /// Deals with memory that was taken away from the guest (by a balloon) after it was sent. Taking it away is no write,
-    /// so no dirty source reports it. What is a hole now has zeros written over it, and need not be read any more if it is
-    /// dirty. What may have been one and is there again becomes dirty. To be called ahead of [`Self::push`]; returns how
-    /// many pages of zeros were posted. Without a witness, none.
+    /// Deals with memory that was taken away from the guest (by a balloon) after it was sent.
+    /// Taking it away is no write, so no dirty source reports it. What is a hole now has zeros
+    /// written over it, and need not be read any more if it is dirty. What may have been one and is
+    /// there again becomes dirty. To be called ahead of [`Self::push`]; returns how many pages of
+    /// zeros were posted. Without a witness, none.
     pub fn push_freed(
         &mut self,
         dirty: &mut DirtyBitmap,
@@ -49,8 +51,8 @@ impl Pump<'_> {
         self.witness = Some(witness);
         let Freed { mut holes, mut back, .. } = freed;
         holes.runs(u64::MAX).for_each(|run| dirty.remove(run));
-        // What was posted since the last fence was posted in the downtime, when nothing is taken away any more. A lane may
-        // only not have read it yet.
+        // What was posted since the last fence was posted in the downtime, when nothing is taken
+        // away any more. A lane may only not have read it yet.
         self.unfenced.runs(u64::MAX).for_each(|run| back.remove(run));
         back.runs(u64::MAX).for_each(|run| dirty.insert(run));
         // Never sent: zeros at both ends.

@@ -23,8 +23,9 @@ use pageferry_transport::{Completion, Initiator, MemoryRegion, RemoteRegion};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Work requests handed to the link in one call, and their bytes: enough that the call costs nothing a
-/// page, few enough that cancelling, pacing and the peer's words are looked at every few MiB.
+/// Work requests handed to the link in one call, and their bytes: enough that the call costs
+/// nothing a page, few enough that cancelling, pacing and the peer's words are looked at every few
+/// MiB.
 const BATCH: usize = 256;
 
 const BATCH_BYTES_MAX: u64 = 8 << 20;
@@ -32,7 +33,8 @@ const BATCH_BYTES_MAX: u64 = 8 << 20;
 /// Pages looked at for one batch: zeros are passed over at memory speed, but not unwatched.
 const BATCH_SCAN_PAGES: u64 = 1 << 15;
 
-/// Where only one page in so many has to be sent, the link waits for the look and not the other way round.
+/// Where only one page in so many has to be sent, the link waits for the look and not the other way
+/// round.
 const LOOKED_AT_FOR_ONE_SENT: u64 = 8;
 
 /// How long one wait lasts before the watch is asked again.
@@ -50,7 +52,8 @@ pub struct Pump<'a> {
     pub(super) state: (Arc<MemoryRegion>, RemoteRegion),
     /// Every page that was ever pushed.
     pub(super) sent: DirtyBitmap,
-    /// Pages posted since the last fence that was received: none of them may be posted again before one is.
+    /// Pages posted since the last fence that was received: none of them may be posted again before
+    /// one is.
     pub(super) unfenced: DirtyBitmap,
     /// Whether everything posted lies before the last fence.
     pub(super) fenced: bool,
@@ -92,7 +95,11 @@ impl<'a> Pump<'a> {
             staging: None,
             witness: None,
             registrations_before: None,
-            pace: bytes_per_second_max.map(|max| Pace { bytes_per_second_max: max, since: now, bytes: 0 }),
+            pace: bytes_per_second_max.map(|max| Pace {
+                bytes_per_second_max: max,
+                since: now,
+                bytes: 0,
+            }),
             in_flight: 0,
             next_id: 0,
             last_tag: 0,
@@ -134,15 +141,15 @@ impl<'a> Pump<'a> {
         Self { witness, ..self }
     }
 
-    /// From now on the guest is paused: nobody wants a longer downtime for the sake of bandwidth, and nothing is
-    /// registered any more if there is another way.
+    /// From now on the guest is paused: nobody wants a longer downtime for the sake of bandwidth,
+    /// and nothing is registered any more if there is another way.
     pub fn guest_paused(&mut self) {
         self.pace = None;
         self.registrations_before = Some(self.link.registrations());
     }
 
-    /// Registrations since the guest is paused: of a device state that is far larger than expected, and of
-    /// memory for which the staging region had no room.
+    /// Registrations since the guest is paused: of a device state that is far larger than expected,
+    /// and of memory for which the staging region had no room.
     #[must_use]
     pub fn registrations_since(&self) -> u64 {
         self.registrations_before.map_or(0, |before| self.link.registrations() - before)
@@ -154,9 +161,9 @@ impl<'a> Pump<'a> {
         self.staging.as_ref().map(Staging::staged).unwrap_or_default()
     }
 
-    /// Posts every page of `dirty` and takes it out, but for pages that were never sent and are zero: the
-    /// destination's memory begins as zeros. Returns the number of pages posted. `done` is told of pages
-    /// as they are dealt with.
+    /// Posts every page of `dirty` and takes it out, but for pages that were never sent and are
+    /// zero: the destination's memory begins as zeros. Returns the number of pages posted. `done`
+    /// is told of pages as they are dealt with.
     pub fn push(
         &mut self,
         dirty: &mut DirtyBitmap,
@@ -187,7 +194,10 @@ impl<'a> Pump<'a> {
                         self.sent.insert(piece.run);
                         // What is left of it, if not all went to the staging region.
                         if let Some(rest) = self.staged_first(piece, watch)? {
-                            debug_assert!(!self.overlaps(rest.run), "no page twice between two fences");
+                            debug_assert!(
+                                !self.overlaps(rest.run),
+                                "no page twice between two fences"
+                            );
                             self.put(rest, &mut batch, len)?;
                             len += 1;
                             self.unfenced.insert(rest.run);
@@ -213,7 +223,8 @@ impl<'a> Pump<'a> {
         Ok(pages)
     }
 
-    /// Has everything that was posted before received by the peer, if one of these pages was among it.
+    /// Has everything that was posted before received by the peer, if one of these pages was among
+    /// it.
     fn separate(&mut self, pages: &DirtyBitmap, watch: &mut Watch<'_>) -> Result<()> {
         if self.unfenced.intersects(pages) {
             let tag = self.fence()?;

@@ -31,7 +31,8 @@ impl Pump<'_> {
     pub(super) fn keep_pace(&mut self, bytes: u64, watch: &mut Watch<'_>) -> Result<()> {
         let Some(pace) = &mut self.pace else { return Ok(()) };
         pace.bytes += bytes;
-        let due = pace.since + Duration::from_secs_f64(pace.bytes as f64 / pace.bytes_per_second_max as f64);
+        let due = pace.since
+            + Duration::from_secs_f64(pace.bytes as f64 / pace.bytes_per_second_max as f64);
         loop {
             let left = due.saturating_duration_since(clock::now());
             if left.is_zero() {

@@ -1,10 +1,13 @@
-//! Parts of a run that one work request can carry: within one slot and one stripe, and not all zeros.
+//! Parts of a run that one work request can carry: within one slot and one stripe, and not all
+//! zeros.
 
 use super::Pump;
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::{PAGE_BYTES, PageRun};
-use pageferry_transport::{MemoryRegion, RemoteAddr, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest};
+use pageferry_transport::{
+    MemoryRegion, RemoteAddr, RemoteRegion, STRIPE_BYTES, WorkId, WorkRequest,
+};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,7 +32,8 @@ impl Pump<'_> {
     /// The first run of a piece that must be sent: not (never sent, and zero).
     #[inline]
     pub(super) fn without_zeros(&self, piece: Piece) -> Result<Option<Piece>> {
-        let needless = |page: u64| Ok::<_, Error>(!self.sent.contains(page) && self.memory.is_zero(page)?);
+        let needless =
+            |page: u64| Ok::<_, Error>(!self.sent.contains(page) && self.memory.is_zero(page)?);
         let (mut first, last) = (piece.run.first.0, piece.run.end());
         while first < last && needless(first)? {
             first += 1;
@@ -62,8 +66,8 @@ impl Pump<'_> {
         Ok(writes)
     }
 
-    /// The first run of dirty pages at or after `at` that one work request can carry: within one slot
-    /// and one stripe of the remote address.
+    /// The first run of dirty pages at or after `at` that one work request can carry: within one
+    /// slot and one stripe of the remote address.
     #[inline]
     pub(super) fn next_piece(&self, dirty: &DirtyBitmap, at: u64) -> Option<Piece> {
         Some(self.first_piece(dirty.next_run(at, STRIPE_BYTES / PAGE_BYTES)?))
@@ -85,14 +89,25 @@ impl Pump<'_> {
     pub(super) fn request(&mut self, Piece { run, slot, offset }: Piece) -> Result<WorkRequest> {
         let remote = self.slots[slot];
         let id = self.id();
-        let local = self.memory.slots()[slot].region().slice(offset as usize, run.bytes() as usize)?;
-        Ok(WorkRequest { id, local, remote: RemoteAddr { key: remote.key, addr: remote.base + offset } })
+        let local =
+            self.memory.slots()[slot].region().slice(offset as usize, run.bytes() as usize)?;
+        Ok(WorkRequest {
+            id,
+            local,
+            remote: RemoteAddr { key: remote.key, addr: remote.base + offset },
+        })
     }
 
-    /// Puts the request for a piece at this place of a batch. The one that an earlier batch left there is made over,
-    /// because counting references to a mapping up and down costs a page a fifth of its time.
+    /// Puts the request for a piece at this place of a batch. The one that an earlier batch left
+    /// there is made over, because counting references to a mapping up and down costs a page a
+    /// fifth of its time.
     #[inline]
-    pub(super) fn put(&mut self, piece: Piece, batch: &mut Vec<WorkRequest>, at: usize) -> Result<()> {
+    pub(super) fn put(
+        &mut self,
+        piece: Piece,
+        batch: &mut Vec<WorkRequest>,
+        at: usize,
+    ) -> Result<()> {
         let Piece { run, slot, offset } = piece;
         match batch.get_mut(at) {
             Some(old) if Arc::ptr_eq(old.local.region(), self.memory.slots()[slot].region()) => {

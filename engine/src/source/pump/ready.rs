@@ -11,13 +11,15 @@ use crate::watch::Watch;
 use std::sync::Arc;
 
 impl Pump<'_> {
-    /// Has the memory that the downtime will need registered at both ends: so much of the device state, and the
-    /// staging region. True if it is.
+    /// Has the memory that the downtime will need registered at both ends: so much of the device
+    /// state, and the staging region. True if it is.
     pub fn expect_downtime(&mut self, state_bytes: usize) -> Result<bool> {
         let (local, remote) = (Arc::clone(&self.state.0), self.state.1);
         let mut writes = self.writes(&local, remote, 0..state_bytes.min(local.len()))?;
-        if let Some((local, remote)) =
-            self.staging.as_ref().map(|staging| (Arc::clone(staging.regions().0), staging.regions().1))
+        if let Some((local, remote)) = self
+            .staging
+            .as_ref()
+            .map(|staging| (Arc::clone(staging.regions().0), staging.regions().1))
         {
             writes.extend(self.writes(&local, remote, 0..STAGING_BYTES)?);
         }
@@ -33,7 +35,8 @@ impl Pump<'_> {
         Ok(())
     }
 
-    /// Waits until the memory of all these pages is registered at both ends. True if it was at once.
+    /// Waits until the memory of all these pages is registered at both ends. True if it was at
+    /// once.
     pub fn make_ready(
         &mut self,
         runs: impl IntoIterator<Item = PageRun>,
@@ -63,10 +66,14 @@ impl Pump<'_> {
         Ok(ready)
     }
 
-    /// Once the guest is paused: sends what would have to be registered first by way of the staging region. What
-    /// is left goes the usual way.
+    /// Once the guest is paused: sends what would have to be registered first by way of the staging
+    /// region. What is left goes the usual way.
     #[inline]
-    pub(super) fn staged_first(&mut self, piece: Piece, watch: &mut Watch<'_>) -> Result<Option<Piece>> {
+    pub(super) fn staged_first(
+        &mut self,
+        piece: Piece,
+        watch: &mut Watch<'_>,
+    ) -> Result<Option<Piece>> {
         if self.registrations_before.is_none() {
             return Ok(Some(piece));
         }

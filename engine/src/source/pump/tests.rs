@@ -1,4 +1,5 @@
-//! The pump over a link that takes writes in any order, and over one that has not registered everything.
+//! The pump over a link that takes writes in any order, and over one that has not registered
+//! everything.
 
 use super::*;
 use crate::error::Error;
@@ -190,7 +191,8 @@ fn a_page_that_is_pushed_again_before_a_fence_is_the_last_that_was_pushed() {
 #[test]
 fn what_is_not_registered_when_the_guest_stands_still_is_staged_and_nothing_is_registered() {
     for seed in 0..20 {
-        let World { mut link, mut target, here, there, remote, state, staging } = world(seed, UNREADY);
+        let World { mut link, mut target, here, there, remote, state, staging } =
+            world(seed, UNREADY);
         let mut pump = pump(&mut link, &here, remote, state)
             .with_staging(Staging::new(Arc::clone(&staging.0), staging.2));
         pump.guest_paused();
@@ -206,7 +208,9 @@ fn what_is_not_registered_when_the_guest_stands_still_is_staged_and_nothing_is_r
         target.wait_fence(tag, soon()).unwrap();
         place(&staged, &staging.1, &there).unwrap();
         list.iter().for_each(|&page| assert_eq!(get(page, &there), 20_000 + page));
-        for wrong in [(PAGES, 0), (0, (STAGING_BYTES as u64 / PAGE_BYTES) as u32), (u64::MAX, u32::MAX)] {
+        for wrong in
+            [(PAGES, 0), (0, (STAGING_BYTES as u64 / PAGE_BYTES) as u32), (u64::MAX, u32::MAX)]
+        {
             assert!(matches!(place(&[wrong], &staging.1, &there), Err(Error::Protocol(_))));
         }
     }
@@ -215,8 +219,8 @@ fn what_is_not_registered_when_the_guest_stands_still_is_staged_and_nothing_is_r
 #[test]
 fn what_the_staging_region_has_no_room_for_is_registered_and_what_was_staged_of_it_is_not_placed() {
     let World { mut link, mut target, here, there, remote, state, staging } = world(1, UNREADY);
-    let mut pump =
-        pump(&mut link, &here, remote, state).with_staging(Staging::new(Arc::clone(&staging.0), staging.2));
+    let mut pump = pump(&mut link, &here, remote, state)
+        .with_staging(Staging::new(Arc::clone(&staging.0), staging.2));
     pump.guest_paused();
     let slots = STAGING_BYTES as u64 / PAGE_BYTES;
     let mut version = 0;
@@ -236,7 +240,8 @@ fn what_the_staging_region_has_no_room_for_is_registered_and_what_was_staged_of_
 #[test]
 fn memory_that_is_made_ready_ahead_is_not_staged() {
     let World { mut link, target: _target, here, remote, state, staging, .. } = world(1, UNREADY);
-    let mut pump = pump(&mut link, &here, remote, state).with_staging(Staging::new(staging.0, staging.2));
+    let mut pump =
+        pump(&mut link, &here, remote, state).with_staging(Staging::new(staging.0, staging.2));
     assert!(!pump.make_ready([PageRun::between(100, 600)], &mut watch).unwrap());
     assert!(pump.make_ready([PageRun::between(100, 600)], &mut watch).unwrap());
     pump.guest_paused();
@@ -245,7 +250,8 @@ fn memory_that_is_made_ready_ahead_is_not_staged() {
     assert_eq!((pump.staged(), pump.registrations_since()), (Vec::new(), 0));
 }
 
-/// A balloon takes pages away after they were sent. One of them is only read since, which nothing reports as a write.
+/// A balloon takes pages away after they were sent. One of them is only read since, which nothing
+/// reports as a write.
 #[test]
 fn what_was_freed_arrives_as_the_guest_reads_it_and_is_not_allocated_again() {
     for seed in 0..10 {

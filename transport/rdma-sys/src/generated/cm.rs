@@ -16,7 +16,8 @@ pub struct LibRdmacm {
         ps: rdma_port_space,
     ) -> std::ffi::c_int,
     pub rdma_destroy_id: unsafe extern "C" fn(id: *mut rdma_cm_id) -> std::ffi::c_int,
-    pub rdma_bind_addr: unsafe extern "C" fn(id: *mut rdma_cm_id, addr: *mut sockaddr) -> std::ffi::c_int,
+    pub rdma_bind_addr:
+        unsafe extern "C" fn(id: *mut rdma_cm_id, addr: *mut sockaddr) -> std::ffi::c_int,
     pub rdma_resolve_addr: unsafe extern "C" fn(
         id: *mut rdma_cm_id,
         src_addr: *mut sockaddr,
@@ -31,11 +32,16 @@ pub struct LibRdmacm {
         qp_init_attr: *mut ibv_qp_init_attr,
     ) -> std::ffi::c_int,
     pub rdma_destroy_qp: unsafe extern "C" fn(id: *mut rdma_cm_id),
-    pub rdma_connect:
-        unsafe extern "C" fn(id: *mut rdma_cm_id, conn_param: *mut rdma_conn_param) -> std::ffi::c_int,
-    pub rdma_listen: unsafe extern "C" fn(id: *mut rdma_cm_id, backlog: std::ffi::c_int) -> std::ffi::c_int,
-    pub rdma_accept:
-        unsafe extern "C" fn(id: *mut rdma_cm_id, conn_param: *mut rdma_conn_param) -> std::ffi::c_int,
+    pub rdma_connect: unsafe extern "C" fn(
+        id: *mut rdma_cm_id,
+        conn_param: *mut rdma_conn_param,
+    ) -> std::ffi::c_int,
+    pub rdma_listen:
+        unsafe extern "C" fn(id: *mut rdma_cm_id, backlog: std::ffi::c_int) -> std::ffi::c_int,
+    pub rdma_accept: unsafe extern "C" fn(
+        id: *mut rdma_cm_id,
+        conn_param: *mut rdma_conn_param,
+    ) -> std::ffi::c_int,
     pub rdma_reject: unsafe extern "C" fn(
         id: *mut rdma_cm_id,
         private_data: *const std::ffi::c_void,
@@ -57,8 +63,10 @@ pub struct LibRdmacm {
         optval: *mut std::ffi::c_void,
         optlen: usize,
     ) -> std::ffi::c_int,
-    pub rdma_migrate_id:
-        unsafe extern "C" fn(id: *mut rdma_cm_id, channel: *mut rdma_event_channel) -> std::ffi::c_int,
+    pub rdma_migrate_id: unsafe extern "C" fn(
+        id: *mut rdma_cm_id,
+        channel: *mut rdma_event_channel,
+    ) -> std::ffi::c_int,
 }
 impl LibRdmacm {
     pub unsafe fn new<P>(path: P) -> Result<Self, ::libloading::Error>
@@ -73,8 +81,10 @@ impl LibRdmacm {
         L: Into<::libloading::Library>,
     {
         let __library = library.into();
-        let rdma_create_event_channel = __library.get(b"rdma_create_event_channel\0").map(|sym| *sym)?;
-        let rdma_destroy_event_channel = __library.get(b"rdma_destroy_event_channel\0").map(|sym| *sym)?;
+        let rdma_create_event_channel =
+            __library.get(b"rdma_create_event_channel\0").map(|sym| *sym)?;
+        let rdma_destroy_event_channel =
+            __library.get(b"rdma_destroy_event_channel\0").map(|sym| *sym)?;
         let rdma_create_id = __library.get(b"rdma_create_id\0").map(|sym| *sym)?;
         let rdma_destroy_id = __library.get(b"rdma_destroy_id\0").map(|sym| *sym)?;
         let rdma_bind_addr = __library.get(b"rdma_bind_addr\0").map(|sym| *sym)?;
@@ -137,7 +147,11 @@ impl LibRdmacm {
     pub unsafe fn rdma_destroy_id(&self, id: *mut rdma_cm_id) -> std::ffi::c_int {
         (self.rdma_destroy_id)(id)
     }
-    pub unsafe fn rdma_bind_addr(&self, id: *mut rdma_cm_id, addr: *mut sockaddr) -> std::ffi::c_int {
+    pub unsafe fn rdma_bind_addr(
+        &self,
+        id: *mut rdma_cm_id,
+        addr: *mut sockaddr,
+    ) -> std::ffi::c_int {
         (self.rdma_bind_addr)(id, addr)
     }
     pub unsafe fn rdma_resolve_addr(
@@ -174,7 +188,11 @@ impl LibRdmacm {
     ) -> std::ffi::c_int {
         (self.rdma_connect)(id, conn_param)
     }
-    pub unsafe fn rdma_listen(&self, id: *mut rdma_cm_id, backlog: std::ffi::c_int) -> std::ffi::c_int {
+    pub unsafe fn rdma_listen(
+        &self,
+        id: *mut rdma_cm_id,
+        backlog: std::ffi::c_int,
+    ) -> std::ffi::c_int {
         (self.rdma_listen)(id, backlog)
     }
     pub unsafe fn rdma_accept(

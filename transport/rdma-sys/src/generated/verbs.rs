@@ -8,17 +8,23 @@ use libc::sockaddr;
 pub struct LibIbverbs {
     __library: ::libloading::Library,
     pub ibv_wc_status_str: unsafe extern "C" fn(status: ibv_wc_status) -> *const std::ffi::c_char,
-    pub ibv_get_device_list: unsafe extern "C" fn(num_devices: *mut std::ffi::c_int) -> *mut *mut ibv_device,
+    pub ibv_get_device_list:
+        unsafe extern "C" fn(num_devices: *mut std::ffi::c_int) -> *mut *mut ibv_device,
     pub ibv_free_device_list: unsafe extern "C" fn(list: *mut *mut ibv_device),
-    pub ibv_get_device_name: unsafe extern "C" fn(device: *mut ibv_device) -> *const std::ffi::c_char,
+    pub ibv_get_device_name:
+        unsafe extern "C" fn(device: *mut ibv_device) -> *const std::ffi::c_char,
     pub ibv_get_device_guid: unsafe extern "C" fn(device: *mut ibv_device) -> __be64,
     pub ibv_open_device: unsafe extern "C" fn(device: *mut ibv_device) -> *mut ibv_context,
     pub ibv_close_device: unsafe extern "C" fn(context: *mut ibv_context) -> std::ffi::c_int,
-    pub ibv_get_async_event:
-        unsafe extern "C" fn(context: *mut ibv_context, event: *mut ibv_async_event) -> std::ffi::c_int,
+    pub ibv_get_async_event: unsafe extern "C" fn(
+        context: *mut ibv_context,
+        event: *mut ibv_async_event,
+    ) -> std::ffi::c_int,
     pub ibv_ack_async_event: unsafe extern "C" fn(event: *mut ibv_async_event),
-    pub ibv_query_device:
-        unsafe extern "C" fn(context: *mut ibv_context, device_attr: *mut ibv_device_attr) -> std::ffi::c_int,
+    pub ibv_query_device: unsafe extern "C" fn(
+        context: *mut ibv_context,
+        device_attr: *mut ibv_device_attr,
+    ) -> std::ffi::c_int,
     pub ibv_query_port: unsafe extern "C" fn(
         context: *mut ibv_context,
         port_num: u8,
@@ -39,8 +45,10 @@ pub struct LibIbverbs {
         access: std::ffi::c_int,
     ) -> *mut ibv_mr,
     pub ibv_dereg_mr: unsafe extern "C" fn(mr: *mut ibv_mr) -> std::ffi::c_int,
-    pub ibv_create_comp_channel: unsafe extern "C" fn(context: *mut ibv_context) -> *mut ibv_comp_channel,
-    pub ibv_destroy_comp_channel: unsafe extern "C" fn(channel: *mut ibv_comp_channel) -> std::ffi::c_int,
+    pub ibv_create_comp_channel:
+        unsafe extern "C" fn(context: *mut ibv_context) -> *mut ibv_comp_channel,
+    pub ibv_destroy_comp_channel:
+        unsafe extern "C" fn(channel: *mut ibv_comp_channel) -> std::ffi::c_int,
     pub ibv_create_cq: unsafe extern "C" fn(
         context: *mut ibv_context,
         cqe: std::ffi::c_int,
@@ -70,8 +78,10 @@ pub struct LibIbverbs {
     ) -> std::ffi::c_int,
     pub ibv_destroy_qp: unsafe extern "C" fn(qp: *mut ibv_qp) -> std::ffi::c_int,
     pub ibv_fork_init: unsafe extern "C" fn() -> std::ffi::c_int,
-    pub ibv_node_type_str: unsafe extern "C" fn(node_type: ibv_node_type) -> *const std::ffi::c_char,
-    pub ibv_port_state_str: unsafe extern "C" fn(port_state: ibv_port_state) -> *const std::ffi::c_char,
+    pub ibv_node_type_str:
+        unsafe extern "C" fn(node_type: ibv_node_type) -> *const std::ffi::c_char,
+    pub ibv_port_state_str:
+        unsafe extern "C" fn(port_state: ibv_port_state) -> *const std::ffi::c_char,
     pub ibv_event_type_str: unsafe extern "C" fn(event: ibv_event_type) -> *const std::ffi::c_char,
 }
 impl LibIbverbs {
@@ -103,8 +113,10 @@ impl LibIbverbs {
         let ibv_dealloc_pd = __library.get(b"ibv_dealloc_pd\0").map(|sym| *sym)?;
         let ibv_reg_mr = __library.get(b"ibv_reg_mr\0").map(|sym| *sym)?;
         let ibv_dereg_mr = __library.get(b"ibv_dereg_mr\0").map(|sym| *sym)?;
-        let ibv_create_comp_channel = __library.get(b"ibv_create_comp_channel\0").map(|sym| *sym)?;
-        let ibv_destroy_comp_channel = __library.get(b"ibv_destroy_comp_channel\0").map(|sym| *sym)?;
+        let ibv_create_comp_channel =
+            __library.get(b"ibv_create_comp_channel\0").map(|sym| *sym)?;
+        let ibv_destroy_comp_channel =
+            __library.get(b"ibv_destroy_comp_channel\0").map(|sym| *sym)?;
         let ibv_create_cq = __library.get(b"ibv_create_cq\0").map(|sym| *sym)?;
         let ibv_destroy_cq = __library.get(b"ibv_destroy_cq\0").map(|sym| *sym)?;
         let ibv_get_cq_event = __library.get(b"ibv_get_cq_event\0").map(|sym| *sym)?;
@@ -154,7 +166,10 @@ impl LibIbverbs {
     pub unsafe fn ibv_wc_status_str(&self, status: ibv_wc_status) -> *const std::ffi::c_char {
         (self.ibv_wc_status_str)(status)
     }
-    pub unsafe fn ibv_get_device_list(&self, num_devices: *mut std::ffi::c_int) -> *mut *mut ibv_device {
+    pub unsafe fn ibv_get_device_list(
+        &self,
+        num_devices: *mut std::ffi::c_int,
+    ) -> *mut *mut ibv_device {
         (self.ibv_get_device_list)(num_devices)
     }
     pub unsafe fn ibv_free_device_list(&self, list: *mut *mut ibv_device) {
@@ -224,10 +239,16 @@ impl LibIbverbs {
     pub unsafe fn ibv_dereg_mr(&self, mr: *mut ibv_mr) -> std::ffi::c_int {
         (self.ibv_dereg_mr)(mr)
     }
-    pub unsafe fn ibv_create_comp_channel(&self, context: *mut ibv_context) -> *mut ibv_comp_channel {
+    pub unsafe fn ibv_create_comp_channel(
+        &self,
+        context: *mut ibv_context,
+    ) -> *mut ibv_comp_channel {
         (self.ibv_create_comp_channel)(context)
     }
-    pub unsafe fn ibv_destroy_comp_channel(&self, channel: *mut ibv_comp_channel) -> std::ffi::c_int {
+    pub unsafe fn ibv_destroy_comp_channel(
+        &self,
+        channel: *mut ibv_comp_channel,
+    ) -> std::ffi::c_int {
         (self.ibv_destroy_comp_channel)(channel)
     }
     pub unsafe fn ibv_create_cq(
@@ -254,7 +275,11 @@ impl LibIbverbs {
     pub unsafe fn ibv_ack_cq_events(&self, cq: *mut ibv_cq, nevents: std::ffi::c_uint) {
         (self.ibv_ack_cq_events)(cq, nevents)
     }
-    pub unsafe fn ibv_create_qp(&self, pd: *mut ibv_pd, qp_init_attr: *mut ibv_qp_init_attr) -> *mut ibv_qp {
+    pub unsafe fn ibv_create_qp(
+        &self,
+        pd: *mut ibv_pd,
+        qp_init_attr: *mut ibv_qp_init_attr,
+    ) -> *mut ibv_qp {
         (self.ibv_create_qp)(pd, qp_init_attr)
     }
     pub unsafe fn ibv_modify_qp(

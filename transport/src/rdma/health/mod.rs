@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a flushed queue pair, or one whose peer has hung up, waits for somebody to say why: that is
-/// on its way by then.
+/// How long a flushed queue pair, or one whose peer has hung up, waits for somebody to say why:
+/// that is on its way by then.
 pub(crate) const REASON_PATIENCE: Duration = Duration::from_millis(300);
 
 /// Something that another thread can ring and that can be waited for with file descriptors.
@@ -27,7 +27,8 @@ impl Bell {
     }
 
     pub(crate) fn ring(&self) {
-        // It fails only where it has been rung more often than anybody can count, and so rings already.
+        // It fails only where it has been rung more often than anybody can count, and so rings
+        // already.
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
@@ -45,7 +46,8 @@ impl AsFd for Bell {
 
 /// Waits until one of the descriptors can be read, or the deadline.
 pub(crate) fn wait_readable(fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<()> {
-    let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+    let mut polled: Vec<_> =
+        fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     let timeout = deadline.map(|deadline| {
         let left = deadline.saturating_duration_since(Instant::now());
         Timespec {
@@ -92,8 +94,8 @@ impl Health {
         })
     }
 
-    /// Notes the first failure, or one that says more: what failed comes by another way than that the
-    /// peer has hung up because of it.
+    /// Notes the first failure, or one that says more: what failed comes by another way than that
+    /// the peer has hung up because of it.
     pub(crate) fn fail(&self, failure: LaneFailure) {
         if self.ending() {
             return;
@@ -124,14 +126,14 @@ impl Health {
         self.broken.load(Ordering::Acquire)
     }
 
-    /// Whether all that is known is that the peer has hung up, or that work was flushed: what went wrong
-    /// before may be on its way.
+    /// Whether all that is known is that the peer has hung up, or that work was flushed: what went
+    /// wrong before may be on its way.
     pub(crate) fn wonders(&self) -> bool {
         self.failure().as_ref().is_some_and(|failure| says(failure) < SAYS_ALL)
     }
 
-    /// The failure, if there is one. Waits a little for the reason if all that is known is that work
-    /// was flushed.
+    /// The failure, if there is one. Waits a little for the reason if all that is known is that
+    /// work was flushed.
     #[inline]
     pub(crate) fn check(&self) -> Result<()> {
         if !self.broken() {
@@ -144,8 +146,10 @@ impl Health {
             match &*failure {
                 None => return Ok(()),
                 Some(LaneFailure::Flushed { .. }) if !left.is_zero() => {
-                    (failure, _) =
-                        self.changed.wait_timeout(failure, left).unwrap_or_else(PoisonError::into_inner);
+                    (failure, _) = self
+                        .changed
+                        .wait_timeout(failure, left)
+                        .unwrap_or_else(PoisonError::into_inner);
                 }
                 Some(known) => return Err(known.into()),
             }

@@ -1,8 +1,8 @@
-//! A thread that hears what the device and the connection manager say by themselves: port down, device
-//! gone, the peer has disconnected. What ends the link is told to its [`Health`].
+//! A thread that hears what the device and the connection manager say by themselves: port down,
+//! device gone, the peer has disconnected. What ends the link is told to its [`Health`].
 //!
-//! All links of a process on one device read asynchronous events from one descriptor, and each event
-//! comes once. So whoever reads it tells every link that it concerns.
+//! All links of a process on one device read asynchronous events from one descriptor, and each
+//! event comes once. So whoever reads it tells every link that it concerns.
 
 use crate::error::{Error, Result};
 use crate::failure::LaneFailure;
@@ -57,13 +57,17 @@ impl Monitor {
         health: Arc<Health>,
     ) -> Result<Self> {
         let stopping = AtomicBool::new(false);
-        let shared = Arc::new(Shared { watched, channel, id, health, bell: Bell::new()?, stopping });
+        let shared =
+            Arc::new(Shared { watched, channel, id, health, bell: Bell::new()?, stopping });
         rustix::io::ioctl_fionbio(shared.events_fd(), true)
             .map_err(|e| Error::os("setting up the RDMA device's events", e))?;
         links().push((shared.watched.clone(), Arc::downgrade(&shared.health)));
         let mut this = Self { shared: Arc::clone(&shared), thread: None };
-        let thread = std::thread::Builder::new().name("ferry-rdma-events".into()).spawn(move || shared.run());
-        this.thread = Some(thread.map_err(|e| Error::os("starting a thread that hears the device", e))?);
+        let thread = std::thread::Builder::new()
+            .name("ferry-rdma-events".into())
+            .spawn(move || shared.run());
+        this.thread =
+            Some(thread.map_err(|e| Error::os("starting a thread that hears the device", e))?);
         Ok(this)
     }
 }
@@ -83,7 +87,8 @@ impl Drop for Monitor {
 
 impl Shared {
     fn events_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the context and its descriptor live as long as the identifier, which `self` keeps.
+        // SAFETY: the context and its descriptor live as long as the identifier, which `self`
+        // keeps.
         unsafe { BorrowedFd::borrow_raw((*self.id.context()).async_fd) }
     }
 
@@ -129,14 +134,17 @@ impl Shared {
     }
 
     fn note(&self, event: &Event) {
-        let Some(lane) = self.watched.lanes.iter().position(|&(_, id)| id == event.id) else { return };
+        let Some(lane) = self.watched.lanes.iter().position(|&(_, id)| id == event.id) else {
+            return;
+        };
         match event.kind {
             rdma_sys::RDMA_CM_EVENT_DISCONNECTED | rdma_sys::RDMA_CM_EVENT_TIMEWAIT_EXIT => {
                 self.health.fail(LaneFailure::Closed { lane });
             }
             // The way a lane began, which may be told late.
             rdma_sys::RDMA_CM_EVENT_ESTABLISHED => {}
-            // A bond has failed over: the queue pair goes on if it can, and breaks by itself if not.
+            // A bond has failed over: the queue pair goes on if it can, and breaks by itself if
+            // not.
             rdma_sys::RDMA_CM_EVENT_ADDR_CHANGE => tracing::warn!("lane {lane}: its address moved"),
             rdma_sys::RDMA_CM_EVENT_DEVICE_REMOVAL => self.report(connection_event(event.kind)),
             other => self.report(format!("lane {lane}: {}", connection_event(other))),

@@ -1,14 +1,15 @@
 //! What the verbs library says of a device.
 
 use crate::rdma::host::{
-    Device, Limits, Port, PortState, Protocol, Unavailable, Unusable, mtu_bytes, open_both_ways, sysfs,
+    Device, Limits, Port, PortState, Protocol, Unavailable, Unusable, mtu_bytes, open_both_ways,
+    sysfs,
 };
 use crate::region::MemoryRegion;
 use rdma_sys::{
-    IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_RELAXED_ORDERING, IBV_LINK_LAYER_ETHERNET, IBV_LINK_LAYER_INFINIBAND,
-    IBV_NODE_RNIC, IBV_ODP_SUPPORT, IBV_ODP_SUPPORT_WRITE, IBV_PORT_ACTIVE, IBV_PORT_ACTIVE_DEFER,
-    IBV_PORT_ARMED, IBV_PORT_DOWN, IBV_PORT_INIT, LibIbverbs, ibv_context, ibv_device, ibv_device_attr_ex,
-    ibv_port_attr,
+    IBV_ACCESS_LOCAL_WRITE, IBV_ACCESS_RELAXED_ORDERING, IBV_LINK_LAYER_ETHERNET,
+    IBV_LINK_LAYER_INFINIBAND, IBV_NODE_RNIC, IBV_ODP_SUPPORT, IBV_ODP_SUPPORT_WRITE,
+    IBV_PORT_ACTIVE, IBV_PORT_ACTIVE_DEFER, IBV_PORT_ARMED, IBV_PORT_DOWN, IBV_PORT_INIT,
+    LibIbverbs, ibv_context, ibv_device, ibv_device_attr_ex, ibv_port_attr,
 };
 use std::ffi::CStr;
 use std::io;
@@ -55,7 +56,8 @@ struct Context<'a> {
 
 impl Drop for Context<'_> {
     fn drop(&mut self) {
-        // SAFETY: it came from the library, and nothing was made on it. A failure leaves nothing to be done.
+        // SAFETY: it came from the library, and nothing was made on it. A failure leaves nothing to
+        // be done.
         unsafe { self.verbs.ibv_close_device(self.raw.as_ptr()) };
     }
 }
@@ -63,18 +65,22 @@ impl Drop for Context<'_> {
 /// Asks a device of a list that is not freed yet.
 pub(crate) fn ask(verbs: &LibIbverbs, device: *mut ibv_device) -> Result<Device, Unusable> {
     // SAFETY: the list is there, so the device is; its name ends with a zero.
-    let name = unsafe { CStr::from_ptr(verbs.ibv_get_device_name(device)) }.to_string_lossy().into_owned();
+    let name =
+        unsafe { CStr::from_ptr(verbs.ibv_get_device_name(device)) }.to_string_lossy().into_owned();
     // SAFETY: the list is there, so the device is.
-    let (node_type, guid) = unsafe { ((*device).node_type, u64::from_be(verbs.ibv_get_device_guid(device))) };
+    let (node_type, guid) =
+        unsafe { ((*device).node_type, u64::from_be(verbs.ibv_get_device_guid(device))) };
     // SAFETY: the list is there, so the device is; the name of its file ends with a zero.
     let file = unsafe { CStr::from_ptr((&raw const (*device).dev_name).cast()) };
     let file = format!("/dev/infiniband/{}", file.to_string_lossy());
-    let unusable = |what, source| Unusable { device: name.clone(), what, file: file.clone(), source };
+    let unusable =
+        |what, source| Unusable { device: name.clone(), what, file: file.clone(), source };
 
     // SAFETY: the list is there, so the device is.
     let raw = NonNull::new(unsafe { verbs.ibv_open_device(device) }).ok_or_else(|| {
         let unsaid = io::Error::last_os_error();
-        // Where permission is missing the library says that there is no such file: the file itself knows better.
+        // Where permission is missing the library says that there is no such file: the file itself
+        // knows better.
         unusable("opening", open_both_ways(&file).err().unwrap_or(unsaid))
     })?;
     let context = Context { verbs, raw };
@@ -107,12 +113,17 @@ impl Context<'_> {
         let takes = |flags: u32| {
             let access = (IBV_ACCESS_LOCAL_WRITE | flags) as i32;
             let start = memory.as_ptr().cast();
-            // SAFETY: the domain is there, and the memory is mapped until after the registration has ended.
-            let made = unsafe { self.verbs.ibv_reg_mr(domain.as_ptr(), start, TRIAL_BYTES, access) };
+            // SAFETY: the domain is there, and the memory is mapped until after the registration
+            // has ended.
+            let made =
+                unsafe { self.verbs.ibv_reg_mr(domain.as_ptr(), start, TRIAL_BYTES, access) };
             // SAFETY: made a moment ago and used by nobody. A failure leaves nothing to be done.
-            NonNull::new(made).map(|made| unsafe { self.verbs.ibv_dereg_mr(made.as_ptr()) }).is_some()
+            NonNull::new(made)
+                .map(|made| unsafe { self.verbs.ibv_dereg_mr(made.as_ptr()) })
+                .is_some()
         };
-        let taken = if takes(IBV_ACCESS_RELAXED_ORDERING) { Some(true) } else { takes(0).then_some(false) };
+        let taken =
+            if takes(IBV_ACCESS_RELAXED_ORDERING) { Some(true) } else { takes(0).then_some(false) };
         // SAFETY: made above, and nothing stands on it any more.
         unsafe { self.verbs.ibv_dealloc_pd(domain.as_ptr()) };
         taken
@@ -121,7 +132,9 @@ impl Context<'_> {
     fn port(&self, device: &str, node_type: i32, number: u8) -> io::Result<Port> {
         let mut attr = ibv_port_attr::default();
         // SAFETY: the context is open, `attr` may be written.
-        let code = unsafe { rdma_sys::ibv_query_port(self.verbs, self.raw.as_ptr(), number, &raw mut attr) };
+        let code = unsafe {
+            rdma_sys::ibv_query_port(self.verbs, self.raw.as_ptr(), number, &raw mut attr)
+        };
         succeeded(code)?;
         let directory = sysfs::port(Path::new("/"), device, number);
         Ok(Port {

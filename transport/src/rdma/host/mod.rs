@@ -1,4 +1,5 @@
-//! What this host has of RDMA: devices, their limits, ports and addresses; and what the host itself limits.
+//! What this host has of RDMA: devices, their limits, ports and addresses; and what the host itself
+//! limits.
 //!
 //! ```text
 //!   devices()            libibverbs: limits, state of ports; sysfs: rate, GIDs
@@ -8,7 +9,8 @@
 //!   peer_memory()        modules that let a NIC reach the memory of other devices
 //! ```
 //!
-//! It only looks, and registers one page of its own for a moment, to see whether the device takes relaxed ordering.
+//! It only looks, and registers one page of its own for a moment, to see whether the device takes
+//! relaxed ordering.
 
 mod ask;
 mod sysfs;
@@ -61,16 +63,18 @@ pub struct Device {
     pub guid: u64,
     /// How much it can do at once.
     pub limits: Limits,
-    /// Whether memory that is the source of an RDMA write on a reliable connection can be registered without being
-    /// pinned.
+    /// Whether memory that is the source of an RDMA write on a reliable connection can be
+    /// registered without being pinned.
     pub on_demand_paging: bool,
-    /// Whether memory can be registered with relaxed ordering. `None` if no memory could be registered at all.
+    /// Whether memory can be registered with relaxed ordering. `None` if no memory could be
+    /// registered at all.
     pub relaxed_ordering: Option<bool>,
     /// Its ports, in order.
     pub ports: Vec<Port>,
 }
 
-/// What a device can do at once, by its own word; soft-RoCE and some others promise more than they keep.
+/// What a device can do at once, by its own word; soft-RoCE and some others promise more than they
+/// keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Queue pairs.
@@ -156,7 +160,8 @@ pub struct Gid {
 /// How packets with a GID look on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GidKind {
-    /// InfiniBand, or RoCE version 1, for which the kernel has one name: Ethernet frames that are not routed.
+    /// InfiniBand, or RoCE version 1, for which the kernel has one name: Ethernet frames that are
+    /// not routed.
     InfiniBandOrRoceV1,
     /// RoCE version 2: in UDP.
     RoceV2,
@@ -189,7 +194,8 @@ impl fmt::Display for Protocol {
 }
 
 impl Gid {
-    /// The IP address that the entry stands for. On InfiniBand a GID is no IP address, although it looks like one.
+    /// The IP address that the entry stands for. On InfiniBand a GID is no IP address, although it
+    /// looks like one.
     #[must_use]
     pub fn address(&self, protocol: Protocol) -> Option<IpAddr> {
         let address = Ipv6Addr::from(self.value);
@@ -204,7 +210,8 @@ pub fn devices() -> Result<Vec<Result<Device, Unusable>>, Unavailable> {
     Ok(list.devices().map(|device| ask::ask(verbs, device)).collect())
 }
 
-/// Names of the devices that the kernel has. Those that [`devices`] lacks have no provider in libibverbs.
+/// Names of the devices that the kernel has. Those that [`devices`] lacks have no provider in
+/// libibverbs.
 #[must_use]
 pub fn kernel_devices() -> Vec<String> {
     sysfs::devices(Path::new("/"))
@@ -235,8 +242,8 @@ pub fn memory_lock_limit() -> Option<u64> {
     rustix::process::getrlimit(rustix::process::Resource::Memlock).current
 }
 
-/// Modules that are loaded and let a NIC reach the memory of another device, a GPU's for one. That such a module is
-/// there does not prove that the NIC's driver uses it.
+/// Modules that are loaded and let a NIC reach the memory of another device, a GPU's for one. That
+/// such a module is there does not prove that the NIC's driver uses it.
 #[must_use]
 pub fn peer_memory() -> Vec<String> {
     sysfs::peer_memory(Path::new("/"))

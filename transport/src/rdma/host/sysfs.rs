@@ -1,5 +1,5 @@
-//! What the kernel says of RDMA in files: rates, GID tables, modules. Every function takes the directory that stands
-//! for `/`, and an absent or strange file is no answer, never an error.
+//! What the kernel says of RDMA in files: rates, GID tables, modules. Every function takes the
+//! directory that stands for `/`, and an absent or strange file is no answer, never an error.
 
 use super::{Gid, GidKind, Protocol};
 use std::collections::BTreeSet;
@@ -44,8 +44,8 @@ pub(super) fn line(path: &Path) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-/// The entries of a port's GID table that are in use, in order. Those that are not read as zeros, and their types
-/// cannot be read.
+/// The entries of a port's GID table that are in use, in order. Those that are not read as zeros,
+/// and their types cannot be read.
 pub(super) fn gids(port: &Path) -> Vec<Gid> {
     let Ok(entries) = port.join("gids").read_dir() else { return Vec::new() };
     let indices: BTreeSet<u32> =
@@ -68,7 +68,8 @@ fn gid(port: &Path, index: u32) -> Option<Gid> {
     Some(Gid { index, value: value.octets(), kind, netdev: file("gid_attrs/ndevs") })
 }
 
-/// See [`super::peer_memory`]. The directory is where NVIDIA's (Mellanox's) own kernel drivers list their clients.
+/// See [`super::peer_memory`]. The directory is where NVIDIA's (Mellanox's) own kernel drivers list
+/// their clients.
 pub(super) fn peer_memory(root: &Path) -> Vec<String> {
     let modules = fs::read_to_string(root.join("proc/modules")).unwrap_or_default();
     let mut found: BTreeSet<String> = modules
@@ -78,7 +79,9 @@ pub(super) fn peer_memory(root: &Path) -> Vec<String> {
         .map(str::to_owned)
         .collect();
     if let Ok(clients) = root.join("sys/kernel/mm/memory_peers").read_dir() {
-        found.extend(clients.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()));
+        found.extend(
+            clients.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()),
+        );
     }
     found.into_iter().collect()
 }
@@ -117,10 +120,12 @@ mod tests {
         ];
         let files: Vec<(String, &str)> =
             table.iter().map(|(path, text)| (format!("{PORT}/{path}"), *text)).collect();
-        let files: Vec<(&str, &str)> = files.iter().map(|(path, text)| (path.as_str(), *text)).collect();
+        let files: Vec<(&str, &str)> =
+            files.iter().map(|(path, text)| (path.as_str(), *text)).collect();
         let root = root(&files);
         let gids = gids(&port(root.path(), "rxe0", 1));
-        let seen: Vec<_> = gids.iter().map(|gid| (gid.index, gid.kind, gid.netdev.as_deref())).collect();
+        let seen: Vec<_> =
+            gids.iter().map(|gid| (gid.index, gid.kind, gid.netdev.as_deref())).collect();
         assert_eq!(
             seen,
             [
@@ -153,7 +158,10 @@ mod tests {
     #[test]
     fn peer_memory_is_found_by_whole_module_names_and_by_clients() {
         let root = root(&[
-            ("proc/modules", "nvidia_peermem 16384 0 - Live 0x0\nnvidia 1 2 nvidia_peermem, Live 0x0\n"),
+            (
+                "proc/modules",
+                "nvidia_peermem 16384 0 - Live 0x0\nnvidia 1 2 nvidia_peermem, Live 0x0\n",
+            ),
             ("sys/kernel/mm/memory_peers/nv_mem/version", "1.1\n"),
         ]);
         assert_eq!(peer_memory(root.path()), ["nv_mem", "nvidia_peermem"]);

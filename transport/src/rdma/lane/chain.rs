@@ -95,7 +95,11 @@ impl Chain {
         }
         let (first, pieces) = (self.requests.as_mut_ptr(), self.pieces.as_mut_ptr());
         for index in 0..count {
-            let next = if index + 1 < count { first.wrapping_add(index + 1) } else { std::ptr::null_mut() };
+            let next = if index + 1 < count {
+                first.wrapping_add(index + 1)
+            } else {
+                std::ptr::null_mut()
+            };
             // SAFETY: both have `count` elements or more, and nothing else touches them meanwhile.
             unsafe {
                 let request = first.add(index);

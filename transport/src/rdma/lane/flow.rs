@@ -1,15 +1,17 @@
 //! Which messages the peer has certainly taken out of its receive queue. Pure code, no I/O.
 //!
-//! A message needs a receive at the other end. InfiniBand and RoCE try again where there is none; iWARP ends the
-//! connection, and there the completion of a message says no more than that it has left. So nobody sends more than
-//! the other end has receives for: every message says how many its sender has taken so far.
+//! A message needs a receive at the other end. InfiniBand and RoCE try again where there is none;
+//! iWARP ends the connection, and there the completion of a message says no more than that it has
+//! left. So nobody sends more than the other end has receives for: every message says how many its
+//! sender has taken so far.
 //!
 //! ```text
 //!   may_send: sent - taken by the peer < UNTAKEN_MAX
 //!   owes:     received - told >= TELL_EVERY         then a message that says just that, which nobody counts
 //! ```
 //!
-//! Fences are not counted here: the peer answers each, and the initiator bounds those without an answer.
+//! Fences are not counted here: the peer answers each, and the initiator bounds those without an
+//! answer.
 
 /// Messages that the peer may not have taken yet.
 pub(crate) const UNTAKEN_MAX: u16 = 64;
@@ -17,12 +19,14 @@ pub(crate) const UNTAKEN_MAX: u16 = 64;
 /// After so many messages the peer is told that they were taken, if nothing else is said to it.
 pub(crate) const TELL_EVERY: u16 = 16;
 
-/// Receives that messages may need at one time. While this side is silent the peer can owe it only so many words
-/// about what it has taken.
+/// Receives that messages may need at one time. While this side is silent the peer can owe it only
+/// so many words about what it has taken.
 pub(crate) const RECEIVES: usize = UNTAKEN_MAX as usize + (UNTAKEN_MAX / TELL_EVERY) as usize + 1;
 
-const _: () =
-    assert!(TELL_EVERY > 0 && 2 * TELL_EVERY <= UNTAKEN_MAX, "told long before the sender has to wait");
+const _: () = assert!(
+    TELL_EVERY > 0 && 2 * TELL_EVERY <= UNTAKEN_MAX,
+    "told long before the sender has to wait"
+);
 
 /// The messages of one queue pair. Counters wrap round.
 #[derive(Debug, Default)]

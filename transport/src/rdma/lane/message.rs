@@ -1,5 +1,6 @@
-//! What the two ends tell each other in band, by SEND: fences on every lane, on lane 0 which memory is pinned, which
-//! is wanted, and how far the other is. Pure code, no I/O; all integers little endian.
+//! What the two ends tell each other in band, by SEND: fences on every lane, on lane 0 which memory
+//! is pinned, which is wanted, and how far the other is. Pure code, no I/O; all integers little
+//! endian.
 //!
 //! ```text
 //!   offset 0  kind     u8: 1 ready, 2 want, 3 progress, 4 fence, 5 reached, 6 taken, 7 shift, 8 last fence
@@ -59,14 +60,16 @@ pub(crate) enum Message {
     Want(Stripes),
     /// So many bytes have been written so far.
     Progress(u64),
-    /// Everything that was posted before it on this lane lies before it: so many bytes on all lanes together.
+    /// Everything that was posted before it on this lane lies before it: so many bytes on all lanes
+    /// together.
     Fence { tag: FenceTag, bytes: u64, is_last: bool },
-    /// This fence has come on every lane, and this host's processor sees what was written before it.
+    /// This fence has come on every lane, and this host's processor sees what was written before
+    /// it.
     Reached(FenceTag),
     /// Nothing but what every message says of those that were taken.
     Taken,
-    /// The device knows this region by other addresses than the contract: this must be added, modulo 2^64. Comes
-    /// before any key of that region.
+    /// The device knows this region by other addresses than the contract: this must be added,
+    /// modulo 2^64. Comes before any key of that region.
     Shift { region: u32, by: u64 },
 }
 
@@ -137,9 +140,14 @@ impl Message {
             },
             (5, 1, REACHED_BYTES) => Self::Reached(FenceTag(u32_at(body, 0))),
             (6, 1, 0) => Self::Taken,
-            (7, 1, SHIFT_BYTES) => Self::Shift { region: u32_at(body, PROGRESS_BYTES), by: u64_at(body, 0) },
+            (7, 1, SHIFT_BYTES) => {
+                Self::Shift { region: u32_at(body, PROGRESS_BYTES), by: u64_at(body, 0) }
+            }
             (kind, ..) => {
-                return Err(format!("a message of an unknown kind or size ({kind}, {})", bytes.len()));
+                return Err(format!(
+                    "a message of an unknown kind or size ({kind}, {})",
+                    bytes.len()
+                ));
             }
         };
         Ok((message, taken))

@@ -1,8 +1,8 @@
-//! One lane: what is posted to a queue pair, which of it asks for a completion, and what a completion
-//! settles. Knows no verbs and no region.
+//! One lane: what is posted to a queue pair, which of it asks for a completion, and what a
+//! completion settles. Knows no verbs and no region.
 //!
-//! A completion of a queue pair's send side says that everything before it on that queue pair is done
-//! as well, so few work requests ask for one:
+//! A completion of a queue pair's send side says that everything before it on that queue pair is
+//! done as well, so few work requests ask for one:
 //!
 //! ```text
 //!   one call of post with 150 writes to this lane, SIGNAL_EVERY = 64
@@ -36,7 +36,8 @@ use std::collections::VecDeque;
 /// At least one in so many work requests asks for a completion.
 pub(crate) const SIGNAL_EVERY: usize = 64;
 
-/// Writes that a queue pair holds at most, if the device lets it: 4 KiB pages for 100 us at 400 Gb/s.
+/// Writes that a queue pair holds at most, if the device lets it: 4 KiB pages for 100 us at 400
+/// Gb/s.
 pub(crate) const WRITES_MAX: usize = 1024;
 
 /// Messages of our own on their way at most.
@@ -51,8 +52,9 @@ pub(crate) const WRITES_MIN: usize = 2 * SIGNAL_EVERY;
 const _: () = assert!(SIGNAL_EVERY * 4 <= WRITES_MAX, "room must come back in several steps");
 const _: () = assert!(SIGNAL_EVERY <= CHAIN_MAX && RESERVED + WRITES_MAX <= 4096);
 
-/// Headers of one packet on the wire (base transport header and invariant checksum), and what a write
-/// has beside them (its remote address and key). The link layer's own come on top and are not counted.
+/// Headers of one packet on the wire (base transport header and invariant checksum), and what a
+/// write has beside them (its remote address and key). The link layer's own come on top and are not
+/// counted.
 const PACKET_HEADER_BYTES: u64 = 12 + 4;
 const WRITE_HEADER_BYTES: u64 = 16;
 
@@ -167,7 +169,11 @@ impl Lane {
         self.posted_bytes += u64::from(piece.local.len);
         let kind = if piece.last { Kind::Write } else { Kind::Part };
         let Piece { id, local, addr, key, .. } = piece;
-        self.push(Posted { id, addr, len: local.len, kind }, Operation::Write { local, addr, key }, false)
+        self.push(
+            Posted { id, addr, len: local.len, kind },
+            Operation::Write { local, addr, key },
+            false,
+        )
     }
 
     /// Whether there is room for a fence: fewer than [`FENCES_MAX`] are on their way.
@@ -175,9 +181,14 @@ impl Lane {
         !self.fence_slots.is_empty()
     }
 
-    /// Sends a fence behind everything posted so far, which is `bytes` on all lanes together. The caller has
-    /// asked [`Self::can_fence`].
-    pub(crate) fn fence(&mut self, tag: FenceTag, bytes: u64, is_last: bool) -> Result<(), LaneFailure> {
+    /// Sends a fence behind everything posted so far, which is `bytes` on all lanes together. The
+    /// caller has asked [`Self::can_fence`].
+    pub(crate) fn fence(
+        &mut self,
+        tag: FenceTag,
+        bytes: u64,
+        is_last: bool,
+    ) -> Result<(), LaneFailure> {
         let slot = self.fence_slots.pop().expect("the caller has asked");
         self.put(slot, &Message::Fence { tag, bytes, is_last }, Kind::Fence(slot))
     }
@@ -198,7 +209,10 @@ impl Lane {
     fn put(&mut self, slot: u16, message: &Message, kind: Kind) -> Result<(), LaneFailure> {
         let mut bytes = [0; MESSAGE_BYTES];
         let len = message.encode(self.flow.tell(), &mut bytes);
-        let local = self.queue.put(usize::from(slot), &bytes[..len]).map_err(|e| self.os("a message", e))?;
+        let local = self
+            .queue
+            .put(usize::from(slot), &bytes[..len])
+            .map_err(|e| self.os("a message", e))?;
         let posted = Posted { id: WorkId(0), addr: 0, len: local.len, kind };
         self.push(posted, Operation::Send { local }, true)?;
         self.flush()
@@ -236,10 +250,15 @@ impl Lane {
 
     /// Takes in what the queue pair has done. Writes go to `out` and keep their credits until
     /// [`Self::settle`]. What came before a failure is taken in.
-    pub(crate) fn collect(&mut self, out: &mut Vec<Completion>, news: &mut News) -> Result<(), LaneFailure> {
+    pub(crate) fn collect(
+        &mut self,
+        out: &mut Vec<Completion>,
+        news: &mut News,
+    ) -> Result<(), LaneFailure> {
         let mut done = [Done::default(); DONE_MAX];
         for _ in 0..LOOKS_MAX {
-            let count = self.queue.poll(&mut done).map_err(|e| self.os("polling for completions", e))?;
+            let count =
+                self.queue.poll(&mut done).map_err(|e| self.os("polling for completions", e))?;
             for done in &done[..count] {
                 if done.id & RECEIVE != 0 {
                     self.receive(done, news)?;
@@ -291,7 +310,12 @@ impl Lane {
     }
 
     #[inline]
-    fn push(&mut self, posted: Posted, operation: Operation, signalled: bool) -> Result<(), LaneFailure> {
+    fn push(
+        &mut self,
+        posted: Posted,
+        operation: Operation,
+        signalled: bool,
+    ) -> Result<(), LaneFailure> {
         if self.chain.len() == CHAIN_MAX {
             self.flush()?;
         }
@@ -318,7 +342,8 @@ impl Lane {
         }
         for Posted { id, len, kind, .. } in self.posted.drain(..settled) {
             let bytes = u64::from(len);
-            // Rounded up without a division, which would cost a page as much as all the rest of this.
+            // Rounded up without a division, which would cost a page as much as all the rest of
+            // this.
             let packets = (bytes.max(1) + (1 << self.packet_shift) - 1) >> self.packet_shift;
             self.wire_bytes += bytes + packets * PACKET_HEADER_BYTES;
             match kind {
@@ -351,7 +376,8 @@ impl Lane {
         let bytes = self.queue.received(slot).map_err(|e| self.os("reading a message", e))?;
         self.queue.replenish(slot).map_err(|e| self.os("posting a receive", e))?;
         let len = (done.len as usize).min(MESSAGE_BYTES);
-        let (message, taken) = Message::decode(&bytes[..len]).map_err(|what| self.nonsense(what))?;
+        let (message, taken) =
+            Message::decode(&bytes[..len]).map_err(|what| self.nonsense(what))?;
         self.heard = true;
         if message.counts() {
             self.flow.receive();
@@ -394,7 +420,10 @@ impl Kind {
 
 impl std::fmt::Debug for Lane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lane").field("index", &self.index).field("posted", &self.posted.len()).finish()
+        f.debug_struct("Lane")
+            .field("index", &self.index)
+            .field("posted", &self.posted.len())
+            .finish()
     }
 }
 

@@ -26,8 +26,9 @@ pub(crate) trait Queue: Send {
     fn put(&mut self, slot: usize, bytes: &[u8]) -> Result<Local, i32>;
     /// Asks for an event on the completion channel when the next completion comes.
     fn arm(&mut self) -> Result<(), i32>;
-    /// Ends it: nothing is read or written through it after this, in either direction. Of a link that is
-    /// `healthy` the port need not be looked at, which may cost a command to the device: this is the downtime.
+    /// Ends it: nothing is read or written through it after this, in either direction. Of a link
+    /// that is `healthy` the port need not be looked at, which may cost a command to the device:
+    /// this is the downtime.
     fn close(&mut self, _healthy: bool) {}
 }
 

@@ -130,7 +130,8 @@ fn one_in_so_many_is_signalled_and_the_last_of_a_call() {
     lane.flush().unwrap();
     let slow = device.0.lock().unwrap();
     assert_eq!(slow.doorbells, 1);
-    let signalled: Vec<_> = slow.log.iter().enumerate().filter(|(_, (s, _))| *s).map(|(at, _)| at).collect();
+    let signalled: Vec<_> =
+        slow.log.iter().enumerate().filter(|(_, (s, _))| *s).map(|(at, _)| at).collect();
     assert_eq!(signalled, [63, 127, 149]);
 }
 
@@ -230,8 +231,12 @@ fn what_arrives_is_told_and_its_receive_goes_back() {
     assert!(failure.is_none());
     assert_eq!(news.messages, [message]);
     assert_eq!(device.0.lock().unwrap().replenished, 1);
-    let wrong =
-        [(len - 1, RECEIVE, false), (u32::MAX, RECEIVE, false), (len, RECEIVE, true), (0, 12345, false)];
+    let wrong = [
+        (len - 1, RECEIVE, false),
+        (u32::MAX, RECEIVE, false),
+        (len, RECEIVE, true),
+        (0, 12345, false),
+    ];
     for (len, id, with_value) in wrong {
         device.0.lock().unwrap().done.push_back(Done { id, len, with_value, ..Done::default() });
         let failure = collected(&mut lane).2;

@@ -14,7 +14,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Stripes that a target's addresses may have: 16 TiB. It bounds what a peer can make us remember, to 64 MiB.
+/// Stripes that a target's addresses may have: 16 TiB. It bounds what a peer can make us remember,
+/// to 64 MiB.
 pub(crate) const STRIPES_MAX: u64 = 1 << 23;
 
 const STRIPE: usize = STRIPE_BYTES as usize;
@@ -41,7 +42,8 @@ pub(crate) struct Pins {
 
 impl Pins {
     pub(crate) fn new(region: &Arc<MemoryRegion>, index: u32, base: Option<u64>) -> Self {
-        let stripes = (0..region.len().div_ceil(STRIPE)).map(|_| AtomicU64::new(UNCLAIMED)).collect();
+        let stripes =
+            (0..region.len().div_ceil(STRIPE)).map(|_| AtomicU64::new(UNCLAIMED)).collect();
         Self { region: Arc::clone(region), index, base, stripes }
     }
 
@@ -71,7 +73,10 @@ impl Pins {
         }
         for stripe in Self::stripes(bytes) {
             let state = &self.stripes[stripe];
-            if state.compare_exchange(UNCLAIMED, CLAIMED, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+            if state
+                .compare_exchange(UNCLAIMED, CLAIMED, Ordering::Relaxed, Ordering::Relaxed)
+                .is_err()
+            {
                 continue;
             }
             match claimed.last_mut() {
@@ -102,7 +107,8 @@ impl Pins {
     /// How the peer is told of stripes that are pinned.
     pub(crate) fn grant(&self, stripes: &Range<usize>, key: u32) -> Grant {
         let first = self.base.unwrap_or(0) / STRIPE_BYTES + stripes.start as u64;
-        let count = u32::try_from(stripes.len()).expect("a chunk is no longer than a region of STRIPES_MAX");
+        let count = u32::try_from(stripes.len())
+            .expect("a chunk is no longer than a region of STRIPES_MAX");
         Grant { stripes: Stripes { region: self.index, first, count }, key }
     }
 
@@ -110,9 +116,12 @@ impl Pins {
     pub(crate) fn wanted(&self, stripes: Stripes) -> Result<Range<usize>, String> {
         let outside = || {
             let Stripes { region, first, count } = stripes;
-            format!("a wish for {count} stripes at {first}, which the region {region} does not have")
+            format!(
+                "a wish for {count} stripes at {first}, which the region {region} does not have"
+            )
         };
-        let first = stripes.first.checked_sub(self.base.unwrap_or(0) / STRIPE_BYTES).ok_or_else(outside)?;
+        let first =
+            stripes.first.checked_sub(self.base.unwrap_or(0) / STRIPE_BYTES).ok_or_else(outside)?;
         let end = first.checked_add(u64::from(stripes.count)).ok_or_else(outside)?;
         if stripes.count == 0 || end > self.stripes.len() as u64 {
             return Err(outside());
@@ -139,7 +148,8 @@ pub(crate) enum Remote {
 #[derive(Debug, Default)]
 pub(crate) struct RemoteKeys {
     stripes: Vec<Entry>,
-    /// What must be added to an address of a region for the target's device. Nearly always there is none.
+    /// What must be added to an address of a region for the target's device. Nearly always there is
+    /// none.
     shifts: Vec<(u32, u64)>,
     grants: u64,
 }
@@ -183,7 +193,8 @@ impl RemoteKeys {
     /// Takes in what the target announces, or says what is wrong with it.
     pub(crate) fn grant(&mut self, grant: Grant) -> Result<(), String> {
         let Stripes { region, first, count } = grant.stripes;
-        let end = first.checked_add(u64::from(count)).filter(|&end| count > 0 && end <= STRIPES_MAX);
+        let end =
+            first.checked_add(u64::from(count)).filter(|&end| count > 0 && end <= STRIPES_MAX);
         let end = end
             .filter(|_| region != NO_REGION)
             .ok_or_else(|| format!("a key for {count} stripes at {first}, which cannot be"))?;
@@ -197,12 +208,14 @@ impl RemoteKeys {
         Ok(())
     }
 
-    /// Takes in by which address the target's device knows the first byte of a region, or says what is wrong with
-    /// that. The region begins where `Exposed` of the contract says.
+    /// Takes in by which address the target's device knows the first byte of a region, or says what
+    /// is wrong with that. The region begins where `Exposed` of the contract says.
     pub(crate) fn shift(&mut self, region: u32, by: u64) -> Result<(), String> {
         let known = self.stripes.iter().any(|entry| entry.region == region && region != NO_REGION);
         if known || region == NO_REGION || self.shifts.len() == SHIFTS_MAX {
-            return Err(format!("an address of the region {region} that comes too late, or one too many"));
+            return Err(format!(
+                "an address of the region {region} that comes too late, or one too many"
+            ));
         }
         self.shifts.push((region, by));
         Ok(())
@@ -267,10 +280,15 @@ mod tests {
         for (region, first, count) in
             [(1, STRIPES_MAX - 1, 2), (1, 20, 0), (u32::MAX, 20, 1), (1, u64::MAX, 2)]
         {
-            assert!(keys.grant(Grant { stripes: Stripes { region, first, count }, key: 7 }).is_err());
+            assert!(
+                keys.grant(Grant { stripes: Stripes { region, first, count }, key: 7 }).is_err()
+            );
         }
-        keys.grant(Grant { stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 }, key: 8 })
-            .unwrap();
+        keys.grant(Grant {
+            stripes: Stripes { region: 1, first: STRIPES_MAX - 1, count: 1 },
+            key: 8,
+        })
+        .unwrap();
         assert_eq!(keys.get(1, STRIPES_MAX - 1), Remote::Ready(8));
     }
 
@@ -283,7 +301,10 @@ mod tests {
         keys.grant(Grant { stripes: Stripes { region: 4, first: 4, count: 1 }, key: 7 }).unwrap();
         assert!(keys.shift(4, 0).is_err(), "after its key");
         assert!(keys.shift(NO_REGION, 0).is_err());
-        assert!((0..=SHIFTS_MAX as u32).any(|region| keys.shift(100 + region, 0).is_err()), "without end");
+        assert!(
+            (0..=SHIFTS_MAX as u32).any(|region| keys.shift(100 + region, 0).is_err()),
+            "without end"
+        );
     }
 
     proptest! {

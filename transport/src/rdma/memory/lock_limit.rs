@@ -32,7 +32,9 @@ fn describe(bytes: u64, needed: u64, errno: i32, limit: Option<u64>) -> String {
             "{what}: the host has no memory for it, or the memory-lock limit of a group of processes \
              (`ulimit -l`, a container's) is used up"
         ),
-        (libc::EOPNOTSUPP, _) => format!("{what}: libibverbs is too old; rdma-core 28 or newer is needed"),
+        (libc::EOPNOTSUPP, _) => {
+            format!("{what}: libibverbs is too old; rdma-core 28 or newer is needed")
+        }
         _ => what,
     }
 }
@@ -44,7 +46,9 @@ mod tests {
     #[test]
     fn a_limit_that_is_too_small_is_named_with_what_is_needed_and_the_mend() {
         let text = describe(64 << 20, 1 << 30, libc::ENOMEM, Some(8 << 20));
-        for part in ["67108864 bytes", "8192 KiB", "1048576 KiB", "ulimit -l unlimited", "LimitMEMLOCK"] {
+        for part in
+            ["67108864 bytes", "8192 KiB", "1048576 KiB", "ulimit -l unlimited", "LimitMEMLOCK"]
+        {
             assert!(text.contains(part), "{text}");
         }
         assert!(!describe(1, 1, libc::ENOMEM, None).contains("KiB"));

@@ -42,7 +42,8 @@ impl DevicePinner {
 }
 
 impl DevicePinner {
-    /// With relaxed ordering, if the device takes that: no memory is written twice between two fences.
+    /// With relaxed ordering, if the device takes that: no memory is written twice between two
+    /// fences.
     fn register(
         &self,
         region: &Arc<MemoryRegion>,

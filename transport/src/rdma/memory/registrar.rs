@@ -1,5 +1,5 @@
-//! Pins memory ahead of the data: threads that take jobs in order, register them with the device and
-//! tell who waits. Jobs that somebody waits for right now go to the front.
+//! Pins memory ahead of the data: threads that take jobs in order, register them with the device
+//! and tell who waits. Jobs that somebody waits for right now go to the front.
 
 use super::keys::Pins;
 use crate::error::{Error, Result};
@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Threads of one end. Registering is the kernel's work on page tables: two keep ahead of a fast link
-/// and leave the other cores to the guest.
+/// Threads of one end. Registering is the kernel's work on page tables: two keep ahead of a fast
+/// link and leave the other cores to the guest.
 const THREADS: usize = 2;
 
 /// Registers memory with a device.
@@ -57,8 +57,13 @@ struct Jobs {
 
 impl Registrar {
     pub(crate) fn new(pinner: Box<dyn Pinner>, ready: Ready, health: Arc<Health>) -> Result<Self> {
-        let shared =
-            Arc::new(Shared { jobs: Mutex::default(), changed: Condvar::new(), pinner, ready, health });
+        let shared = Arc::new(Shared {
+            jobs: Mutex::default(),
+            changed: Condvar::new(),
+            pinner,
+            ready,
+            health,
+        });
         let mut this = Self { shared, threads: Vec::new() };
         for index in 0..THREADS {
             let shared = Arc::clone(&this.shared);
@@ -77,9 +82,15 @@ impl Registrar {
         self.shared.changed.notify_all();
     }
 
-    /// Puts what these stripes need before everything that waits, as somebody cannot go on without them: the
-    /// jobs that have just been claimed for them, and those that were claimed before and still wait.
-    pub(crate) fn urge(&self, pins: &Arc<Pins>, stripes: &Range<usize>, claimed: Vec<Range<usize>>) {
+    /// Puts what these stripes need before everything that waits, as somebody cannot go on without
+    /// them: the jobs that have just been claimed for them, and those that were claimed before and
+    /// still wait.
+    pub(crate) fn urge(
+        &self,
+        pins: &Arc<Pins>,
+        stripes: &Range<usize>,
+        claimed: Vec<Range<usize>>,
+    ) {
         let mut jobs = self.shared.jobs();
         let needed = |job: &Job| {
             let overlaps = job.stripes.start < stripes.end && stripes.start < job.stripes.end;
@@ -185,8 +196,10 @@ pub(crate) fn expect(
 ) -> Result<()> {
     let registrar = registrar.ok_or(Error::State("expecting writes after the link has ended"))?;
     for part in parts {
-        let len =
-            part.end.checked_sub(part.start).ok_or(Error::State("a part that ends before it begins"))?;
+        let len = part
+            .end
+            .checked_sub(part.start)
+            .ok_or(Error::State("a part that ends before it begins"))?;
         pins.region().check(part.start, len)?;
     }
     for part in parts {
@@ -196,10 +209,11 @@ pub(crate) fn expect(
     Ok(())
 }
 
-/// Runs what takes registrations back in a thread of its own: unpinning takes 20 ms a GiB, and nobody
-/// should wait for it. See `docs/decisions/0015`.
+/// Runs what takes registrations back in a thread of its own: unpinning takes 20 ms a GiB, and
+/// nobody should wait for it. See `docs/decisions/0015`.
 pub(crate) fn give_up_memory(work: impl FnOnce() + Send + 'static) {
-    // If there is no thread to be had, the closure runs no further than to drop what it holds: here.
+    // If there is no thread to be had, the closure runs no further than to drop what it holds:
+    // here.
     if let Err(e) = std::thread::Builder::new().name("ferry-unpin".into()).spawn(work) {
         tracing::debug!("memory is given up at once: {e}");
     }
@@ -244,7 +258,8 @@ mod tests {
         let (told, ready) = crossbeam_channel::unbounded();
         let health = Arc::new(Health::new().unwrap());
         let tell: Ready = Box::new(move |job, key| told.send((job.stripes.clone(), key)).unwrap());
-        let registrar = Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
+        let registrar =
+            Registrar::new(Box::new(Gate(opened, dropped)), tell, Arc::clone(&health)).unwrap();
         let pins = Arc::new(Pins::new(&MemoryRegion::anonymous(8 * STRIPE).unwrap(), 0, None));
         let jobs = |bytes: Range<usize>| -> Vec<Job> {
             let claimed = pins.claim(&bytes, 2);

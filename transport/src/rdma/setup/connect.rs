@@ -26,8 +26,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Looking for the device and the way may take this long: a neighbour that does not answer by then is
-/// not there.
+/// Looking for the device and the way may take this long: a neighbour that does not answer by then
+/// is not there.
 const RESOLVE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The status of a refusal that the application at the other end gave, with its reason.
@@ -100,12 +100,17 @@ pub(crate) fn connect(
     for lane in 0..lanes {
         let id = if lane == 0 { Arc::clone(&first) } else { Arc::new(attempt.resolve(from)?) };
         if id.context() != first.context() {
-            let what = format!("lane {lane} leads by {}, the first lane by {}", id.device(), first.device());
+            let what = format!(
+                "lane {lane} leads by {}, the first lane by {}",
+                id.device(),
+                first.device()
+            );
             return Err(Error::NoPath { what });
         }
         let queue = VerbsQueue::new(&domain, &id, &completions, depths)?;
         let preamble = Preamble { role: Role::Lane(lane), token };
-        id.connect(&preamble.encode()).map_err(|e| attempt.no_path(format!("connecting failed: {e}")))?;
+        id.connect(&preamble.encode())
+            .map_err(|e| attempt.no_path(format!("connecting failed: {e}")))?;
         attempt.expect(&id, rdma_sys::RDMA_CM_EVENT_ESTABLISHED)?;
         queue.shorten_not_ready();
         if path.is_none() {
@@ -141,7 +146,8 @@ impl Attempt<'_> {
         id.resolve_address(from, self.to, within_ms)
             .map_err(|e| self.no_path(format!("no RDMA device leads there{here}: {e}")))?;
         self.expect(&id, rdma_sys::RDMA_CM_EVENT_ADDR_RESOLVED)?;
-        id.resolve_route(within_ms).map_err(|e| self.no_path(format!("no route there{here}: {e}")))?;
+        id.resolve_route(within_ms)
+            .map_err(|e| self.no_path(format!("no route there{here}: {e}")))?;
         self.expect(&id, rdma_sys::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
         Ok(id)
     }
@@ -159,7 +165,9 @@ impl Attempt<'_> {
                 return if event.kind == kind { Ok(()) } else { Err(self.no_path(reason(&event))) };
             }
             if event.kind == rdma_sys::RDMA_CM_EVENT_DISCONNECTED {
-                return Err(self.no_path("it closed a lane while others were being connected".into()));
+                return Err(
+                    self.no_path("it closed a lane while others were being connected".into())
+                );
             }
         }
     }
@@ -191,7 +199,9 @@ fn reason(event: &Event) -> String {
 /// A peer's words, safe to show.
 fn printable(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
-    let text = bytes[..end].iter().map(|&byte| if (0x20..0x7f).contains(&byte) { byte as char } else { '?' });
+    let text = bytes[..end]
+        .iter()
+        .map(|&byte| if (0x20..0x7f).contains(&byte) { byte as char } else { '?' });
     match end {
         0 => "without a reason".into(),
         _ => text.collect(),

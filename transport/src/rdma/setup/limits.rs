@@ -9,8 +9,8 @@ use crate::rdma::verbs::queue_pair::{Depths, VerbsQueue};
 use rdma_sys::{Libraries, ibv_device_attr, ibv_port_attr};
 use std::net::SocketAddr;
 
-/// What soft-iWARP (siw) calls its vendor. In Linux 6.12 it takes every registration by the process's own address,
-/// whatever name is asked for, and does not say so.
+/// What soft-iWARP (siw) calls its vendor. In Linux 6.12 it takes every registration by the
+/// process's own address, whatever name is asked for, and does not say so.
 const SOFT_IWARP_VENDOR: u32 = 0x62_6d74;
 
 /// What a device can do, as far as we care.
@@ -20,7 +20,8 @@ pub(crate) struct Limits {
     pub(crate) writes: usize,
     /// Longest write.
     pub(crate) write_bytes: u32,
-    /// Whether it knows registered memory by the address that it is given, and not by the process's own.
+    /// Whether it knows registered memory by the address that it is given, and not by the process's
+    /// own.
     pub(crate) names_memory: bool,
     /// Deepest queue.
     depth: usize,
@@ -31,12 +32,14 @@ impl Limits {
         let mut device = ibv_device_attr::default();
         let mut port = ibv_port_attr::default();
         let verbs = &id.libraries().verbs;
-        let asking = |what| move |e| Error::os(format!("asking {} what {what} can do", id.device()), e);
+        let asking =
+            |what| move |e| Error::os(format!("asking {} what {what} can do", id.device()), e);
         // SAFETY: the context is open as long as the identifier, and the structure may be written.
         let code = unsafe { verbs.ibv_query_device(id.context(), &raw mut device) };
         code_to_io(code).map_err(asking("it"))?;
         // SAFETY: as above.
-        let code = unsafe { rdma_sys::ibv_query_port(verbs, id.context(), id.port(), &raw mut port) };
+        let code =
+            unsafe { rdma_sys::ibv_query_port(verbs, id.context(), id.port(), &raw mut port) };
         code_to_io(code).map_err(asking("its port"))?;
         let at_least = |limit: i32| usize::try_from(limit).unwrap_or(0);
         let depth = at_least(device.max_qp_wr).min(at_least(device.max_cqe) / 2);
@@ -67,7 +70,8 @@ pub(crate) fn libraries() -> Result<&'static Libraries> {
 /// Fails unless the identifier's device and port are those that were asked for.
 pub(crate) fn check_device(id: &Id, options: &RdmaOptions) -> Result<()> {
     let (device, port) = (id.device(), id.port());
-    let (wanted, wanted_port) = (options.device.as_deref().unwrap_or(&device), options.port.unwrap_or(port));
+    let (wanted, wanted_port) =
+        (options.device.as_deref().unwrap_or(&device), options.port.unwrap_or(port));
     if wanted == device && wanted_port == port {
         return Ok(());
     }
@@ -93,7 +97,8 @@ pub(crate) fn check_lanes(lanes: u8) -> Result<()> {
 pub(crate) fn path_of(queue: &VerbsQueue, options: &RdmaOptions) -> Result<Path> {
     let id = queue.id();
     let (device, port) = (id.device(), id.port());
-    let attributes = queue.attributes().map_err(|e| Error::os("asking a queue pair for its path", e))?;
+    let attributes =
+        queue.attributes().map_err(|e| Error::os("asking a queue pair for its path", e))?;
     let index = attributes.ah_attr.grh.sgid_index;
     let ports = Port::new(&device, port);
     if options.gid_index.is_some_and(|wanted| wanted != index) {

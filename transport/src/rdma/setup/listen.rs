@@ -100,7 +100,9 @@ impl RdmaListener {
             Err(RecvTimeoutError::Timeout) => {
                 Err(Error::Timeout { what: "every lane of the RDMA link to be connected" })
             }
-            Err(RecvTimeoutError::Disconnected) => Err(Error::State("the thread that takes lanes has ended")),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Error::State("the thread that takes lanes has ended"))
+            }
         }
     }
 }
@@ -165,7 +167,9 @@ impl Door {
         if let Some(id) = event.new.take() {
             return self.request(id, &event.private);
         }
-        let of = |lane: &Option<Lane>| lane.as_ref().is_some_and(|lane| lane.queue.id().name() == event.id);
+        let of = |lane: &Option<Lane>| {
+            lane.as_ref().is_some_and(|lane| lane.queue.id().name() == event.id)
+        };
         let Some(slot) = self.lanes.iter_mut().find(|lane| of(lane)) else { return Ok(()) };
         if event.kind == rdma_sys::RDMA_CM_EVENT_ESTABLISHED {
             if let Some(lane) = slot {
@@ -233,7 +237,9 @@ impl Door {
             let (domain, completions) = (Domain::new(id)?, Completions::new(id)?);
             self.device = Some(Device { domain, completions, limits: Limits::of(id)? });
         }
-        let Some(device) = &self.device else { return Err(Error::State("a lane without a device")) };
+        let Some(device) = &self.device else {
+            return Err(Error::State("a lane without a device"));
+        };
         let depths = device.limits.clip(TARGET_DEPTHS);
         let queue = VerbsQueue::new(&device.domain, id, &device.completions, depths)?;
         id.accept().map_err(|e| Error::os("accepting a lane", e))?;
@@ -243,7 +249,8 @@ impl Door {
 
 /// Takes the same time wherever they differ.
 fn same(a: &Token, b: &Token) -> bool {
-    std::hint::black_box(a.0.iter().zip(b.0).fold(0, |differences, (a, b)| differences | (a ^ b))) == 0
+    std::hint::black_box(a.0.iter().zip(b.0).fold(0, |differences, (a, b)| differences | (a ^ b)))
+        == 0
 }
 
 #[cfg(test)]

@@ -5,16 +5,19 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-/// How an RDMA link is run. What is not given is chosen by the addresses and by the system's defaults.
+/// How an RDMA link is run. What is not given is chosen by the addresses and by the system's
+/// defaults.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RdmaOptions {
     /// The device must be this one, such as `mlx5_0`.
     pub device: Option<String>,
     /// The device's port must be this one, from 1.
     pub port: Option<u8>,
-    /// The source GID must be the port's one of this index. On Ethernet it decides the source address.
+    /// The source GID must be the port's one of this index. On Ethernet it decides the source
+    /// address.
     pub gid_index: Option<u8>,
-    /// Traffic class of all packets (on RoCE v2 the DSCP times four), for lossless or prioritised traffic.
+    /// Traffic class of all packets (on RoCE v2 the DSCP times four), for lossless or prioritised
+    /// traffic.
     pub traffic_class: Option<u8>,
     /// Memory is registered in pieces of this many bytes: whole stripes, one at least.
     pub chunk_bytes: usize,
@@ -31,7 +34,8 @@ impl Default for RdmaOptions {
             port: None,
             gid_index: None,
             traffic_class: None,
-            // Large enough that a registration's fixed cost vanishes, small enough that data follows soon.
+            // Large enough that a registration's fixed cost vanishes, small enough that data
+            // follows soon.
             chunk_bytes: 64 << 20,
             // A hundred microseconds at 400 Gb/s, and more than the longest write.
             window_bytes: 8 << 20,

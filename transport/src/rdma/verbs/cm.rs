@@ -1,5 +1,5 @@
-//! rdma_cm as objects that clean up after themselves: an event channel, identifiers, and events that
-//! are copied out and acknowledged at once, so that nothing ever waits for an acknowledgement.
+//! rdma_cm as objects that clean up after themselves: an event channel, identifiers, and events
+//! that are copied out and acknowledged at once, so that nothing ever waits for an acknowledgement.
 //!
 //! Order of destruction: queue pair, then its identifier, then the channel, which each identifier
 //! holds.
@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 use crate::rdma::health::wait_readable;
 use crate::rdma::verbs::address::{RawAddress, read_address};
 use rdma_sys::{
-    Libraries, ibv_context, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, rdma_cm_event, rdma_cm_id,
-    rdma_conn_param, rdma_event_channel,
+    Libraries, ibv_context, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, rdma_cm_event,
+    rdma_cm_id, rdma_conn_param, rdma_event_channel,
 };
 use std::ffi::{CStr, c_int, c_void};
 use std::io;
@@ -24,9 +24,9 @@ const RETRIES: u8 = 7;
 /// For a receive queue that is empty: without end. Ours never is, see the target's receive depth.
 const RETRIES_NOT_READY: u8 = 7;
 
-/// Unacknowledged requests are repeated after 4.096 us * 2^17, half a second: with [`RETRIES`] a peer
-/// that is gone is noticed after four seconds (devices may attach to four times as long), and a
-/// hiccup of the network is not.
+/// Unacknowledged requests are repeated after 4.096 us * 2^17, half a second: with [`RETRIES`] a
+/// peer that is gone is noticed after four seconds (devices may attach to four times as long), and
+/// a hiccup of the network is not.
 const ACK_TIMEOUT: u8 = 17;
 
 /// We use no remote reads; some devices want one for their own handshake.
@@ -41,8 +41,8 @@ pub(crate) struct Channel {
     raw: *mut rdma_event_channel,
 }
 
-// SAFETY: librdmacm guards its objects with locks of its own, and reading events is a system call on
-// the channel's descriptor.
+// SAFETY: librdmacm guards its objects with locks of its own, and reading events is a system call
+// on the channel's descriptor.
 unsafe impl Send for Channel {}
 
 // SAFETY: as above.
@@ -120,7 +120,8 @@ impl Channel {
                 }
             }
         }
-        let copied = Event { kind: event.event, status: event.status, id: event.id.addr(), new, private };
+        let copied =
+            Event { kind: event.event, status: event.status, id: event.id.addr(), new, private };
         // SAFETY: gotten above, and nothing of it is used after this.
         unsafe { self.libraries.cm.rdma_ack_cm_event(raw) };
         Ok(Some(copied))
@@ -149,17 +150,17 @@ impl Drop for Channel {
 
 /// An identifier: what a socket is to TCP. Holds the device open.
 ///
-/// Its end is told to the peer by the kernel. On a port that is down that cannot be, and must not be tried:
-/// soft-RoCE's own queue pair for such messages (QP1) goes into the error state for good when one cannot be
-/// sent (Linux 6.12), and no connection comes about by that device any more. So the end of an identifier
-/// waits, in a thread of its own, until the port is up again.
+/// Its end is told to the peer by the kernel. On a port that is down that cannot be, and must not
+/// be tried: soft-RoCE's own queue pair for such messages (QP1) goes into the error state for good
+/// when one cannot be sent (Linux 6.12), and no connection comes about by that device any more. So
+/// the end of an identifier waits, in a thread of its own, until the port is up again.
 pub(crate) struct Id {
     raw: *mut rdma_cm_id,
     channel: Arc<Channel>,
 }
 
-/// How long the end of an identifier waits for its port. A process that holds on to a dead port for longer
-/// keeps its device from being taken away.
+/// How long the end of an identifier waits for its port. A process that holds on to a dead port for
+/// longer keeps its device from being taken away.
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// And then for the routes, which come back after the port.
@@ -232,14 +233,16 @@ impl Id {
         }
     }
 
-    /// Sets the traffic class and the time after which requests are repeated. Neither is needed to go on
-    /// where a device or an old library refuses the second.
+    /// Sets the traffic class and the time after which requests are repeated. Neither is needed to
+    /// go on where a device or an old library refuses the second.
     pub(crate) fn set_options(&self, traffic_class: Option<u8>) -> Result<()> {
         if let Some(mut class) = traffic_class {
             self.set_option(rdma_sys::RDMA_OPTION_ID_TOS as c_int, &mut class)
                 .map_err(|e| Error::os(format!("setting the traffic class {class}"), e))?;
         }
-        if let Err(e) = self.set_option(rdma_sys::RDMA_OPTION_ID_ACK_TIMEOUT as c_int, &mut { ACK_TIMEOUT }) {
+        if let Err(e) =
+            self.set_option(rdma_sys::RDMA_OPTION_ID_ACK_TIMEOUT as c_int, &mut { ACK_TIMEOUT })
+        {
             tracing::debug!("the device keeps its own acknowledgement timeout: {e}");
         }
         Ok(())
@@ -280,7 +283,9 @@ impl Id {
         let from = from.as_mut().map_or(std::ptr::null_mut(), RawAddress::as_ptr);
         let mut to = RawAddress::from(to);
         // SAFETY: addresses of their families' sizes, or none, which the call copies.
-        check(unsafe { self.libraries().cm.rdma_resolve_addr(self.raw, from, to.as_ptr(), within_ms) })
+        check(unsafe {
+            self.libraries().cm.rdma_resolve_addr(self.raw, from, to.as_ptr(), within_ms)
+        })
     }
 
     /// Begins to find the way there.
@@ -332,7 +337,9 @@ impl Id {
     pub(crate) fn reject(&self, why: &str) {
         let why = &why.as_bytes()[..why.len().min(REFUSAL_BYTES_MAX)];
         // SAFETY: the bytes are copied by the call.
-        let code = unsafe { self.libraries().cm.rdma_reject(self.raw, why.as_ptr().cast(), why.len() as u8) };
+        let code = unsafe {
+            self.libraries().cm.rdma_reject(self.raw, why.as_ptr().cast(), why.len() as u8)
+        };
         if let Err(e) = check(code) {
             tracing::debug!("a connection request went away while it was refused: {e}");
         }
@@ -344,8 +351,8 @@ impl Id {
         !device.is_empty() && port_is_down(&device, self.port())
     }
 
-    /// Moves the queue pair to the error state and tells the peer, if that can be: of a `healthy` link it is
-    /// known that the port is up.
+    /// Moves the queue pair to the error state and tells the peer, if that can be: of a `healthy`
+    /// link it is known that the port is up.
     pub(crate) fn disconnect(&self, healthy: bool) {
         if !healthy && self.port_is_down() {
             return;
@@ -366,8 +373,9 @@ impl Id {
         let mut made = ibv_qp_init_attr::default();
         let mask = (rdma_sys::IBV_QP_AV | rdma_sys::IBV_QP_PATH_MTU) as c_int;
         // SAFETY: as the caller says; both structures may be written.
-        let code =
-            unsafe { self.libraries().verbs.ibv_query_qp(qp, &raw mut attributes, mask, &raw mut made) };
+        let code = unsafe {
+            self.libraries().verbs.ibv_query_qp(qp, &raw mut attributes, mask, &raw mut made)
+        };
         code_to_io(code)?;
         Ok(attributes)
     }
@@ -406,8 +414,8 @@ unsafe impl Send for End {}
 
 impl Drop for End {
     fn drop(&mut self) {
-        // SAFETY: its queue pair is gone (whoever made it destroys it), every event was acknowledged when it
-        // was read, and of an identifier one end is made.
+        // SAFETY: its queue pair is gone (whoever made it destroys it), every event was
+        // acknowledged when it was read, and of an identifier one end is made.
         if let Err(e) = check(unsafe { self.channel.libraries.cm.rdma_destroy_id(self.raw) }) {
             tracing::debug!("destroying an identifier of a connection: {e}");
         }

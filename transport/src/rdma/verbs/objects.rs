@@ -53,8 +53,11 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        // SAFETY: registrations hold the domain, and queue pairs are destroyed by those who hold it.
-        complain("a protection domain", unsafe { self.id.libraries().verbs.ibv_dealloc_pd(self.raw) });
+        // SAFETY: registrations hold the domain, and queue pairs are destroyed by those who hold
+        // it.
+        complain("a protection domain", unsafe {
+            self.id.libraries().verbs.ibv_dealloc_pd(self.raw)
+        });
     }
 }
 
@@ -79,19 +82,29 @@ impl Registration {
         address: Option<u64>,
         access: u32,
     ) -> io::Result<Self> {
-        assert!(region.check(bytes.start, bytes.len()).is_ok() && !bytes.is_empty(), "checked by the caller");
+        assert!(
+            region.check(bytes.start, bytes.len()).is_ok() && !bytes.is_empty(),
+            "checked by the caller"
+        );
         let libraries = domain.id.libraries();
         let start = region.as_ptr().wrapping_add(bytes.start);
         // SAFETY: the range lies in the region's mapping, which this object keeps.
         let raw = unsafe {
             match (address, &libraries.verbs_1_8) {
-                (Some(address), Some(newer)) => {
-                    newer.ibv_reg_mr_iova(domain.raw, start.cast(), bytes.len(), address, access as c_int)
-                }
+                (Some(address), Some(newer)) => newer.ibv_reg_mr_iova(
+                    domain.raw,
+                    start.cast(),
+                    bytes.len(),
+                    address,
+                    access as c_int,
+                ),
                 (Some(_), None) => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
-                (None, _) => {
-                    libraries.verbs.ibv_reg_mr(domain.raw, start.cast(), bytes.len(), access as c_int)
-                }
+                (None, _) => libraries.verbs.ibv_reg_mr(
+                    domain.raw,
+                    start.cast(),
+                    bytes.len(),
+                    access as c_int,
+                ),
             }
         };
         if raw.is_null() {
@@ -116,7 +129,9 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         // SAFETY: nothing of this process uses the key after this; a peer that does gets an error.
-        complain("a registration", unsafe { self.domain.id.libraries().verbs.ibv_dereg_mr(self.raw) });
+        complain("a registration", unsafe {
+            self.domain.id.libraries().verbs.ibv_dereg_mr(self.raw)
+        });
     }
 }
 
@@ -186,11 +201,18 @@ unsafe impl Send for CompletionQueue {}
 
 impl CompletionQueue {
     pub(crate) fn new(channel: &Arc<Completions>, depth: usize) -> Result<Self> {
-        let depth = c_int::try_from(depth).map_err(|_| Error::State("a completion queue that deep"))?;
+        let depth =
+            c_int::try_from(depth).map_err(|_| Error::State("a completion queue that deep"))?;
         let id = &channel.id;
         // SAFETY: context and channel belong together and live as long as this object.
         let raw = unsafe {
-            id.libraries().verbs.ibv_create_cq(id.context(), depth, std::ptr::null_mut(), channel.raw, 0)
+            id.libraries().verbs.ibv_create_cq(
+                id.context(),
+                depth,
+                std::ptr::null_mut(),
+                channel.raw,
+                0,
+            )
         };
         if raw.is_null() {
             return Err(last_error(format!("creating a completion queue of {depth} entries")));
@@ -207,7 +229,9 @@ impl Drop for CompletionQueue {
     fn drop(&mut self) {
         // SAFETY: whoever made a queue pair with it has destroyed that before, and every event was
         // acknowledged when it was read; one that was not read is thrown away.
-        complain("a completion queue", unsafe { self.channel.id.libraries().verbs.ibv_destroy_cq(self.raw) });
+        complain("a completion queue", unsafe {
+            self.channel.id.libraries().verbs.ibv_destroy_cq(self.raw)
+        });
     }
 }
 

@@ -9,15 +9,15 @@ use crate::rdma::lane::queue::{DONE_MAX, Done, Queue, RECEIVE};
 use crate::rdma::verbs::objects::{CompletionQueue, Completions, Domain, Registration};
 use crate::region::MemoryRegion;
 use rdma_sys::{
-    IBV_ACCESS_LOCAL_WRITE, IBV_QPT_RC, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_qp, ibv_qp_attr,
-    ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, ibv_sge, ibv_wc,
+    IBV_ACCESS_LOCAL_WRITE, IBV_QPT_RC, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, ibv_qp,
+    ibv_qp_attr, ibv_qp_cap, ibv_qp_init_attr, ibv_recv_wr, ibv_sge, ibv_wc,
 };
 use std::ffi::c_int;
 use std::io;
 use std::sync::Arc;
 
-/// What a peer waits before it tries again where the receive queue was empty: 0.64 ms. rdma_cm's own
-/// choice is the longest that there is, 655 ms.
+/// What a peer waits before it tries again where the receive queue was empty: 0.64 ms. rdma_cm's
+/// own choice is the longest that there is, 655 ms.
 const NOT_READY_TIMER: u8 = 12;
 
 /// How many work requests a queue pair holds.
@@ -74,15 +74,17 @@ impl VerbsQueue {
             ..ibv_qp_init_attr::default()
         };
         // SAFETY: on one device, and this object keeps domain and completion queue longer.
-        let queue_pair = unsafe { id.create_queue_pair(domain.raw(), &mut attributes) }.map_err(|e| {
-            Error::os(format!("creating a queue pair with {} work requests", depths.sends), e)
-        })?;
+        let queue_pair =
+            unsafe { id.create_queue_pair(domain.raw(), &mut attributes) }.map_err(|e| {
+                Error::os(format!("creating a queue pair with {} work requests", depths.sends), e)
+            })?;
         let id = Arc::clone(id);
         let _domain = Arc::clone(domain);
         let mut this = Self { queue_pair, id, completions, buffers, registration, depths, _domain };
         for slot in 0..depths.receives {
-            this.replenish(slot)
-                .map_err(|e| Error::os("filling a receive queue", io::Error::from_raw_os_error(e)))?;
+            this.replenish(slot).map_err(|e| {
+                Error::os("filling a receive queue", io::Error::from_raw_os_error(e))
+            })?;
         }
         Ok(this)
     }
@@ -98,13 +100,15 @@ impl VerbsQueue {
 
     /// Once connected: what the device chose for the path.
     pub(crate) fn attributes(&self) -> io::Result<ibv_qp_attr> {
-        // SAFETY: the queue pair is that of `id`, and alive: only `close` ends it, which takes `&mut`.
+        // SAFETY: the queue pair is that of `id`, and alive: only `close` ends it, which takes
+        // `&mut`.
         unsafe { self.id.query_queue_pair(self.queue_pair) }
     }
 
     /// Once connected: shortens what the peer would wait if our receive queue were ever empty.
     pub(crate) fn shorten_not_ready(&self) {
-        let mut attributes = ibv_qp_attr { min_rnr_timer: NOT_READY_TIMER, ..ibv_qp_attr::default() };
+        let mut attributes =
+            ibv_qp_attr { min_rnr_timer: NOT_READY_TIMER, ..ibv_qp_attr::default() };
         let mask = rdma_sys::IBV_QP_MIN_RNR_TIMER as c_int;
         let verbs = &self.id.libraries().verbs;
         // SAFETY: the queue pair is alive.
@@ -128,23 +132,26 @@ impl Queue for VerbsQueue {
             return Err(libc::ENOTCONN);
         }
         let mut bad = std::ptr::null_mut();
-        // SAFETY: the queue pair is alive; the chain is linked for this call; the memory it names is
-        // registered, and stays so until the link has destroyed its queue pairs.
+        // SAFETY: the queue pair is alive; the chain is linked for this call; the memory it names
+        // is registered, and stays so until the link has destroyed its queue pairs.
         errno(unsafe { rdma_sys::ibv_post_send(self.queue_pair, chain.linked(), &raw mut bad) })
     }
 
     fn poll(&mut self, done: &mut [Done; DONE_MAX]) -> Result<usize, i32> {
         let mut raw = [ibv_wc::default(); DONE_MAX];
         // SAFETY: the completion queue lives as long as `self`, and there is room for so many.
+        let count = unsafe {
+            rdma_sys::ibv_poll_cq(self.completions.raw(), DONE_MAX as c_int, raw.as_mut_ptr())
+        };
         let count =
-            unsafe { rdma_sys::ibv_poll_cq(self.completions.raw(), DONE_MAX as c_int, raw.as_mut_ptr()) };
-        let count = usize::try_from(count).map_err(|_| if count == -1 { libc::EIO } else { -count })?;
+            usize::try_from(count).map_err(|_| if count == -1 { libc::EIO } else { -count })?;
         for (done, raw) in done.iter_mut().zip(&raw[..count.min(DONE_MAX)]) {
             // Nothing but identifier, status and vendor code is valid if it failed.
             let came = raw.status == IBV_WC_SUCCESS && raw.wr_id & RECEIVE != 0;
             let with_value = came && raw.opcode == IBV_WC_RECV_RDMA_WITH_IMM;
             let len = if came { raw.byte_len } else { 0 };
-            *done = Done { id: raw.wr_id, status: raw.status, vendor: raw.vendor_err, len, with_value };
+            *done =
+                Done { id: raw.wr_id, status: raw.status, vendor: raw.vendor_err, len, with_value };
         }
         Ok(count.min(DONE_MAX))
     }
@@ -162,8 +169,8 @@ impl Queue for VerbsQueue {
             ..ibv_recv_wr::default()
         };
         let mut bad = std::ptr::null_mut();
-        // SAFETY: the queue pair is alive; the request is read within the call; its buffer is registered
-        // as long as the queue pair lives.
+        // SAFETY: the queue pair is alive; the request is read within the call; its buffer is
+        // registered as long as the queue pair lives.
         errno(unsafe { rdma_sys::ibv_post_recv(self.queue_pair, &raw mut request, &raw mut bad) })
     }
 

@@ -1,4 +1,5 @@
-//! The words for numbers that the NIC's software gives: a newer one may give some that are not here.
+//! The words for numbers that the NIC's software gives: a newer one may give some that are not
+//! here.
 
 use rdma_sys as sys;
 
@@ -8,15 +9,21 @@ pub(crate) fn completion_status(status: u32) -> String {
         sys::IBV_WC_SUCCESS => "success",
         sys::IBV_WC_LOC_LEN_ERR => "local length error: the peer sent more than a message may have",
         sys::IBV_WC_LOC_QP_OP_ERR => "local queue pair operation error",
-        sys::IBV_WC_LOC_PROT_ERR => "local protection error: local memory is not registered for this",
+        sys::IBV_WC_LOC_PROT_ERR => {
+            "local protection error: local memory is not registered for this"
+        }
         sys::IBV_WC_WR_FLUSH_ERR => "flushed: the queue pair had gone into the error state",
         sys::IBV_WC_BAD_RESP_ERR => "bad response from the peer's device",
         sys::IBV_WC_LOC_ACCESS_ERR => "local access error",
-        sys::IBV_WC_REM_INV_REQ_ERR => "remote invalid request error: the peer's device refused the request",
+        sys::IBV_WC_REM_INV_REQ_ERR => {
+            "remote invalid request error: the peer's device refused the request"
+        }
         sys::IBV_WC_REM_ACCESS_ERR => {
             "remote access error: the peer's memory is not registered for this any more, or never was"
         }
-        sys::IBV_WC_REM_OP_ERR => "remote operation error: the peer's device could not carry it out",
+        sys::IBV_WC_REM_OP_ERR => {
+            "remote operation error: the peer's device could not carry it out"
+        }
         sys::IBV_WC_RETRY_EXC_ERR => "retries exceeded: the peer's device does not answer",
         sys::IBV_WC_RNR_RETRY_EXC_ERR => "receiver-not-ready retries exceeded",
         sys::IBV_WC_REM_ABORT_ERR => "aborted by the peer's device",

@@ -1,20 +1,21 @@
 //! Memory that may go away under us: pages that the hardware lost, files that were cut.
 //!
-//! The kernel answers a touch of such a page with SIGBUS, which ends a process that does not handle it. For a guarded
-//! mapping this handler puts a page of zeros of our own in the place of the lost one, notes which it was, and lets the
-//! access go on. So no access costs more than it did, whoever makes it, and the lanes and the NIC find memory there
-//! too. Who uses what was read asks [`Guard::lost`] before it counts.
+//! The kernel answers a touch of such a page with SIGBUS, which ends a process that does not handle
+//! it. For a guarded mapping this handler puts a page of zeros of our own in the place of the lost
+//! one, notes which it was, and lets the access go on. So no access costs more than it did, whoever
+//! makes it, and the lanes and the NIC find memory there too. Who uses what was read asks
+//! [`Guard::lost`] before it counts.
 //!
 //! ```text
 //!   load of a lost page --> SIGBUS --> on_sigbus: note the page, map zeros over it --> the load again: zeros
 //!   a fault elsewhere   --> the handler that was there before
 //! ```
 //!
-//! Only the mapping in this process changes. A mapping in which a guest runs must not be guarded: the guest would read
-//! zeros where its hardware has to report an error.
+//! Only the mapping in this process changes. A mapping in which a guest runs must not be guarded:
+//! the guest would read zeros where its hardware has to report an error.
 //!
-//! The handler runs at any moment on any thread. It takes no lock and allocates nothing: it reads a table of atomics and
-//! calls `mmap` and `lseek`, bare system calls.
+//! The handler runs at any moment on any thread. It takes no lock and allocates nothing: it reads a
+//! table of atomics and calls `mmap` and `lseek`, bare system calls.
 
 use crate::error::{Error, Result};
 use std::ffi::{c_int, c_void};
@@ -23,25 +24,28 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-/// Guarded mappings at once. QEMU has at most 256 memory slots for DIMMs, and a process of ours has a few guests at most.
+/// Guarded mappings at once. QEMU has at most 256 memory slots for DIMMs, and a process of ours has
+/// a few guests at most.
 const GUARDS_MAX: usize = 1024;
 
-/// Lost pages noted singly, a mapping. Each costs the kernel two mappings, of which it allows 65530 a process; a guest
-/// that lost more than so many pages is not moved.
+/// Lost pages noted singly, a mapping. Each costs the kernel two mappings, of which it allows 65530
+/// a process; a guest that lost more than so many pages is not moved.
 pub const LOST_MAX: usize = 1024;
 
 /// No page: a place in [`Record::pages`] that is not used, or not any more.
 const NONE: usize = usize::MAX;
-/// Beside an offset, which is a multiple of a page: the hardware lost the page. Without it: there is no such page.
+/// Beside an offset, which is a multiple of a page: the hardware lost the page. Without it: there
+/// is no such page.
 const POISONED: usize = 1;
 
 /// Why a page could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Loss {
-    /// The hardware lost its content, and the kernel took it out of use: the file has data there, and no page is given.
+    /// The hardware lost its content, and the kernel took it out of use: the file has data there,
+    /// and no page is given.
     Poisoned,
-    /// There is nothing to map: the file was cut, or its file system has no room. Nothing from here to the end of the
-    /// mapping can be used.
+    /// There is nothing to map: the file was cut, or its file system has no room. Nothing from here
+    /// to the end of the mapping can be used.
     Absent,
 }
 
@@ -74,8 +78,9 @@ struct Record {
     full: AtomicBool,
 }
 
-/// A place in the table that the handler reads. `start` and `len` are looked at first, so that a record is followed only
-/// if it is that of the mapping in which this thread faults, which the thread keeps.
+/// A place in the table that the handler reads. `start` and `len` are looked at first, so that a
+/// record is followed only if it is that of the mapping in which this thread faults, which the
+/// thread keeps.
 struct Place {
     /// Odd while the place is being changed.
     version: AtomicU64,
@@ -114,7 +119,8 @@ impl std::fmt::Debug for Place {
 }
 
 impl Guard {
-    /// Guards `len` bytes at `start`, a whole mapping of the caller's, backed by this file's pages of this size.
+    /// Guards `len` bytes at `start`, a whole mapping of the caller's, backed by this file's pages
+    /// of this size.
     pub(super) fn new(
         (start, len): (usize, usize),
         page_bytes: usize,
@@ -124,7 +130,10 @@ impl Guard {
         let installed = INSTALLED.get_or_init(install);
         if let Err(errno) = installed {
             let source = std::io::Error::from_raw_os_error(*errno);
-            return Err(Error::os("handling SIGBUS, which pages that the hardware lost raise", source));
+            return Err(Error::os(
+                "handling SIGBUS, which pages that the hardware lost raise",
+                source,
+            ));
         }
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let record = Arc::new(Record {
@@ -157,7 +166,8 @@ impl Guard {
         (self.record.file.as_fd(), self.record.file_offset)
     }
 
-    /// Faults in this mapping since it is guarded. Unchanged means that everything read since was there.
+    /// Faults in this mapping since it is guarded. Unchanged means that everything read since was
+    /// there.
     pub(super) fn faults(&self) -> usize {
         self.record.faults.load(Ordering::Acquire)
     }
@@ -190,7 +200,8 @@ impl Guard {
     pub(super) fn forget(&self, offset: usize) {
         for page in &self.record.pages {
             let _ = page.compare_exchange(offset, NONE, Ordering::AcqRel, Ordering::Relaxed);
-            let _ = page.compare_exchange(offset | POISONED, NONE, Ordering::AcqRel, Ordering::Relaxed);
+            let _ =
+                page.compare_exchange(offset | POISONED, NONE, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
 
@@ -217,8 +228,8 @@ impl Place {
         self.version.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The record, if its mapping holds this address. A place that is being changed is not that of the address: whoever
-    /// touches it keeps its mapping.
+    /// The record, if its mapping holds this address. A place that is being changed is not that of
+    /// the address: whoever touches it keeps its mapping.
     fn holding(&self, address: usize) -> Option<*mut Record> {
         let version = self.version.load(Ordering::Acquire);
         let (start, len) = (self.start.load(Ordering::Acquire), self.len.load(Ordering::Acquire));
@@ -229,8 +240,8 @@ impl Place {
 }
 
 impl Record {
-    /// Whether the file has data at this offset of the mapping: not beyond its end, and no hole. A file of huge pages
-    /// cannot be asked.
+    /// Whether the file has data at this offset of the mapping: not beyond its end, and no hole. A
+    /// file of huge pages cannot be asked.
     fn has_data(&self, offset: usize) -> bool {
         if self.page_bytes != super::PAGE_BYTES {
             return false;
@@ -285,8 +296,9 @@ pub(crate) fn faults() -> u64 {
 }
 
 fn install() -> Result<(), c_int> {
-    // SAFETY: a sigaction of zeros is valid, and is filled by the first call; the handler is async-signal-safe, as this
-    // module's head says, and takes the three arguments that SA_SIGINFO gives it. On the alternate stack, as Rust's own.
+    // SAFETY: a sigaction of zeros is valid, and is filled by the first call; the handler is
+    // async-signal-safe, as this module's head says, and takes the three arguments that SA_SIGINFO
+    // gives it. On the alternate stack, as Rust's own.
     unsafe {
         let mut before: libc::sigaction = std::mem::zeroed();
         if libc::sigaction(libc::SIGBUS, ptr::null(), &raw mut before) != 0 {
@@ -305,8 +317,8 @@ fn install() -> Result<(), c_int> {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel hands a valid siginfo; si_addr is that of a fault, which these codes are. errno is this thread's
-    // own, and whoever was interrupted finds it as it was.
+    // SAFETY: the kernel hands a valid siginfo; si_addr is that of a fault, which these codes are.
+    // errno is this thread's own, and whoever was interrupted finds it as it was.
     unsafe {
         let errno = libc::__errno_location();
         let kept = *errno;
@@ -315,7 +327,8 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut libc::siginfo_t, context: *mut
             libc::BUS_ADRERR | libc::BUS_MCEERR_AR => {
                 replace((*info).si_addr().addr(), code == libc::BUS_MCEERR_AR)
             }
-            // News of a page that this thread has not touched, so its mapping may be about to go. Who touches it faults.
+            // News of a page that this thread has not touched, so its mapping may be about to go.
+            // Who touches it faults.
             libc::BUS_MCEERR_AO => is_guarded((*info).si_addr().addr()),
             _ => false,
         };
@@ -331,23 +344,25 @@ fn is_guarded(address: usize) -> bool {
     TABLE.iter().any(|place| place.holding(address).is_some())
 }
 
-/// Puts zeros in the place of the page at this address, if it is in a guarded mapping. The kernel may have said that the
-/// hardware lost it; one that is built without that says nothing more than that there is no page.
+/// Puts zeros in the place of the page at this address, if it is in a guarded mapping. The kernel
+/// may have said that the hardware lost it; one that is built without that says nothing more than
+/// that there is no page.
 fn replace(address: usize, said_poisoned: bool) -> bool {
     let Some(record) = TABLE.iter().find_map(|place| place.holding(address)) else { return false };
-    // SAFETY: the record belongs to the mapping that holds the address, and whoever touches that address keeps the
-    // mapping, and with it the guard and its record.
+    // SAFETY: the record belongs to the mapping that holds the address, and whoever touches that
+    // address keeps the mapping, and with it the guard and its record.
     let record = unsafe { &*record };
     let offset = (address - record.start) / record.page_bytes * record.page_bytes;
     let poisoned = said_poisoned || record.has_data(offset);
     // Where there is nothing, there is nothing behind it either: one mapping, not one a page.
     let to_the_end = !poisoned || !record.has_place(offset);
-    let bytes = if to_the_end { record.len - offset } else { record.page_bytes.min(record.len - offset) };
+    let bytes =
+        if to_the_end { record.len - offset } else { record.page_bytes.min(record.len - offset) };
     let bytes = bytes.next_multiple_of(record.page_bytes);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let address = ptr::with_exposed_provenance_mut(record.start + offset);
-    // SAFETY: a part of the guarded mapping, which is ours alone and whole pages of its backing. Nobody holds a reference
-    // into it, as MemoryRegion gives out none.
+    // SAFETY: a part of the guarded mapping, which is ours alone and whole pages of its backing.
+    // Nobody holds a reference into it, as MemoryRegion gives out none.
     let mapped = unsafe { libc::mmap(address, bytes, record.protection, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
         return false;
@@ -365,8 +380,8 @@ fn replace(address: usize, said_poisoned: bool) -> bool {
 unsafe fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     let before = BEFORE.get().map_or(libc::SIG_DFL, |before| before.sa_sigaction);
     let takes_info = BEFORE.get().is_some_and(|before| before.sa_flags & libc::SA_SIGINFO != 0);
-    // SAFETY: the handler that was installed takes what its flag says. Without one the signal does what it always does
-    // when the instruction is run again.
+    // SAFETY: the handler that was installed takes what its flag says. Without one the signal does
+    // what it always does when the instruction is run again.
     unsafe {
         match before {
             libc::SIG_DFL | libc::SIG_IGN => {

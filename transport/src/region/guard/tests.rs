@@ -1,4 +1,5 @@
-//! A file that is cut, and pages with the kernel's own poison (`UFFDIO_POISON`), which raise what broken memory raises.
+//! A file that is cut, and pages with the kernel's own poison (`UFFDIO_POISON`), which raise what
+//! broken memory raises.
 
 use super::*;
 use crate::region::{Access, MemoryRegion, sealed_memfd, touch};
@@ -14,17 +15,20 @@ fn file(pages: u64) -> OwnedFd {
     file
 }
 
-/// Has every touch of these bytes answered as if the hardware had lost them. Lasts while the descriptor is open.
+/// Has every touch of these bytes answered as if the hardware had lost them. Lasts while the
+/// descriptor is open.
 fn poison(address: usize, region: &MemoryRegion) -> OwnedFd {
     // SAFETY: the call takes flags alone; its answer is a new descriptor.
-    let uffd =
-        unsafe { OwnedFd::from_raw_fd(libc::syscall(libc::SYS_userfaultfd, 1 | libc::O_CLOEXEC) as i32) };
+    let uffd = unsafe {
+        OwnedFd::from_raw_fd(libc::syscall(libc::SYS_userfaultfd, 1 | libc::O_CLOEXEC) as i32)
+    };
     let call = |number: u64, arg: &mut [u64; 4]| {
         // SAFETY: these calls take structures of three or four words.
         let answer = unsafe { libc::ioctl(uffd.as_raw_fd(), number as _, arg.as_mut_ptr()) };
         assert_eq!(answer, 0, "{number:#x}: {}", std::io::Error::last_os_error());
     };
-    // UFFD_API with UFFD_FEATURE_POISON, UFFDIO_REGISTER for missing pages, UFFDIO_POISON (linux/userfaultfd.h).
+    // UFFD_API with UFFD_FEATURE_POISON, UFFDIO_REGISTER for missing pages, UFFDIO_POISON
+    // (linux/userfaultfd.h).
     call(0xc018_aa3f, &mut [0xAA, 1 << 14, 0, 0]);
     call(0xc020_aa00, &mut [region.as_ptr().addr() as u64, region.len() as u64, 1, 0]);
     call(0xc020_aa08, &mut [address as u64, PAGE as u64, 0, 0]);
@@ -94,7 +98,8 @@ fn one_lost_page_is_looked_at_again_and_the_others_stay_noted() {
 fn a_page_on_which_many_threads_fault_is_one_lost_page() {
     const PAGES: usize = LOST_MAX - 1;
     let file = file(PAGES as u64 + 2);
-    let region = MemoryRegion::map_guarded(file.as_fd(), 0, (PAGES + 2) * PAGE, Access::Read).unwrap();
+    let region =
+        MemoryRegion::map_guarded(file.as_fd(), 0, (PAGES + 2) * PAGE, Access::Read).unwrap();
     let start = region.as_ptr().addr();
     std::thread::scope(|scope| {
         for _ in 0..4 {
@@ -105,7 +110,10 @@ fn a_page_on_which_many_threads_fault_is_one_lost_page() {
     assert!(!region.lost_too_many());
     let offsets: Vec<_> = region.lost().iter().map(|lost| lost.offset / PAGE).collect();
     assert_eq!(offsets, (0..PAGES).collect::<Vec<_>>());
-    assert!(replace(start + PAGES * PAGE, true) && !region.lost_too_many(), "as many as have a place");
+    assert!(
+        replace(start + PAGES * PAGE, true) && !region.lost_too_many(),
+        "as many as have a place"
+    );
     assert!(replace(start, true) && !region.lost_too_many(), "it has one");
     assert!(replace(start + (PAGES + 1) * PAGE, true) && region.lost_too_many());
     region.look_at_all_again().unwrap();
@@ -115,10 +123,12 @@ fn a_page_on_which_many_threads_fault_is_one_lost_page() {
 /// In a process of its own, which must die of it.
 #[test]
 fn a_fault_in_memory_that_is_not_guarded_ends_the_process_as_ever() {
-    const NAME: &str = "region::guard::tests::a_fault_in_memory_that_is_not_guarded_ends_the_process_as_ever";
+    const NAME: &str =
+        "region::guard::tests::a_fault_in_memory_that_is_not_guarded_ends_the_process_as_ever";
     const INNER: &str = "PAGEFERRY_TEST_UNGUARDED";
     if std::env::var_os(INNER).is_some() {
-        let (file, other) = (file(1), sealed_memfd("guarded", MemfdFlags::empty(), PAGE as u64).unwrap());
+        let (file, other) =
+            (file(1), sealed_memfd("guarded", MemfdFlags::empty(), PAGE as u64).unwrap());
         let _guarded = MemoryRegion::map_guarded(other.as_fd(), 0, PAGE, Access::Read).unwrap();
         let region = MemoryRegion::map_shared(file.as_fd(), 0, PAGE, Access::Read).unwrap();
         ftruncate(&file, 0).unwrap();

@@ -16,13 +16,16 @@ pub(super) fn findings() -> Vec<Finding> {
         )];
     }
     let ring = match probe::trust() {
-        Ok(Trust::Ring { entries_max, .. }) => {
-            good(RING, format!("tells every page that is written; up to {entries_max} entries a vCPU"))
-        }
+        Ok(Trust::Ring { entries_max, .. }) => good(
+            RING,
+            format!("tells every page that is written; up to {entries_max} entries a vCPU"),
+        ),
         Ok(Trust::Log { why }) => {
             note(RING, format!("not used: {why}. Writes are followed by KVM's log instead"))
         }
-        Err(e) => note(RING, format!("{}; a machine of pageferry's own cannot be moved", e.chain())),
+        Err(e) => {
+            note(RING, format!("{}; a machine of pageferry's own cannot be moved", e.chain()))
+        }
     };
     vec![good(KVM, "/dev/kvm can be used"), ring]
 }

@@ -89,7 +89,9 @@ fn kernel() -> Finding {
     } else {
         bad(
             "kernel",
-            format!("{release}: a source needs Linux 6.7 or newer (userfaultfd WP_ASYNC, PAGEMAP_SCAN)"),
+            format!(
+                "{release}: a source needs Linux 6.7 or newer (userfaultfd WP_ASYNC, PAGEMAP_SCAN)"
+            ),
         )
     }
 }
@@ -119,9 +121,10 @@ fn tracing_permission() -> Finding {
             TOPIC,
             "`run` works; `attach` needs root, CAP_SYS_PTRACE, or sysctl kernel.yama.ptrace_scope=0",
         ),
-        Some(scope) => {
-            bad(TOPIC, format!("kernel.yama.ptrace_scope is {scope}: set it to 1 or less, or run as root"))
-        }
+        Some(scope) => bad(
+            TOPIC,
+            format!("kernel.yama.ptrace_scope is {scope}: set it to 1 or less, or run as root"),
+        ),
     }
 }
 
@@ -134,14 +137,17 @@ fn qemu() -> Finding {
         );
     };
     let text = String::from_utf8_lossy(&output.stdout);
-    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1).unwrap_or("unknown");
+    let version =
+        text.split_whitespace().skip_while(|word| *word != "version").nth(1).unwrap_or("unknown");
     let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or(0);
     if major >= QEMU_MAJOR_MIN {
         good(TOPIC, version)
     } else {
         bad(
             TOPIC,
-            format!("{version}: {QEMU_MAJOR_MIN}.0 or newer is needed (it tells where guest memory lies)"),
+            format!(
+                "{version}: {QEMU_MAJOR_MIN}.0 or newer is needed (it tells where guest memory lies)"
+            ),
         )
     }
 }
@@ -165,15 +171,17 @@ fn memory(available: Option<u64>, guest: Option<u64>) -> Finding {
                 units::bytes(guest)
             ),
         ),
-        (Some(available), _) => {
-            good(TOPIC, format!("{} available for a guest that is received", units::bytes(available)))
-        }
+        (Some(available), _) => good(
+            TOPIC,
+            format!("{} available for a guest that is received", units::bytes(available)),
+        ),
     }
 }
 
 fn huge_pages() -> Finding {
     const TOPIC: &str = "huge pages";
-    let free = read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").unwrap_or_else(|| "0".into());
+    let free = read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+        .unwrap_or_else(|| "0".into());
     let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
     let transparent = !shmem.contains("[never]") && !shmem.contains("[deny]") && !shmem.is_empty();
     if transparent {
@@ -206,6 +214,10 @@ mod tests {
         assert_eq!(memory(Some(8 << 30), Some(8 << 30)).grade, Grade::Good);
         let finding = memory(Some(8 << 30), Some(9 << 30));
         assert_eq!(finding.grade, Grade::Note);
-        assert!(finding.text.contains("8.00 GiB") && finding.text.contains("9.00 GiB"), "{}", finding.text);
+        assert!(
+            finding.text.contains("8.00 GiB") && finding.text.contains("9.00 GiB"),
+            "{}",
+            finding.text
+        );
     }
 }

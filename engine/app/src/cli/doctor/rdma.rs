@@ -14,7 +14,8 @@ const PORT: &str = "RDMA port";
 const BY_TCP: &str = "guests move by TCP";
 /// GIDs that are shown of one port; a host with many VLANs or containers has hundreds.
 const GIDS_SHOWN: usize = 6;
-/// What is registered beside a guest's memory: its state, the staging region, buffers of the queues.
+/// What is registered beside a guest's memory: its state, the staging region, buffers of the
+/// queues.
 const BESIDE_THE_GUEST_BYTES: u64 = 20 << 20;
 
 pub(super) fn findings(guest_bytes: Option<u64>) -> Vec<Finding> {
@@ -114,12 +115,16 @@ fn one_port(device: &Device, port: &Port) -> Finding {
         return note(PORT, format!("{name}: {}, {}: {fix}", port.protocol, port.state));
     }
     let rate = port.rate.as_deref().unwrap_or("unknown rate");
-    let mtu = port.mtu_bytes.map_or_else(|| "MTU unknown".to_owned(), |bytes| format!("MTU {bytes}"));
+    let mtu =
+        port.mtu_bytes.map_or_else(|| "MTU unknown".to_owned(), |bytes| format!("MTU {bytes}"));
     let line = format!("{name}: {}, {}, {rate}, {mtu}", port.protocol, port.state);
     match port.protocol {
         Protocol::InfiniBand => good(
             PORT,
-            format!("{line}, LID {}; it is reached by the IP address of its IPoIB interface", port.lid),
+            format!(
+                "{line}, LID {}; it is reached by the IP address of its IPoIB interface",
+                port.lid
+            ),
         ),
         Protocol::Roce if port.gids.iter().any(is_routable) => {
             good(PORT, format!("{line}; {}", gids(&port.gids)))
@@ -142,7 +147,8 @@ fn gids(gids: &[Gid]) -> String {
                 GidKind::InfiniBandOrRoceV1 => "v1",
                 GidKind::Other => "of unknown version",
             };
-            let netdev = gid.netdev.as_deref().map(|netdev| format!(" on {netdev}")).unwrap_or_default();
+            let netdev =
+                gid.netdev.as_deref().map(|netdev| format!(" on {netdev}")).unwrap_or_default();
             Some(format!("GID {} {}{netdev} ({kind})", gid.index, gid.address(Protocol::Roce)?))
         })
         .collect();
@@ -154,7 +160,8 @@ fn gids(gids: &[Gid]) -> String {
     texts.join(", ")
 }
 
-/// A peer that is told this address alone can reach it; a link-local one needs an interface's name besides.
+/// A peer that is told this address alone can reach it; a link-local one needs an interface's name
+/// besides.
 fn is_routable(gid: &Gid) -> bool {
     gid.address(Protocol::Roce).is_some_and(|address| match address {
         IpAddr::V4(_) => true,
@@ -172,17 +179,17 @@ fn connection_manager(opened: io::Result<()>) -> Finding {
                 "cannot be made by this user, {BY_TCP}: allow reading and writing /dev/infiniband/rdma_cm"
             ),
         ),
-        Err(e) => {
-            note(TOPIC, format!("cannot be made, {BY_TCP}: modprobe rdma_ucm (/dev/infiniband/rdma_cm: {e})"))
-        }
+        Err(e) => note(
+            TOPIC,
+            format!("cannot be made, {BY_TCP}: modprobe rdma_ucm (/dev/infiniband/rdma_cm: {e})"),
+        ),
     }
 }
 
 /// `guest` is what a guest that is asked about has. RDMA registers that and a few buffers.
 fn memory_lock(limit_bytes: Option<u64>, guest: Option<u64>) -> Finding {
     const TOPIC: &str = "memory lock";
-    const MEND: &str =
-        "ulimit -l unlimited, LimitMEMLOCK=infinity (systemd), memlock in limits.conf, or CAP_IPC_LOCK";
+    const MEND: &str = "ulimit -l unlimited, LimitMEMLOCK=infinity (systemd), memlock in limits.conf, or CAP_IPC_LOCK";
     let needed = guest.map(|bytes| bytes.saturating_add(BESIDE_THE_GUEST_BYTES));
     match (limit_bytes, needed) {
         (None, _) => good(TOPIC, "no limit: RDMA can register a guest of any size"),
@@ -216,7 +223,9 @@ fn peer_memory(modules: &[String]) -> Finding {
     const TOPIC: &str = "peer memory";
     match modules {
         [] => good(TOPIC, "no module for it is loaded; a guest's own memory needs none"),
-        modules => good(TOPIC, format!("{} loaded; a guest's own memory needs none", modules.join(", "))),
+        modules => {
+            good(TOPIC, format!("{} loaded; a guest's own memory needs none", modules.join(", ")))
+        }
     }
 }
 
@@ -320,7 +329,10 @@ mod tests {
 
     #[test]
     fn an_active_roce_port_shows_its_addresses() {
-        let gids = vec![gid(0, "fe80::1", GidKind::InfiniBandOrRoceV1), gid(3, "192.0.2.7", GidKind::RoceV2)];
+        let gids = vec![
+            gid(0, "fe80::1", GidKind::InfiniBandOrRoceV1),
+            gid(3, "192.0.2.7", GidKind::RoceV2),
+        ];
         let (grade, text) = port_text(PortState::Active, Protocol::Roce, gids);
         assert_eq!(grade, Grade::Good);
         assert_eq!(
@@ -348,7 +360,12 @@ mod tests {
                 "ip link set eth4 up",
             ),
             (PortState::Active, Protocol::Roce, vec![], "ip address add ADDRESS dev INTERFACE"),
-            (PortState::Active, Protocol::Roce, vec![gid(0, "fe80::1", GidKind::RoceV2)], "dev eth4"),
+            (
+                PortState::Active,
+                Protocol::Roce,
+                vec![gid(0, "fe80::1", GidKind::RoceV2)],
+                "dev eth4",
+            ),
             (PortState::Initializing, Protocol::InfiniBand, vec![], "subnet manager"),
             (PortState::Down, Protocol::InfiniBand, vec![], "cable"),
             (PortState::Other(9), Protocol::Iwarp, vec![], "in state 9"),

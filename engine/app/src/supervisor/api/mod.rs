@@ -1,5 +1,5 @@
-//! What the other commands say to a supervisor, as lines of JSON over its socket, and the threads that
-//! answer them.
+//! What the other commands say to a supervisor, as lines of JSON over its socket, and the threads
+//! that answer them.
 
 mod client;
 mod server;

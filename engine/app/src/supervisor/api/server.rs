@@ -2,7 +2,9 @@
 
 use crate::supervisor::Shared;
 use crate::supervisor::api::client::CLIENT_MAX;
-use crate::supervisor::api::words::{Answer, PROGRESS_EVERY, REQUEST_BYTES_MAX, Reply, Request, State};
+use crate::supervisor::api::words::{
+    Answer, PROGRESS_EVERY, REQUEST_BYTES_MAX, Reply, Request, State,
+};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use pageferry_engine::error::Result;
 use pageferry_engine::report::progress::Monitor;
@@ -94,8 +96,10 @@ fn answer(
     let monitor = match request {
         Request::Status => {
             let mut status = shared.status();
-            status.progress =
-                (*lock()).as_ref().filter(|_| status.state == State::Migrating).map(Monitor::progress);
+            status.progress = (*lock())
+                .as_ref()
+                .filter(|_| status.state == State::Migrating)
+                .map(Monitor::progress);
             return send(client, &Reply::Status(status));
         }
         Request::Cancel => {

@@ -85,7 +85,9 @@ impl State {
             Self::Starting => Some("the guest is still starting; try again in a moment"),
             Self::Waiting | Self::Receiving => Some("this is a receiver that has no guest yet"),
             Self::Moved => Some("the guest has moved away"),
-            Self::Unknown => Some("the last migration ended in doubt; settle it first (`pageferry settle`)"),
+            Self::Unknown => {
+                Some("the last migration ended in doubt; settle it first (`pageferry settle`)")
+            }
         }
     }
 }
@@ -115,12 +117,12 @@ pub struct Status {
 pub struct Answer(pub(super) Sender<Reply>);
 
 impl Answer {
-    /// Hands the last line to the client's thread and waits until it is out, so that this process may
-    /// end right after.
+    /// Hands the last line to the client's thread and waits until it is out, so that this process
+    /// may end right after.
     pub fn deliver(self, reply: Reply) {
         if self.0.send_timeout(reply.clone(), CLIENT_MAX).is_ok() {
-            // The channel holds nothing: a second one is taken by nobody, and fails when the thread has
-            // written the first and is gone.
+            // The channel holds nothing: a second one is taken by nobody, and fails when the thread
+            // has written the first and is gone.
             let _ = self.0.send_timeout(reply, CLIENT_MAX);
         }
     }

@@ -1,5 +1,6 @@
-//! A virtual machine monitor of a few lines, built on kvm-ioctls, that moves its guest with pageferry. This file is
-//! what an embedder writes, to be read from top to bottom; `vm.rs` is the monitor. See docs/embedding.md.
+//! A virtual machine monitor of a few lines, built on kvm-ioctls, that moves its guest with
+//! pageferry. This file is what an embedder writes, to be read from top to bottom; `vm.rs` is the
+//! monitor. See docs/embedding.md.
 //!
 //! ```text
 //!   cargo run -p pageferry-microvm --example embed
@@ -18,7 +19,9 @@ use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::dirty::kvm::KickVcpus;
 use pageferry_engine::dirty::log::LogSource;
 use pageferry_engine::dirty::ring::RingSource;
-use pageferry_engine::guest::{DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{
+    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::net::choice::LinkChoice;
 use pageferry_engine::report::Outcome;
@@ -234,8 +237,9 @@ fn move_guest() -> Result<()> {
     options.verify = true;
     let receiver = std::thread::spawn(move || receive(listener));
     let report = migrate(&mut source, &options, &Monitor::default());
-    let destination =
-        receiver.join().unwrap_or_else(|_| Err(Error::Guest("the receiver's thread panicked".into())));
+    let destination = receiver
+        .join()
+        .unwrap_or_else(|_| Err(Error::Guest("the receiver's thread panicked".into())));
     println!("{report:#?}");
     if report.outcome != Outcome::Completed {
         return Err(Error::Guest(report.reason.unwrap_or_default()));

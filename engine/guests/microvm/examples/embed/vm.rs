@@ -1,7 +1,8 @@
 //! The machine: memory, one vCPU, and what follows its writes. It knows of no migration.
 //!
-//! The guest counts in the first word of each of its pages, one page after the other. So wherever it stops, all
-//! counters are equal up to some page, and one less from there on. A page that was lost or is old breaks that.
+//! The guest counts in the first word of each of its pages, one page after the other. So wherever
+//! it stops, all counters are equal up to some page, and one less from there on. A page that was
+//! lost or is old breaks that.
 
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
@@ -97,10 +98,14 @@ impl Vm {
         fd.set_tss_address(TASK_STATE).map_err(made("placing the task state segment"))?;
         fd.create_irq_chip().map_err(made("making the interrupt controllers"))?;
         let vcpu = fd.create_vcpu(0).map_err(made("making a vCPU"))?;
-        let tsc_khz = vcpu.get_tsc_khz().map_err(made("reading the frequency of the time-stamp counter"))?;
+        let tsc_khz =
+            vcpu.get_tsc_khz().map_err(made("reading the frequency of the time-stamp counter"))?;
         let host = HostCpu::read(&kvm, tsc_khz)?;
-        vcpu.set_cpuid2(&cpu::to_kvm(&host.guest_cpuid(0, 1))?).map_err(made("setting the vCPU's CPUID"))?;
-        let rings = enabled.map(|enabled| RingSet::new(Arc::clone(&slots), [&vcpu], enabled)).transpose()?;
+        vcpu.set_cpuid2(&cpu::to_kvm(&host.guest_cpuid(0, 1))?)
+            .map_err(made("setting the vCPU's CPUID"))?;
+        let rings = enabled
+            .map(|enabled| RingSet::new(Arc::clone(&slots), [&vcpu], enabled))
+            .transpose()?;
         let (sender, passes) = sync_channel(1);
         let exits: Arc<dyn Exits> = Arc::new(Ports { rings: rings.clone(), passes: sender });
         let vcpus = Arc::new(Vcpus::spawn(vec![vcpu], &exits)?);
@@ -125,7 +130,14 @@ impl Vm {
         let slot = &self.memory.slots()[0];
         let block = BlockDescription { name: slot.name.clone(), bytes: slot.region().len() as u64 };
         let (monitor, machine) = ("example".into(), "counters-1".into());
-        GuestDescription { monitor, machine, vcpus: 1, blocks: vec![block], images: Vec::new(), platform }
+        GuestDescription {
+            monitor,
+            machine,
+            vcpus: 1,
+            blocks: vec![block],
+            images: Vec::new(),
+            platform,
+        }
     }
 
     /// What the guest relies on, of this host's processor.
@@ -133,7 +145,8 @@ impl Vm {
         let (cpuid, msrs) = (self.host.guest_cpuid(0, 1), self.host.msrs().to_vec());
         let xsave_bytes = self.host.xsave_bytes();
         self.vcpus.ask(0, move |vcpu| {
-            let tsc_khz = vcpu.get_tsc_khz().map_err(|e| Error::os("reading the vCPU's frequency", e))?;
+            let tsc_khz =
+                vcpu.get_tsc_khz().map_err(|e| Error::os("reading the vCPU's frequency", e))?;
             Ok(CpuProfile { cpuid, msrs: readable_msrs(vcpu, &msrs)?, tsc_khz, xsave_bytes })
         })
     }
@@ -146,7 +159,8 @@ impl Vm {
             let state = VcpuState::save(vcpu, profile.cpuid, &profile.msrs, xsave)?;
             Ok((state, ClockState::read(&fd, vcpu)?))
         })?;
-        postcard::to_stdvec(&state).map_err(|e| Error::Guest(format!("the state cannot be encoded: {e}")))
+        postcard::to_stdvec(&state)
+            .map_err(|e| Error::Guest(format!("the state cannot be encoded: {e}")))
     }
 
     /// Gives a vCPU that has never run such a state.
@@ -189,7 +203,8 @@ impl Vm {
     }
 }
 
-/// Memory that others can map too: a file. A monitor on vm-memory takes `pageferry_engine::embed::vm_memory` for this.
+/// Memory that others can map too: a file. A monitor on vm-memory takes
+/// `pageferry_engine::embed::vm_memory` for this.
 fn shared_memory() -> Result<GuestMemory> {
     let file = memfd_create("guest", MemfdFlags::CLOEXEC)
         .and_then(|file| ftruncate(&file, MEMORY_BYTES).map(|()| file))
@@ -214,8 +229,10 @@ fn register(vm: &Arc<VmFd>, memory: &GuestMemory) -> Result<KvmSlots> {
         ..Default::default()
     };
     // SAFETY: the region is this long, and stays mapped for as long as the `Vm` has it.
-    unsafe { vm.set_user_memory_region(region) }.map_err(|e| Error::os("giving the guest its memory", e))?;
-    let slot = KvmSlot { slot: 0, guest_address: 0, bytes: MEMORY_BYTES, host_address, first_page: 0 };
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(|e| Error::os("giving the guest its memory", e))?;
+    let slot =
+        KvmSlot { slot: 0, guest_address: 0, bytes: MEMORY_BYTES, host_address, first_page: 0 };
     // SAFETY: it was registered with these values above, and nobody changes it.
     unsafe { KvmSlots::new(Arc::clone(vm), vec![slot]) }
 }

@@ -1,5 +1,6 @@
-//! The ACPI tables of a machine: how many processors it has, where its serial port is, how it is switched
-//! off. Debian's kernels for virtual machines know no MP table, so this is how they learn of a second vCPU.
+//! The ACPI tables of a machine: how many processors it has, where its serial port is, how it is
+//! switched off. Debian's kernels for virtual machines know no MP table, so this is how they learn
+//! of a second vCPU.
 //!
 //! The machine is a "hardware-reduced" one (ACPI 6.5, 3.11.1): no power management timer, no legacy
 //! interrupt controller, no legacy timer; a guest takes its time from its local APICs and from KVM.
@@ -7,10 +8,14 @@
 use super::layout;
 use crate::power;
 use acpi_tables::Aml;
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope};
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
+};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -27,14 +32,15 @@ const DSDT_REVISION: u8 = 2;
 const HEADER_BYTES: u32 = 36;
 /// Tables begin at multiples of this; the root pointer must.
 const ALIGNMENT: usize = 16;
-/// IAPC_BOOT_ARCH: there is no CMOS clock at ports 0x70 and 0x71. That the bit for a keyboard controller is
-/// not set keeps a guest from a long search for one.
+/// IAPC_BOOT_ARCH: there is no CMOS clock at ports 0x70 and 0x71. That the bit for a keyboard
+/// controller is not set keeps a guest from a long search for one.
 const NO_CMOS_CLOCK: u16 = 1 << 5;
 
 /// Most vCPUs that the tables can name: APIC ids have eight bits, and the highest means all.
 pub const VCPUS_MAX: u32 = 255;
 
-/// The tables, to be laid at `address`; the root pointer is the first of them. Not more than [`VCPUS_MAX`] vCPUs.
+/// The tables, to be laid at `address`; the root pointer is the first of them. Not more than
+/// [`VCPUS_MAX`] vCPUs.
 #[must_use]
 pub fn tables(address: u64, vcpus: u32) -> Vec<u8> {
     let mut laid = Laid { address, bytes: vec![0; Rsdp::len().next_multiple_of(ALIGNMENT)] };
@@ -74,8 +80,12 @@ fn bytes_of(table: &dyn Aml) -> Vec<u8> {
 
 /// The machine's devices: its serial port; and the sleep state in which it is off.
 fn dsdt() -> Sdt {
-    let ports =
-        IO::new(crate::console::serial::PORT, crate::console::serial::PORT, 1, crate::console::serial::PORTS);
+    let ports = IO::new(
+        crate::console::serial::PORT,
+        crate::console::serial::PORT,
+        1,
+        crate::console::serial::PORTS,
+    );
     let interrupt = Interrupt::new(true, true, false, false, crate::console::serial::INTERRUPT);
     let mut body = bytes_of(&Scope::new(
         Path::new("_SB_"),
@@ -88,7 +98,10 @@ fn dsdt() -> Sdt {
             ],
         )],
     ));
-    body.extend(bytes_of(&Name::new(Path::new("_S5_"), &Package::new(vec![&power::SLEEP_TYPE_OFF]))));
+    body.extend(bytes_of(&Name::new(
+        Path::new("_S5_"),
+        &Package::new(vec![&power::SLEEP_TYPE_OFF]),
+    )));
     let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
     table.append_slice(&body);
     table
@@ -96,7 +109,8 @@ fn dsdt() -> Sdt {
 
 /// The fixed hardware: how to switch off and to reset, and what there is not.
 fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
-    let port = |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
+    let port =
+        |port: u16| GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
     let mut table = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::HwReducedAcpi)
@@ -149,7 +163,10 @@ mod tests {
         assert_eq!((&root[..4], root.len()), (&b"XSDT"[..], 36 + 16));
         let (fadt, madt) = (table(&tables, &root[36..44]), table(&tables, &root[44..52]));
         let dsdt = table(&tables, &fadt[140..148]);
-        assert_eq!((&fadt[..4], &madt[..4], &dsdt[..4]), (&b"FACP"[..], &b"APIC"[..], &b"DSDT"[..]));
+        assert_eq!(
+            (&fadt[..4], &madt[..4], &dsdt[..4]),
+            (&b"FACP"[..], &b"APIC"[..], &b"DSDT"[..])
+        );
         for table in [root, fadt, madt, dsdt] {
             assert_eq!(sum(table), 0, "{:?}", &table[..4]);
         }

@@ -8,7 +8,8 @@
 //!   0x0009_fc00  end of the first RAM
 //! ```
 
-/// Where memory below the hole ends at the latest. What lies above is kept free for devices, as on a PC.
+/// Where memory below the hole ends at the latest. What lies above is kept free for devices, as on
+/// a PC.
 pub const LOW_BYTES_MAX: u64 = 3 << 30;
 /// Where memory beyond [`LOW_BYTES_MAX`] goes on.
 pub const HIGH_START: u64 = 4 << 30;

@@ -1,7 +1,8 @@
 //! A Linux kernel laid into guest memory, by the 64-bit boot protocol (the kernel's
 //! Documentation/arch/x86/boot.rst).
 //!
-//! Everything that can be wrong with the files is found before the first byte of guest memory is written.
+//! Everything that can be wrong with the files is found before the first byte of guest memory is
+//! written.
 
 use super::layout;
 use super::long_mode::{Entry, long_mode};
@@ -13,7 +14,9 @@ use pageferry_engine::error::{Error, Result};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    ByteValued, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 /// Where the setup header lies in a kernel's file.
 const HEADER_AT: usize = 0x1f1;
@@ -40,7 +43,8 @@ const PAGE_BYTES: u64 = 4096;
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
 
-/// Lays a kernel, its initial RAM disk, command line, memory map and ACPI tables into guest memory, which is as
+/// Lays a kernel, its initial RAM disk, command line, memory map and ACPI tables into guest memory,
+/// which is as
 /// [`layout::layout`] says. Returns where vCPU 0 begins.
 pub fn load_linux(
     memory: &GuestMemoryMmap,
@@ -79,7 +83,8 @@ pub fn load_linux(
     Ok(Entry { rip: image.address + ENTRY_64, rsi: layout::BOOT_PARAMS, rsp: 0 })
 }
 
-/// Has vCPU 0 of a machine begin there. The others wait for it to start them, as they do from the beginning.
+/// Has vCPU 0 of a machine begin there. The others wait for it to start them, as they do from the
+/// beginning.
 pub fn enter(vcpu: &VcpuFd, memory: &GuestMemoryMmap, entry: &Entry) -> Result<()> {
     let failed = |e| Error::os("setting up the first vCPU", e);
     let mut sregs = vcpu.get_sregs().map_err(failed)?;
@@ -118,7 +123,8 @@ impl Image {
         if file_bytes < start.len() as u64 {
             return Err(not_one());
         }
-        file.read_exact(&mut start).map_err(|e| Error::os(format!("reading the kernel {name}"), e))?;
+        file.read_exact(&mut start)
+            .map_err(|e| Error::os(format!("reading the kernel {name}"), e))?;
         header.as_mut_slice().copy_from_slice(&start[HEADER_AT..]);
         if header.header != HEADER_MAGIC || header.loadflags & LOADED_HIGH == 0 {
             return Err(not_one());
@@ -128,7 +134,8 @@ impl Image {
                 "the kernel {name} has no 64-bit entry; give one for x86-64, of Linux 3.8 or later"
             )));
         }
-        let sectors = if header.setup_sects == 0 { SETUP_SECTORS_DEFAULT } else { header.setup_sects };
+        let sectors =
+            if header.setup_sects == 0 { SETUP_SECTORS_DEFAULT } else { header.setup_sects };
         let setup_bytes = (u64::from(sectors) + 1) * SECTOR_BYTES;
         let whole_bytes = setup_bytes + u64::from(header.syssize) * PARAGRAPH_BYTES;
         if file_bytes < whole_bytes {
@@ -136,11 +143,17 @@ impl Image {
                 "the kernel {name} is truncated: it has {file_bytes} bytes of {whole_bytes}; copy it anew"
             )));
         }
-        Ok(Self { file, name, header, loaded_bytes: file_bytes - setup_bytes, address: header.pref_address })
+        Ok(Self {
+            file,
+            name,
+            header,
+            loaded_bytes: file_bytes - setup_bytes,
+            address: header.pref_address,
+        })
     }
 
-    /// Checks that the kernel fits below `low_end`, where it wants to be and with what it needs to unpack itself.
-    /// Returns where an initial RAM disk may lie: from here to there.
+    /// Checks that the kernel fits below `low_end`, where it wants to be and with what it needs to
+    /// unpack itself. Returns where an initial RAM disk may lie: from here to there.
     fn place(&self, low_end: u64) -> Result<(u64, u64)> {
         if self.address < layout::SECOND_RAM {
             return Err(Error::refused(format!(
@@ -162,7 +175,9 @@ impl Image {
     fn load(&mut self, memory: &GuestMemoryMmap) -> Result<()> {
         BzImage::load(memory, Some(GuestAddress(self.address)), &mut self.file, None)
             .map(drop)
-            .map_err(|e| Error::os(format!("loading the kernel {}", self.name), std::io::Error::other(e)))
+            .map_err(|e| {
+                Error::os(format!("loading the kernel {}", self.name), std::io::Error::other(e))
+            })
     }
 }
 
@@ -199,7 +214,11 @@ impl InitialDisk {
         // Both are below the hole, and so below 4 GiB.
         let place = (self.address as u32, self.bytes as u32);
         memory
-            .read_exact_volatile_from(GuestAddress(self.address), &mut self.file, self.bytes as usize)
+            .read_exact_volatile_from(
+                GuestAddress(self.address),
+                &mut self.file,
+                self.bytes as usize,
+            )
             .map_err(|e| failed(std::io::Error::other(e)))?;
         Ok(place)
     }
@@ -213,7 +232,10 @@ pub fn check_file(what: &str, path: &Path) -> Result<()> {
 /// Opens a file that is one: a pipe would keep the guest waiting for ever. Returns its length too.
 fn open_file(what: &str, path: &Path) -> Result<(File, u64)> {
     let refused = |why: String| {
-        Error::refused(format!("cannot read the {what} {}: {why}; give a file that is there", path.display()))
+        Error::refused(format!(
+            "cannot read the {what} {}: {why}; give a file that is there",
+            path.display()
+        ))
     };
     let metadata = std::fs::metadata(path).map_err(|e| refused(e.to_string()))?;
     if !metadata.is_file() {
@@ -265,8 +287,10 @@ mod tests {
     const INIT_BYTES: u64 = 0x40_0000;
 
     fn memory(bytes: u64) -> GuestMemoryMmap {
-        let ranges: Vec<_> =
-            layout::layout(bytes).iter().map(|&(at, len)| (GuestAddress(at), len as usize)).collect();
+        let ranges: Vec<_> = layout::layout(bytes)
+            .iter()
+            .map(|&(at, len)| (GuestAddress(at), len as usize))
+            .collect();
         GuestMemoryMmap::from_ranges(&ranges).unwrap()
     }
 
@@ -302,7 +326,8 @@ mod tests {
 
         fn kernel(&self) -> PathBuf {
             let mut bytes = vec![0; 2 * SECTOR_BYTES as usize];
-            bytes[HEADER_AT..HEADER_AT + size_of::<setup_header>()].copy_from_slice(self.header.as_slice());
+            bytes[HEADER_AT..HEADER_AT + size_of::<setup_header>()]
+                .copy_from_slice(self.header.as_slice());
             bytes.resize(bytes.len() + 0x1_0000, 0x4c);
             std::fs::write(self.path("boot"), bytes).unwrap();
             self.path("boot")
@@ -396,7 +421,9 @@ mod tests {
 
     #[test]
     fn a_kernel_that_does_not_fit_into_memory_is_refused() {
-        assert!(Files::refused_with(|header| header.init_size = 49 << 20).contains("it needs 65 MiB"));
+        assert!(
+            Files::refused_with(|header| header.init_size = 49 << 20).contains("it needs 65 MiB")
+        );
         for address in [0, 0x9_0000, u64::MAX, u64::MAX - 0xffff, 64 << 20] {
             Files::refused_with(|header| header.pref_address = address);
         }
@@ -409,7 +436,8 @@ mod tests {
     #[test]
     fn an_initial_disk_that_does_not_fit_is_refused() {
         let files = Files::new();
-        let text = refusal(&files.load(&memory(ADDRESS + INIT_BYTES + (1 << 20) - 4096), "disk", ""));
+        let text =
+            refusal(&files.load(&memory(ADDRESS + INIT_BYTES + (1 << 20) - 4096), "disk", ""));
         assert!(text.contains("1044480 bytes are left"), "{text}");
         files.load(&memory(ADDRESS + INIT_BYTES + (1 << 20)), "disk", "").unwrap();
         Files::refused_with(|header| header.initrd_addr_max = 0x10_0000);

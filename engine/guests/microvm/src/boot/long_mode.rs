@@ -1,5 +1,6 @@
-//! The state in which vCPU 0 begins: 64-bit mode, flat segments, all low memory mapped to itself. That is what
-//! Linux's 64-bit boot protocol asks for, and what a payload without an operating system can run in.
+//! The state in which vCPU 0 begins: 64-bit mode, flat segments, all low memory mapped to itself.
+//! That is what Linux's 64-bit boot protocol asks for, and what a payload without an operating
+//! system can run in.
 
 use super::layout;
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -9,9 +10,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 /// Selectors that Linux's 64-bit boot protocol names: code and data.
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
-/// Descriptors: null, unused, 64-bit code (execute, read), data (read, write); both present, level 0, 4 GiB.
+/// Descriptors: null, unused, 64-bit code (execute, read), data (read, write); both present, level
+/// 0, 4 GiB.
 const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
-/// Type bits of those two (Intel SDM volume 3, 3.4.5.1), with "accessed", as a processor wants them loaded.
+/// Type bits of those two (Intel SDM volume 3, 3.4.5.1), with "accessed", as a processor wants them
+/// loaded.
 const CODE_TYPE: u8 = 0xb;
 const DATA_TYPE: u8 = 0x3;
 
@@ -28,11 +31,12 @@ const GIB: u64 = 1 << 30;
 
 /// Memory below this is mapped at the least: all that a boot needs.
 const MAPPED_BYTES_MIN: u64 = 4 << 30;
-/// Memory above this is not mapped at the beginning: 64 page tables in the memory below 640 KiB. The guest makes
-/// page tables of its own soon enough.
+/// Memory above this is not mapped at the beginning: 64 page tables in the memory below 640 KiB.
+/// The guest makes page tables of its own soon enough.
 const MAPPED_BYTES_MAX: u64 = 64 << 30;
-const _: () =
-    assert!(layout::PAGE_TABLES + (2 + MAPPED_BYTES_MAX / GIB) * TABLE_BYTES <= layout::FIRST_RAM_END);
+const _: () = assert!(
+    layout::PAGE_TABLES + (2 + MAPPED_BYTES_MAX / GIB) * TABLE_BYTES <= layout::FIRST_RAM_END
+);
 
 /// CR0: protection, and paging; CR4: large physical addresses; EFER: long mode, enabled and active.
 const CR0_PE: u64 = 1 << 0;
@@ -58,24 +62,36 @@ impl Entry {
     /// The general registers of a vCPU that begins here.
     #[must_use]
     pub fn registers(&self) -> kvm_regs {
-        kvm_regs { rip: self.rip, rsi: self.rsi, rsp: self.rsp, rflags: RFLAGS, ..Default::default() }
+        kvm_regs {
+            rip: self.rip,
+            rsi: self.rsi,
+            rsp: self.rsp,
+            rflags: RFLAGS,
+            ..Default::default()
+        }
     }
 }
 
-/// Writes the descriptor table and page tables into guest memory, and the registers that go with them over those
-/// that KVM gave a new vCPU. Memory up to 64 GiB is mapped to itself, with the hole below 4 GiB.
+/// Writes the descriptor table and page tables into guest memory, and the registers that go with
+/// them over those that KVM gave a new vCPU. Memory up to 64 GiB is mapped to itself, with the hole
+/// below 4 GiB.
 pub fn long_mode(memory: &GuestMemoryMmap, sregs: &mut kvm_sregs) -> Result<()> {
     let write = |at: u64, entry: u64| {
         memory.write_obj(entry.to_le(), GuestAddress(at)).map_err(|e| {
-            Error::refused(format!("the guest's memory is too small to begin with ({e}): give it more"))
+            Error::refused(format!(
+                "the guest's memory is too small to begin with ({e}): give it more"
+            ))
         })
     };
     for (index, descriptor) in (0..).zip(GDT) {
         write(layout::GDT + index * 8, descriptor)?;
     }
     let directories = mapped_bytes(memory) / GIB;
-    let (top, second, first) =
-        (layout::PAGE_TABLES, layout::PAGE_TABLES + TABLE_BYTES, layout::PAGE_TABLES + 2 * TABLE_BYTES);
+    let (top, second, first) = (
+        layout::PAGE_TABLES,
+        layout::PAGE_TABLES + TABLE_BYTES,
+        layout::PAGE_TABLES + 2 * TABLE_BYTES,
+    );
     write(top, second | PRESENT | WRITABLE)?;
     for directory in 0..directories {
         write(second + directory * 8, (first + directory * TABLE_BYTES) | PRESENT | WRITABLE)?;
@@ -129,8 +145,10 @@ mod tests {
     use super::*;
 
     fn memory(bytes: u64) -> GuestMemoryMmap {
-        let ranges: Vec<_> =
-            layout::layout(bytes).iter().map(|&(at, len)| (GuestAddress(at), len as usize)).collect();
+        let ranges: Vec<_> = layout::layout(bytes)
+            .iter()
+            .map(|&(at, len)| (GuestAddress(at), len as usize))
+            .collect();
         GuestMemoryMmap::from_ranges(&ranges).unwrap()
     }
 
@@ -138,7 +156,8 @@ mod tests {
     fn translate(memory: &GuestMemoryMmap, sregs: &kvm_sregs, address: u64) -> Option<u64> {
         let mut table = sregs.cr3;
         for shift in [39, 30, 21] {
-            let entry: u64 = memory.read_obj(GuestAddress(table + (address >> shift & 511) * 8)).unwrap();
+            let entry: u64 =
+                memory.read_obj(GuestAddress(table + (address >> shift & 511) * 8)).unwrap();
             if entry & PRESENT == 0 {
                 return None;
             }
@@ -150,7 +169,8 @@ mod tests {
     #[test]
     fn all_memory_is_mapped_to_itself() {
         let (small, large) = (memory(16 << 20), memory(6 << 30));
-        for (memory, mapped, not) in [(&small, 4u64 << 30, 4u64 << 30), (&large, 7 << 30, 7 << 30)] {
+        for (memory, mapped, not) in [(&small, 4u64 << 30, 4u64 << 30), (&large, 7 << 30, 7 << 30)]
+        {
             let mut sregs = kvm_sregs::default();
             long_mode(memory, &mut sregs).unwrap();
             for address in [0, 0x10_0123, LARGE_PAGE_BYTES, 0xc000_0000, mapped - 1] {

@@ -18,8 +18,8 @@ pub const INTERRUPT: u32 = 4;
 
 /// Bytes that the port itself holds for the guest, as its driver expects of this model.
 const FIFO_BYTES: usize = 64;
-/// Bytes that wait for room in the port: a large paste. What the guest does not read beyond that is the
-/// terminal's to keep.
+/// Bytes that wait for room in the port: a large paste. What the guest does not read beyond that is
+/// the terminal's to keep.
 const TYPED_BYTES_MAX: usize = 64 << 10;
 /// Registers by their offset from [`PORT`]: data, modem control (which has the loopback switch).
 const DATA: u8 = 0;
@@ -128,7 +128,8 @@ impl std::fmt::Debug for Serial {
 }
 
 impl Serial {
-    /// A port that was just switched on. `output` must not block; `interrupt` is written to for each interrupt.
+    /// A port that was just switched on. `output` must not block; `interrupt` is written to for
+    /// each interrupt.
     #[must_use]
     pub fn new(output: Box<dyn Write + Send>, interrupt: EventFd) -> Self {
         Self { port: Port::new(Line(Arc::new(interrupt)), output), typed: VecDeque::new() }
@@ -178,7 +179,8 @@ impl Serial {
         }
         let line = self.port.interrupt_evt().clone();
         let output = std::mem::replace(self.port.writer_mut(), Box::new(sink()));
-        // A pending interrupt is raised again: one too many is harmless, one too few is a guest that hangs.
+        // A pending interrupt is raised again: one too many is harmless, one too few is a guest
+        // that hangs.
         self.port = Port::from_state(&state.registers(), line, NoEvents, output)
             .map_err(|e| Error::os("restoring the serial port", std::io::Error::other(e)))?;
         self.typed = state.typed.iter().copied().collect();

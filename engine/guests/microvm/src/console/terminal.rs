@@ -1,4 +1,5 @@
-//! The operator's terminal while a guest has it: raw, so that every key is the guest's, and given back as it was.
+//! The operator's terminal while a guest has it: raw, so that every key is the guest's, and given
+//! back as it was.
 //!
 //! ```text
 //!   Ctrl-A X        leave, as a SIGTERM would       Ctrl-A Ctrl-A   a Ctrl-A for the guest
@@ -11,7 +12,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::io::{Errno, read, write};
 use rustix::process::getpgrp;
-use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::termios::{
+    OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr,
+};
 use signal_hook::consts::{SIGCONT, SIGQUIT};
 use signal_hook::iterator::{Handle, Signals};
 use std::sync::Arc;
@@ -38,18 +41,20 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Hands what comes from `input` to `take`, on a thread of its own. `leave` is called for a Ctrl-A X.
+    /// Hands what comes from `input` to `take`, on a thread of its own. `leave` is called for a
+    /// Ctrl-A X.
     pub fn open(input: OwnedFd, take: Take, leave: Box<dyn FnMut() + Send>) -> Result<Self> {
         let failed = |e| Error::os("taking the terminal", e);
-        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?);
+        let stop =
+            Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(failed)?);
         let mut terminal = Self { stop: Arc::clone(&stop), raw: None };
         let input = Arc::new(input);
         let keys = isatty(&input).then(Keys::default);
         if keys.is_some() {
             let before = tcgetattr(&input).map_err(failed)?;
             let raw = Arc::new(Raw { input: Arc::clone(&input), before });
-            let signals =
-                Signals::new([SIGCONT, SIGQUIT]).map_err(|e| Error::os("listening for signals", e))?;
+            let signals = Signals::new([SIGCONT, SIGQUIT])
+                .map_err(|e| Error::os("listening for signals", e))?;
             terminal.raw = Some((Arc::clone(&raw), signals.handle()));
             raw.impose();
             spawn("terminal-sig", move || raw.heed(signals))?;
@@ -87,7 +92,8 @@ struct Raw {
 }
 
 impl Raw {
-    /// Every key as it is typed. Output is left as it was: our own messages end their lines with a line feed alone.
+    /// Every key as it is typed. Output is left as it was: our own messages end their lines with a
+    /// line feed alone.
     fn impose(&self) {
         if !is_ours(&self.input) {
             // Changing it from the background would stop this process, and the guest with it.
@@ -219,7 +225,8 @@ impl Reader {
 
     /// Waits for input; `None` if it is over.
     fn wait(&self) -> Option<bool> {
-        let mut fds = [PollFd::new(&self.input, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+        let mut fds =
+            [PollFd::new(&self.input, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
         match poll(&mut fds, Some(&timespec(KEY_MAX))) {
             Ok(_) if !fds[1].revents().is_empty() => None,
             Ok(_) => Some(!fds[0].revents().is_empty()),
@@ -307,14 +314,21 @@ mod tests {
         let panicked = std::panic::catch_unwind(|| {
             let (_terminal, ..) = open(&theirs);
             let during = tcgetattr(&theirs).unwrap();
-            assert!(!during.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
+            assert!(
+                !during
+                    .local_modes
+                    .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+            );
             assert!(during.output_modes.contains(OutputModes::OPOST));
             std::panic::resume_unwind(Box::new("as planned"));
         });
         assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"as planned"));
         let after = tcgetattr(&theirs).unwrap();
         assert_eq!(after.local_modes, before.local_modes);
-        assert_eq!((after.input_modes, after.output_modes), (before.input_modes, before.output_modes));
+        assert_eq!(
+            (after.input_modes, after.output_modes),
+            (before.input_modes, before.output_modes)
+        );
     }
 
     #[test]

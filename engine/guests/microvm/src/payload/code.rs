@@ -1,4 +1,5 @@
-//! The payload guest's program: position-independent, without a stack, without interrupts, for any number of vCPUs.
+//! The payload guest's program: position-independent, without a stack, without interrupts, for any
+//! number of vCPUs.
 //!
 //! ```text
 //!   r15  this vCPU's block (offsets below)      r12  state of the random numbers
@@ -12,7 +13,8 @@
 //!   clock:  note the longest gap between two readings of the time-stamp counter; wait until the next page is due
 //! ```
 //!
-//! Registers hold what memory does not, so a vCPU that is restored wrongly is found like a page that is.
+//! Registers hold what memory does not, so a vCPU that is restored wrongly is found like a page
+//! that is.
 
 use std::arch::global_asm;
 

@@ -1,14 +1,16 @@
-//! The payload guest: a few hundred bytes of our own that write memory and keep a ledger of it. It needs no kernel,
-//! boots at once, and finds out by itself if a page of it was lost, torn, or put back.
+//! The payload guest: a few hundred bytes of our own that write memory and keep a ledger of it. It
+//! needs no kernel, boots at once, and finds out by itself if a page of it was lost, torn, or put
+//! back.
 //!
 //! ```text
 //!   0x0000_7000  the program                     0x0011_0000  ledger of vCPU 0, of vCPU 1, ...
 //!   0x0010_0000  block of vCPU 0, a page each    at the end   data: share of vCPU 0, of vCPU 1, ...
 //! ```
 //!
-//! All words of a page are one number, made of the page's address and generation, and the ledger has the generation
-//! of each page. The program checks a page before it writes the next generation. That data and ledger went back
-//! together is found by [`PayloadPlan::check`]: each vCPU counts in a register what its ledger must add up to.
+//! All words of a page are one number, made of the page's address and generation, and the ledger
+//! has the generation of each page. The program checks a page before it writes the next generation.
+//! That data and ledger went back together is found by [`PayloadPlan::check`]: each vCPU counts in
+//! a register what its ledger must add up to.
 
 pub mod code;
 
@@ -61,7 +63,8 @@ pub struct PayloadOptions {
 pub struct LedgerReport {
     /// Pages written since it was born, by each vCPU.
     pub pages_written: Vec<u64>,
-    /// The longest gap that each vCPU has seen between two readings of its time-stamp counter, in ticks.
+    /// The longest gap that each vCPU has seen between two readings of its time-stamp counter, in
+    /// ticks.
     pub gap_ticks_max: Vec<u64>,
 }
 
@@ -125,7 +128,8 @@ impl PayloadPlan {
 
     /// Writes program and blocks into memory that is all zeros.
     pub fn load(&self, memory: &GuestMemoryMmap, tsc_khz: u32) -> Result<()> {
-        let failed = |e| Error::os("writing the payload guest into its memory", std::io::Error::other(e));
+        let failed =
+            |e| Error::os("writing the payload guest into its memory", std::io::Error::other(e));
         memory.write_slice(code::code(), GuestAddress(CODE)).map_err(failed)?;
         let hz = u64::from(tsc_khz) * 1000;
         let interval = self.options.pages_per_second.map_or(0, |rate| (hz / rate.max(1)).max(1));
@@ -156,11 +160,16 @@ impl PayloadPlan {
         let entry = Entry { rip: CODE, rsi: 0, rsp: 0 }.registers();
         let seed = self.options.seed.wrapping_add(vcpu as u64 + 1).wrapping_mul(PAGE_FACTOR);
         // A generator of this kind never leaves zero.
-        Ok(kvm_regs { r15: self.shares[vcpu].block, r13: self.options.seed, r12: seed | 1, ..entry })
+        Ok(kvm_regs {
+            r15: self.shares[vcpu].block,
+            r13: self.options.seed,
+            r12: seed | 1,
+            ..entry
+        })
     }
 
-    /// Compares all memory with the ledgers, and the ledgers with what the vCPUs, whose registers these are, have
-    /// counted. The guest is paused.
+    /// Compares all memory with the ledgers, and the ledgers with what the vCPUs, whose registers
+    /// these are, have counted. The guest is paused.
     pub fn check(&self, memory: &GuestMemory, registers: &[kvm_regs]) -> Result<LedgerReport> {
         let mut report = LedgerReport { pages_written: Vec::new(), gap_ticks_max: Vec::new() };
         for (vcpu, (share, regs)) in self.shares.iter().zip(registers).enumerate() {
@@ -178,24 +187,36 @@ impl PayloadPlan {
         Ok(report)
     }
 
-    /// The longest gap that each vCPU has seen since it last began to look for one, in ticks. The guest may run.
+    /// The longest gap that each vCPU has seen since it last began to look for one, in ticks. The
+    /// guest may run.
     pub fn gap_ticks_max(&self, memory: &GuestMemory) -> Result<Vec<u64>> {
-        self.shares.iter().map(|share| read_u64(memory, share.block + block::GAP_MAX as u64)).collect()
+        self.shares
+            .iter()
+            .map(|share| read_u64(memory, share.block + block::GAP_MAX as u64))
+            .collect()
     }
 
-    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each page. The guest may
-    /// run.
+    /// When each vCPU last read its time-stamp counter, in ticks: one that runs does so after each
+    /// page. The guest may run.
     pub fn last_ticks(&self, memory: &GuestMemory) -> Result<Vec<u64>> {
         self.shares.iter().map(|share| read_u64(memory, share.block + block::LAST as u64)).collect()
     }
 
     /// Begins to look for the longest gap anew. The guest may run, and is not tracked.
     pub fn forget_gaps(&self, memory: &GuestMemory) -> Result<()> {
-        self.shares.iter().try_for_each(|share| write_u64(memory, share.block + block::GAP_MAX as u64, 0))
+        self.shares
+            .iter()
+            .try_for_each(|share| write_u64(memory, share.block + block::GAP_MAX as u64, 0))
     }
 
     /// Returns the sum of the generations.
-    fn check_share(&self, memory: &GuestMemory, vcpu: usize, share: &Share, regs: &kvm_regs) -> Result<u64> {
+    fn check_share(
+        &self,
+        memory: &GuestMemory,
+        vcpu: usize,
+        share: &Share,
+        regs: &kvm_regs,
+    ) -> Result<u64> {
         let mut ledger = vec![0; (share.pages * 4) as usize];
         read(memory, share.ledger, &mut ledger)?;
         let mut page = vec![0; PAGE_BYTES as usize];
@@ -207,12 +228,19 @@ impl PayloadPlan {
             read(memory, at, &mut page)?;
             let wanted = content(at, generation, self.options.seed);
             let next = content(at, generation.wrapping_add(1), self.options.seed);
-            let words =
-                || page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+            let words = || {
+                page.chunks_exact(8)
+                    .map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()))
+            };
             // The page that the vCPU is at may be half written: new words, and then old ones.
-            let begun =
-                if regs.rbx == index as u64 { words().take_while(|word| *word == next).count() } else { 0 };
-            if let Some((place, found)) = words().enumerate().skip(begun).find(|(_, word)| *word != wanted) {
+            let begun = if regs.rbx == index as u64 {
+                words().take_while(|word| *word == next).count()
+            } else {
+                0
+            };
+            if let Some((place, found)) =
+                words().enumerate().skip(begun).find(|(_, word)| *word != wanted)
+            {
                 return Err(Error::Guest(format!(
                     "page {index} of vCPU {vcpu}, at {:#x} of the guest, is corrupt: word {place} is {found:#x}, and in generation {generation} it is {wanted:#x}",
                     guest_address(at)
@@ -235,7 +263,11 @@ fn content(line_address: u64, generation: u32, salt: u64) -> u64 {
 
 /// From the line of all memory to the guest's addresses: the hole lies between.
 fn guest_address(line_address: u64) -> u64 {
-    if line_address < LOW_BYTES_MAX { line_address } else { line_address + (HIGH_START - LOW_BYTES_MAX) }
+    if line_address < LOW_BYTES_MAX {
+        line_address
+    } else {
+        line_address + (HIGH_START - LOW_BYTES_MAX)
+    }
 }
 
 fn read(memory: &GuestMemory, mut at: u64, mut out: &mut [u8]) -> Result<()> {
@@ -264,7 +296,9 @@ fn write_u64(memory: &GuestMemory, at: u64, value: u64) -> Result<()> {
 /// The slot of an address on the line of all memory, and the offset in it.
 fn locate(memory: &GuestMemory, at: u64) -> Result<(usize, u64)> {
     if at >= memory.bytes() {
-        return Err(Error::Guest(format!("the payload guest's plan reaches to {at:#x}, beyond its memory")));
+        return Err(Error::Guest(format!(
+            "the payload guest's plan reaches to {at:#x}, beyond its memory"
+        )));
     }
     let (slot, offset) = memory.locate(at / PAGE_BYTES);
     Ok((slot, offset + at % PAGE_BYTES))
@@ -291,7 +325,10 @@ mod tests {
                 assert!(share.data >= ends && share.data % PAGE_BYTES == 0);
                 ends = share.data + share.pages * PAGE_BYTES;
             }
-            assert!(ends <= bytes && bytes - ends < bytes / 20 + 16 * PAGE_BYTES, "{ends} of {bytes}");
+            assert!(
+                ends <= bytes && bytes - ends < bytes / 20 + 16 * PAGE_BYTES,
+                "{ends} of {bytes}"
+            );
         }
     }
 
@@ -306,7 +343,10 @@ mod tests {
 
     #[test]
     fn the_hole_is_left_out() {
-        assert_eq!(crate::boot::layout::layout(4 << 30), [(0, LOW_BYTES_MAX), (HIGH_START, 1 << 30)]);
+        assert_eq!(
+            crate::boot::layout::layout(4 << 30),
+            [(0, LOW_BYTES_MAX), (HIGH_START, 1 << 30)]
+        );
         assert_eq!(guest_address(LOW_BYTES_MAX - 8), LOW_BYTES_MAX - 8);
         assert_eq!(guest_address(LOW_BYTES_MAX), HIGH_START);
     }

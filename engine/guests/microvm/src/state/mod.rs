@@ -4,7 +4,8 @@
 //!   blob:  magic (8)   version (4)   body length (4)   digest of the body (8)   body (postcard)
 //! ```
 //!
-//! The digest finds accidents, not attackers; whoever can alter the blob can alter the guest's memory too.
+//! The digest finds accidents, not attackers; whoever can alter the blob can alter the guest's
+//! memory too.
 
 pub mod vcpu;
 pub mod vm;
@@ -41,8 +42,9 @@ impl MachineState {
     pub fn encode(&self) -> Result<Vec<u8>> {
         let body = postcard::to_stdvec(self)
             .map_err(|e| Error::Guest(format!("the machine's state cannot be encoded: {e}")))?;
-        let len = u32::try_from(body.len())
-            .map_err(|_| Error::Guest(format!("a machine's state of {} bytes is too long", body.len())))?;
+        let len = u32::try_from(body.len()).map_err(|_| {
+            Error::Guest(format!("a machine's state of {} bytes is too long", body.len()))
+        })?;
         let mut blob = Vec::with_capacity(HEADER_BYTES + body.len());
         blob.extend(MAGIC);
         blob.extend(VERSION.to_le_bytes());
@@ -57,8 +59,9 @@ impl MachineState {
         let wrong = |what: String| Error::Guest(format!("the device state that arrived {what}"));
         let cut = || wrong(format!("is cut short, at {} bytes", blob.len()));
         let (header, body) = blob.split_at_checked(HEADER_BYTES).ok_or_else(cut)?;
-        let field =
-            |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let field = |at: usize| {
+            u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
         if header[..8] != MAGIC {
             return Err(wrong("is not that of a KVM machine of pageferry".into()));
         }

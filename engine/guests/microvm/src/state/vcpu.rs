@@ -17,8 +17,9 @@
 use crate::cpu;
 use crate::cpu::XsaveArea;
 use kvm_bindings::{
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_device_attr,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs,
+    kvm_device_attr, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use pageferry_engine::error::{Error, Result};
@@ -31,8 +32,8 @@ pub const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Entries that KVM takes in one call (MAX_IO_MSRS, arch/x86/kvm/x86.c).
 const MSRS_MAX: usize = 256;
-/// KVM_GET_DEVICE_ATTR and KVM_SET_DEVICE_ATTR (Linux, include/uapi/linux/kvm.h), which kvm-ioctls has for
-/// other architectures' vCPUs only.
+/// KVM_GET_DEVICE_ATTR and KVM_SET_DEVICE_ATTR (Linux, include/uapi/linux/kvm.h), which kvm-ioctls
+/// has for other architectures' vCPUs only.
 const KVM_SET_DEVICE_ATTR: u64 = 0x4018_aee1;
 const KVM_GET_DEVICE_ATTR: u64 = 0x4018_aee2;
 
@@ -70,9 +71,14 @@ fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
 }
 
 impl VcpuState {
-    /// Reads a parked vCPU. `cpuid` is what was set: KVM tells it with its own changes, which some hosts' KVM would
-    /// not take back. `msrs` are the registers to read.
-    pub fn save(vcpu: &VcpuFd, cpuid: Vec<kvm_cpuid_entry2>, msrs: &[u32], xsave: XsaveArea) -> Result<Self> {
+    /// Reads a parked vCPU. `cpuid` is what was set: KVM tells it with its own changes, which some
+    /// hosts' KVM would not take back. `msrs` are the registers to read.
+    pub fn save(
+        vcpu: &VcpuFd,
+        cpuid: Vec<kvm_cpuid_entry2>,
+        msrs: &[u32],
+        xsave: XsaveArea,
+    ) -> Result<Self> {
         let mp_state = vcpu.get_mp_state().map_err(failed("reading whether a vCPU runs"))?;
         Ok(Self {
             cpuid,
@@ -82,18 +88,23 @@ impl VcpuState {
             tsc_offset: tsc_offset(vcpu),
             mp_state,
             regs: vcpu.get_regs().map_err(failed("reading a vCPU's registers"))?,
-            sregs: vcpu.get_sregs().map_err(failed("reading a vCPU's segments and control registers"))?,
+            sregs: vcpu
+                .get_sregs()
+                .map_err(failed("reading a vCPU's segments and control registers"))?,
             xsave: get_xsave(vcpu, xsave)?,
             xcrs: vcpu.get_xcrs().map_err(failed("reading a vCPU's extended control registers"))?,
             lapic: vcpu.get_lapic().map_err(failed("reading a local APIC"))?,
             msrs: get_msrs(vcpu, msrs)?,
-            debug_regs: vcpu.get_debug_regs().map_err(failed("reading a vCPU's debug registers"))?,
+            debug_regs: vcpu
+                .get_debug_regs()
+                .map_err(failed("reading a vCPU's debug registers"))?,
             events: vcpu.get_vcpu_events().map_err(failed("reading a vCPU's pending events"))?,
         })
     }
 
-    /// Writes a vCPU that has never run. `has_cpuid` is the CPUID that it was made with, if any: KVM takes as long for
-    /// that as for all that follows, and it is left out where it is the same. The time-stamp counter is set to `tsc`.
+    /// Writes a vCPU that has never run. `has_cpuid` is the CPUID that it was made with, if any:
+    /// KVM takes as long for that as for all that follows, and it is left out where it is the same.
+    /// The time-stamp counter is set to `tsc`.
     pub fn restore(
         &self,
         vcpu: &VcpuFd,
@@ -102,23 +113,27 @@ impl VcpuState {
         xsave: XsaveArea,
     ) -> Result<()> {
         if has_cpuid != self.cpuid {
-            vcpu.set_cpuid2(&cpu::to_kvm(&self.cpuid)?).map_err(failed("setting a vCPU's CPUID"))?;
+            vcpu.set_cpuid2(&cpu::to_kvm(&self.cpuid)?)
+                .map_err(failed("setting a vCPU's CPUID"))?;
         }
         self.restore_tsc(vcpu, tsc)?;
         vcpu.set_mp_state(self.mp_state).map_err(failed("setting whether a vCPU runs"))?;
         vcpu.set_regs(&self.regs).map_err(failed("setting a vCPU's registers"))?;
-        vcpu.set_sregs(&self.sregs).map_err(failed("setting a vCPU's segments and control registers"))?;
+        vcpu.set_sregs(&self.sregs)
+            .map_err(failed("setting a vCPU's segments and control registers"))?;
         set_xsave(vcpu, &self.xsave, xsave)?;
         vcpu.set_xcrs(&self.xcrs).map_err(failed("setting a vCPU's extended control registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(failed("setting a local APIC"))?;
         set_msrs(vcpu, &self.msrs)?;
-        vcpu.set_debug_regs(&self.debug_regs).map_err(failed("setting a vCPU's debug registers"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(failed("setting a vCPU's debug registers"))?;
         vcpu.set_vcpu_events(&self.events).map_err(failed("setting a vCPU's pending events"))
     }
 
     fn restore_tsc(&self, vcpu: &VcpuFd, tsc: TscTarget) -> Result<()> {
-        let here =
-            vcpu.get_tsc_khz().map_err(failed("reading the frequency of a vCPU's time-stamp counter"))?;
+        let here = vcpu
+            .get_tsc_khz()
+            .map_err(failed("reading the frequency of a vCPU's time-stamp counter"))?;
         if here != self.tsc_khz {
             vcpu.set_tsc_khz(self.tsc_khz)
                 .map_err(failed("setting the frequency of a vCPU's time-stamp counter"))?;
@@ -143,7 +158,8 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..Default::default() }
 }
 
-/// The registers of `indices` that this vCPU has. KVM lists some that a guest with a lesser CPUID cannot have.
+/// The registers of `indices` that this vCPU has. KVM lists some that a guest with a lesser CPUID
+/// cannot have.
 pub fn readable_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<u32>> {
     let mut readable = Vec::with_capacity(indices.len());
     for &index in indices {
@@ -167,7 +183,8 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
     for some in indices.chunks(MSRS_MAX) {
         let wanted: Vec<_> = some.iter().map(|&index| msr(index, 0)).collect();
         let mut entries = to_msrs(&wanted)?;
-        let read = vcpu.get_msrs(&mut entries).map_err(failed("reading model-specific registers"))?;
+        let read =
+            vcpu.get_msrs(&mut entries).map_err(failed("reading model-specific registers"))?;
         if let Some(index) = some.get(read) {
             return Err(Error::Guest(format!(
                 "the model-specific register {index:#x} cannot be read any more"
@@ -178,8 +195,8 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>> {
     Ok(all)
 }
 
-/// Sets registers, the timer's deadline after all others. A register that KVM refuses is passed over if it holds
-/// zero, as it does where it was never used.
+/// Sets registers, the timer's deadline after all others. A register that KVM refuses is passed
+/// over if it holds zero, as it does where it was never used.
 fn set_msrs(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<()> {
     let (deadline, mut others): (Vec<kvm_msr_entry>, Vec<kvm_msr_entry>) =
         msrs.iter().partition(|entry| entry.index == MSR_TSC_DEADLINE);
@@ -262,20 +279,24 @@ fn tsc_attribute(value: *mut u64) -> kvm_device_attr {
     }
 }
 
-/// How far a vCPU's time-stamp counter is from the host's; `None` where KVM does not tell (before Linux 5.16).
+/// How far a vCPU's time-stamp counter is from the host's; `None` where KVM does not tell (before
+/// Linux 5.16).
 #[must_use]
 pub fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
     let mut offset = 0u64;
     let attribute = tsc_attribute(&raw mut offset);
-    // SAFETY: the attribute names eight bytes that live through the call and are the kernel's to write.
-    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR, &raw const attribute) };
+    // SAFETY: the attribute names eight bytes that live through the call and are the kernel's to
+    // write.
+    let result =
+        unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR, &raw const attribute) };
     (result == 0).then_some(offset)
 }
 
 fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> Result<()> {
     let attribute = tsc_attribute(&raw mut offset);
     // SAFETY: the attribute names eight bytes that live through the call, which the kernel reads.
-    let result = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute) };
+    let result =
+        unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute) };
     if result == 0 {
         Ok(())
     } else {

@@ -1,8 +1,9 @@
 //! What the vCPUs of a machine share: interrupt controllers, the interval timer, the clock.
 //!
-//! The guest's clocks go on through the downtime: how long it lasted is known from the hosts' wall clocks, and both
-//! kvmclock and the time-stamp counters are put forward by that. Hosts whose wall clocks are apart make a leap of the
-//! same length; one that would be backwards is none, for time must not go back in a guest.
+//! The guest's clocks go on through the downtime: how long it lasted is known from the hosts' wall
+//! clocks, and both kvmclock and the time-stamp counters are put forward by that. Hosts whose wall
+//! clocks are apart make a leap of the same length; one that would be backwards is none, for time
+//! must not go back in a guest.
 
 use super::vcpu::{TscTarget, VcpuState, tsc, tsc_offset};
 use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
@@ -35,22 +36,25 @@ pub struct ClockState {
 }
 
 impl VmState {
-    /// Reads interrupt controllers and timer of a machine whose vCPUs are parked. To be called before the local
-    /// APICs are read: an interrupt that passes from one to the other meanwhile is then in both, and not in neither.
+    /// Reads interrupt controllers and timer of a machine whose vCPUs are parked. To be called
+    /// before the local APICs are read: an interrupt that passes from one to the other meanwhile is
+    /// then in both, and not in neither.
     pub fn save(vm: &VmFd) -> Result<Self> {
         let mut irqchips = Vec::with_capacity(IRQCHIPS);
         for chip_id in 0..IRQCHIPS {
             let mut chip = kvm_irqchip { chip_id: chip_id as u32, ..Default::default() };
-            vm.get_irqchip(&mut chip).map_err(|e| Error::os("reading an interrupt controller", e))?;
-            // SAFETY: every variant of the union is plain bytes, and the kernel has filled the largest.
+            vm.get_irqchip(&mut chip)
+                .map_err(|e| Error::os("reading an interrupt controller", e))?;
+            // SAFETY: every variant of the union is plain bytes, and the kernel has filled the
+            // largest.
             irqchips.push(unsafe { chip.chip.dummy }.iter().map(|&byte| byte as u8).collect());
         }
         let pit = vm.get_pit2().map_err(|e| Error::os("reading the interval timer", e))?;
         Ok(Self { irqchips, pit })
     }
 
-    /// Writes them to a new machine. To be called after the local APICs are set: an interrupt that waits in the I/O
-    /// APIC is handed on at once.
+    /// Writes them to a new machine. To be called after the local APICs are set: an interrupt that
+    /// waits in the I/O APIC is handed on at once.
     pub fn restore(&self, vm: &VmFd) -> Result<()> {
         if self.irqchips.len() != IRQCHIPS {
             return Err(Error::Guest(format!(
@@ -63,7 +67,10 @@ impl VmState {
             // SAFETY: every variant of the union is plain bytes.
             let bytes = unsafe { &mut chip.chip.dummy };
             if state.len() != bytes.len() {
-                return Err(Error::Guest(format!("an interrupt controller of {} bytes", state.len())));
+                return Err(Error::Guest(format!(
+                    "an interrupt controller of {} bytes",
+                    state.len()
+                )));
             }
             bytes.iter_mut().zip(state).for_each(|(to, from)| *to = *from as _);
             vm.set_irqchip(&chip).map_err(|e| Error::os("setting an interrupt controller", e))?;
@@ -80,8 +87,8 @@ impl ClockState {
         Ok(Self { kvmclock_ns: clock.clock, tsc, wall_ns: wall_ns() })
     }
 
-    /// Sets the clock of a new machine, put forward by the time since it was read, and says what the vCPUs'
-    /// time-stamp counters are to be set to. `vcpu` is vCPU 0.
+    /// Sets the clock of a new machine, put forward by the time since it was read, and says what
+    /// the vCPUs' time-stamp counters are to be set to. `vcpu` is vCPU 0.
     pub fn start(&self, vm: &VmFd, tsc_khz: u32, vcpu: &VcpuFd) -> Result<TscTarget> {
         let here = (tsc(vcpu)?, tsc_offset(vcpu));
         let gone = self.gone(wall_ns());
@@ -98,7 +105,12 @@ impl ClockState {
         Duration::from_nanos(wall_ns.saturating_sub(self.wall_ns))
     }
 
-    fn tsc_target(&self, gone: Duration, tsc_khz: u32, (tsc, offset): (u64, Option<u64>)) -> TscTarget {
+    fn tsc_target(
+        &self,
+        gone: Duration,
+        tsc_khz: u32,
+        (tsc, offset): (u64, Option<u64>),
+    ) -> TscTarget {
         let ticks = gone.as_nanos() * u128::from(tsc_khz) / 1_000_000;
         let value = self.tsc.wrapping_add(ticks as u64);
         // Where KVM knows offsets, it does not matter how long setting them takes.
@@ -128,7 +140,8 @@ fn wall_ns() -> u64 {
 mod tests {
     use super::*;
 
-    const SAVED: ClockState = ClockState { kvmclock_ns: 5_000, tsc: 1_000_000, wall_ns: 10_000_000 };
+    const SAVED: ClockState =
+        ClockState { kvmclock_ns: 5_000, tsc: 1_000_000, wall_ns: 10_000_000 };
 
     #[test]
     fn the_clock_goes_on_by_what_the_wall_clock_says() {
@@ -145,7 +158,10 @@ mod tests {
     #[test]
     fn a_wall_clock_that_is_behind_does_not_put_time_back() {
         assert_eq!(SAVED.gone(9_000_000), Duration::ZERO);
-        assert_eq!(SAVED.tsc_target(Duration::ZERO, 1_000_000, (0, None)), TscTarget::Value(SAVED.tsc));
+        assert_eq!(
+            SAVED.tsc_target(Duration::ZERO, 1_000_000, (0, None)),
+            TscTarget::Value(SAVED.tsc)
+        );
     }
 
     #[test]

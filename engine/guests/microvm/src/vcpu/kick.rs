@@ -9,16 +9,16 @@ use std::sync::Once;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 thread_local! {
-    /// The `kvm_run` of this thread's vCPU, for the signal handler. Made at compile time and never dropped, so
-    /// that a handler may read it at any moment.
+    /// The `kvm_run` of this thread's vCPU, for the signal handler. Made at compile time and never
+    /// dropped, so that a handler may read it at any moment.
     static KVM_RUN: Cell<*mut kvm_run> = const { Cell::new(null_mut()) };
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let run = KVM_RUN.with(Cell::get);
     if !run.is_null() {
-        // SAFETY: the mapping lives as long as the thread has it here ([`Registered`]), and a byte that the kernel
-        // reads is written by this thread alone.
+        // SAFETY: the mapping lives as long as the thread has it here ([`Registered`]), and a byte
+        // that the kernel reads is written by this thread alone.
         unsafe { (&raw mut (*run).immediate_exit).write_volatile(1) };
     }
 }

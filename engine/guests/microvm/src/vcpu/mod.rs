@@ -6,9 +6,9 @@
 //!               +------- park() -------+  the pending exit is finished first
 //! ```
 //!
-//! A vCPU is told what it should do by a flag that it reads before each entry, and a signal makes it read it:
-//! the handler sets `immediate_exit`, so that a signal that comes between the look at the flag and KVM_RUN is not
-//! lost (Linux, virt/kvm/api.rst, 5: `immediate_exit`).
+//! A vCPU is told what it should do by a flag that it reads before each entry, and a signal makes
+//! it read it: the handler sets `immediate_exit`, so that a signal that comes between the look at
+//! the flag and KVM_RUN is not lost (Linux, virt/kvm/api.rst, 5: `immediate_exit`).
 
 mod kick;
 mod wake;
@@ -124,7 +124,8 @@ impl Vcpus {
         })
     }
 
-    /// Lets all of them run. `stood` if they was paused before: their guest is told, so that its watchdogs do not bark.
+    /// Lets all of them run. `stood` if they was paused before: their guest is told, so that its
+    /// watchdogs do not bark.
     pub fn run(&self, stood: bool) -> Result<()> {
         // Looked at first: all of them run, or none.
         if self.vcpus.iter().any(|vcpu| vcpu.thread.as_ref().is_none_or(JoinHandle::is_finished)) {
@@ -147,15 +148,17 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Since when all of them run: when the last of them began, after [`Self::run`]. `None` if one has not yet.
+    /// Since when all of them run: when the last of them began, after [`Self::run`]. `None` if one
+    /// has not yet.
     #[must_use]
     pub fn running_since(&self) -> Option<Instant> {
-        let began: Option<Vec<Instant>> = self.vcpus.iter().map(|vcpu| *lock(&vcpu.shared.began)).collect();
+        let began: Option<Vec<Instant>> =
+            self.vcpus.iter().map(|vcpu| *lock(&vcpu.shared.began)).collect();
         began?.into_iter().max()
     }
 
-    /// Calls all of them out of the guest together, and returns when they are parked: nothing that they began is
-    /// half done, and they write no memory.
+    /// Calls all of them out of the guest together, and returns when they are parked: nothing that
+    /// they began is half done, and they write no memory.
     pub fn park(&self) -> Result<()> {
         for vcpu in &self.vcpus {
             vcpu.shared.wanted.store(PARK, Ordering::SeqCst);
@@ -168,7 +171,8 @@ impl Vcpus {
 
     /// Asks every parked vCPU to do something, all at once; the answers in order.
     pub fn ask_all<T: Send + 'static>(&self, mut task: impl FnMut(usize) -> Task<T>) -> Pending<T> {
-        let answers = self.vcpus.iter().enumerate().map(|(index, vcpu)| vcpu.ask(task(index))).collect();
+        let answers =
+            self.vcpus.iter().enumerate().map(|(index, vcpu)| vcpu.ask(task(index))).collect();
         Pending { answers }
     }
 
@@ -184,7 +188,8 @@ impl Vcpus {
 
 impl KickVcpus for Vcpus {
     fn kick_all(&self) -> Result<()> {
-        let before: Vec<u64> = self.vcpus.iter().map(|v| v.shared.turns.load(Ordering::SeqCst)).collect();
+        let before: Vec<u64> =
+            self.vcpus.iter().map(|v| v.shared.turns.load(Ordering::SeqCst)).collect();
         for vcpu in self.vcpus.iter().filter(|vcpu| !vcpu.is_parked()) {
             vcpu.shared.watched.store(true, Ordering::SeqCst);
             vcpu.signal();
@@ -192,7 +197,8 @@ impl KickVcpus for Vcpus {
         let out = |(vcpu, before): (&Vcpu, &u64)| {
             vcpu.is_parked() || vcpu.shared.turns.load(Ordering::SeqCst) > *before
         };
-        self.bell.wait("calling the vCPUs out of the guest", || self.vcpus.iter().zip(&before).all(out))
+        self.bell
+            .wait("calling the vCPUs out of the guest", || self.vcpus.iter().zip(&before).all(out))
     }
 }
 

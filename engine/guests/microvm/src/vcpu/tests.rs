@@ -1,4 +1,5 @@
-//! A vCPU in the middle of one long instruction, which KVM's emulator takes apart into thousands of exits.
+//! A vCPU in the middle of one long instruction, which KVM's emulator takes apart into thousands of
+//! exits.
 
 use crate::config::{MachineConfig, TrackingChoice};
 use crate::console::serial::Console;

@@ -33,7 +33,8 @@ impl Bell {
             if left.is_zero() {
                 return Err(Error::Timeout { what: what.into() });
             }
-            (guard, _) = self.rung.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
+            (guard, _) =
+                self.rung.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
         }
         Ok(())
     }

@@ -21,8 +21,9 @@ pub(crate) const END: u8 = 2;
 pub type Task<T> = Box<dyn FnOnce(&mut VcpuFd) -> Result<T> + Send>;
 
 pub(crate) enum Order {
-    /// Run, and first pass the order on to the next of the rest. Each thread wakes one other: if a caller woke all of them,
-    /// the first could take the processor from it, and the others would be paused for a time slice longer.
+    /// Run, and first pass the order on to the next of the rest. Each thread wakes one other: if a
+    /// caller woke all of them, the first could take the processor from it, and the others would be
+    /// paused for a time slice longer.
     Run {
         stood: bool,
         rest: Vec<Sender<Order>>,
@@ -75,14 +76,16 @@ impl Worker {
         self.shared.wanted.load(Ordering::SeqCst)
     }
 
-    /// Runs the vCPU until it is out of the guest with nothing half done and shall not run, or its guest has ended.
+    /// Runs the vCPU until it is out of the guest with nothing half done and shall not run, or its
+    /// guest has ended.
     ///
-    /// KVM finishes an exit that user space has served (a port that was read, above all) when it is entered the
-    /// next time: state that is saved before that is of a guest in the middle of an instruction. So one that is to
-    /// park is entered with `immediate_exit`, until KVM says that it was interrupted. That may take long: KVM's
-    /// emulator stays inside one repeated string instruction for up to 1024 of its steps, each with an exit where
-    /// it reads or writes a device (Linux, arch/x86/kvm/emulate.c, x86_emulate_insn). Only who waits for the park
-    /// has a deadline, and lets the guest go on after it.
+    /// KVM finishes an exit that user space has served (a port that was read, above all) when it is
+    /// entered the next time: state that is saved before that is of a guest in the middle of an
+    /// instruction. So one that is to park is entered with `immediate_exit`, until KVM says that it
+    /// was interrupted. That may take long: KVM's emulator stays inside one repeated string
+    /// instruction for up to 1024 of its steps, each with an exit where it reads or writes a device
+    /// (Linux, arch/x86/kvm/emulate.c, x86_emulate_insn). Only who waits for the park has a
+    /// deadline, and lets the guest go on after it.
     fn run(&mut self) -> Option<Ending> {
         loop {
             let parking = match self.wanted() {
@@ -114,7 +117,9 @@ impl Worker {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(false),
-            Err(e) => return Err(Ending::Failed(format!("KVM cannot run vCPU {}: {e}", self.index))),
+            Err(e) => {
+                return Err(Ending::Failed(format!("KVM cannot run vCPU {}: {e}", self.index)));
+            }
         };
         match exit {
             VcpuExit::IoIn(port, data) => self.exits.port_read(port, data),
@@ -139,7 +144,12 @@ impl Worker {
             VcpuExit::Shutdown => {
                 return Err(Ending::Failed(format!("vCPU {} hit a triple fault", self.index)));
             }
-            other => return Err(Ending::Failed(format!("vCPU {} left the guest for {other:?}", self.index))),
+            other => {
+                return Err(Ending::Failed(format!(
+                    "vCPU {} left the guest for {other:?}",
+                    self.index
+                )));
+            }
         }
         Ok(true)
     }

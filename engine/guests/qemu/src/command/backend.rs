@@ -6,8 +6,8 @@ use crate::command::readconfig;
 use pageferry_engine::error::{Error, Result};
 use serde_json::{Map, Value};
 
-/// Turns the user's backend of nameless or private memory into a file that we make. Any other object
-/// is handed back as it is.
+/// Turns the user's backend of nameless or private memory into a file that we make. Any other
+/// object is handed back as it is.
 pub(crate) fn rewrite_object(
     value: &str,
     memory: &mut dyn FnMut(&MemoryFile) -> Result<i32>,
@@ -32,7 +32,10 @@ pub(crate) fn rewrite_object(
             // Written once, at its first place, with all its values.
             if !words.iter().any(|w: &String| w.starts_with(&format!("{key}="))) {
                 words.extend(
-                    pairs.iter().filter(|(k, _)| k == key).map(|(_, v)| format!("{key}={}", escape(v))),
+                    pairs
+                        .iter()
+                        .filter(|(k, _)| k == key)
+                        .map(|(_, v)| format!("{key}={}", escape(v))),
                 );
             }
         } else if key == "qom-type" {
@@ -49,8 +52,8 @@ pub(crate) fn rewrite_object(
     Ok(words.join(","))
 }
 
-/// Changes a backend's properties, in which values are strings, or JSON's own kinds (`yes` is how the
-/// one or the other says so). False if it is to stay as it is.
+/// Changes a backend's properties, in which values are strings, or JSON's own kinds (`yes` is how
+/// the one or the other says so). False if it is to stay as it is.
 pub(crate) fn rewrite_properties(
     properties: &mut Map<String, Value>,
     yes: Value,
@@ -60,8 +63,9 @@ pub(crate) fn rewrite_properties(
     let id = string(properties, "id").unwrap_or_default();
     match kind.as_str() {
         "memory-backend-file" if on(properties, "share") => return Ok(false),
-        // Nobody can write it, so sharing it changes nothing but what QEMU takes it for: as private memory it would send
-        // all of it, and fail to write it at the destination. With rom=off the guest writes, into private memory.
+        // Nobody can write it, so sharing it changes nothing but what QEMU takes it for: as private
+        // memory it would send all of it, and fail to write it at the destination. With rom=off the
+        // guest writes, into private memory.
         "memory-backend-file" if on(properties, "readonly") && !off(properties, "rom") => {
             properties.insert("share".into(), yes);
             return Ok(true);
@@ -101,7 +105,8 @@ pub(crate) fn properties_of(group: &readconfig::Group) -> Map<String, Value> {
     properties
 }
 
-/// The properties of `-object`, in either of its two ways of writing. Of a repeated key the last value counts.
+/// The properties of `-object`, in either of its two ways of writing. Of a repeated key the last
+/// value counts.
 pub(crate) fn properties(value: &str) -> Result<Map<String, Value>> {
     if value.trim_start().starts_with('{') {
         return match serde_json::from_str(value) {

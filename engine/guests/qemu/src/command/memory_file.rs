@@ -24,17 +24,19 @@ pub(crate) fn make_memory(file: &MemoryFile) -> Result<OwnedFd> {
         flags |= MemfdFlags::HUGETLB;
         if bytes != 0 {
             if !bytes.is_power_of_two() {
-                return Err(Error::refused(format!("memory {}: no huge page has {bytes} bytes", file.name)));
+                return Err(Error::refused(format!(
+                    "memory {}: no huge page has {bytes} bytes",
+                    file.name
+                )));
             }
             // MFD_HUGE_SHIFT: the size travels as its logarithm.
             flags |= MemfdFlags::from_bits_retain(bytes.trailing_zeros() << 26);
             page = bytes;
         }
     }
-    let bytes =
-        file.bytes.checked_next_multiple_of(page).filter(|b| *b > 0).ok_or_else(|| {
-            Error::refused(format!("memory {}: {} bytes is no size", file.name, file.bytes))
-        })?;
+    let bytes = file.bytes.checked_next_multiple_of(page).filter(|b| *b > 0).ok_or_else(|| {
+        Error::refused(format!("memory {}: {} bytes is no size", file.name, file.bytes))
+    })?;
     sealed_memfd(&format!("pageferry-{}", file.name), flags, bytes).map_err(|e| match file.huge_page_bytes {
         Some(huge) => Error::os(
             format!(

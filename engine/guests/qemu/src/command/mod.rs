@@ -10,8 +10,9 @@
 //!   -S -incoming defer                                                   for a destination only
 //! ```
 //!
-//! Why a file and not a memfd backend: see [`crate::memory::find`]. What cannot work is refused here, with
-//! the fix, before anything is started. `rewrite.rs` is pure but for the files that it asks for.
+//! Why a file and not a memfd backend: see [`crate::memory::find`]. What cannot work is refused
+//! here, with the fix, before anything is started. `rewrite.rs` is pure but for the files that it
+//! asks for.
 
 mod backend;
 mod memory_file;

@@ -5,15 +5,16 @@ use crate::command::role::Role;
 use pageferry_engine::error::{Error, Result};
 use std::ffi::OsStr;
 
-/// The name of an option without its dashes, or none for a word that is not an option (a disk image).
+/// The name of an option without its dashes, or none for a word that is not an option (a disk
+/// image).
 pub(crate) fn option_name(word: &OsStr) -> Option<&str> {
     let name = word.to_str()?.strip_prefix('-')?;
     let name = name.strip_prefix('-').unwrap_or(name);
     (!name.is_empty()).then_some(name)
 }
 
-/// Splits `a,key=value,key=va,,lue`: a first word without `=` is the value of `implied`, and doubled
-/// commas are one comma.
+/// Splits `a,key=value,key=va,,lue`: a first word without `=` is the value of `implied`, and
+/// doubled commas are one comma.
 pub(crate) fn pairs(value: &str, implied: &str) -> Vec<(String, String)> {
     let mut words = vec![String::new()];
     let mut characters = value.chars().peekable();

@@ -5,8 +5,8 @@
 //!     size = "2G"                 qom-type = "memory-backend-file"        memory-backend = "ram0"
 //! ```
 //!
-//! It is read as the command line is, because memory is what a command gets added. It is not rewritten: what
-//! would have to be changed in it is refused by its name.
+//! It is read as the command line is, because memory is what a command gets added. It is not
+//! rewritten: what would have to be changed in it is refused by its name.
 
 use pageferry_engine::error::{Error, Result};
 use rustix::fs::FileType;
@@ -79,7 +79,9 @@ fn parse(text: &str) -> std::result::Result<Vec<Group>, usize> {
 fn group(heading: &str) -> Option<Group> {
     let inner = heading.strip_suffix(']')?.trim();
     let (name, id) = match inner.split_once(char::is_whitespace) {
-        Some((name, id)) => (name, Some(id.trim().strip_prefix('"')?.strip_suffix('"')?.to_owned())),
+        Some((name, id)) => {
+            (name, Some(id.trim().strip_prefix('"')?.strip_suffix('"')?.to_owned()))
+        }
         None => (inner, None),
     };
     (!name.is_empty()).then(|| Group { name: name.into(), id, pairs: Vec::new() })

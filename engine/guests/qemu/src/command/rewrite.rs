@@ -1,6 +1,8 @@
 //! The command line that is started, made from the one that the operator gave.
 
-use crate::command::backend::{on, properties, properties_of, rewrite_object, rewrite_properties, string};
+use crate::command::backend::{
+    on, properties, properties_of, rewrite_object, rewrite_properties, string,
+};
 use crate::command::memory_file::MemoryFile;
 use crate::command::options::{memory_option_bytes, option_name, pairs, parse_size, refused, text};
 use crate::command::readconfig;
@@ -69,7 +71,8 @@ const WITHOUT_VALUE: &[&str] = &[
     "spice-disable",
 ];
 
-/// Rewrites a command for `role`; `memory` makes a file and says under which number QEMU inherits it.
+/// Rewrites a command for `role`; `memory` makes a file and says under which number QEMU inherits
+/// it.
 ///
 /// # Errors
 /// [`Error::Refused`] with the fix for what cannot be moved.
@@ -79,7 +82,9 @@ pub fn rewrite(
     memory: &mut dyn FnMut(&MemoryFile) -> Result<i32>,
 ) -> Result<Vec<OsString>> {
     let (program, rest) = words.split_first().ok_or_else(|| {
-        Error::refused("there is no QEMU command: write it after `--`, as in `-- qemu-system-x86_64 -m 2G`")
+        Error::refused(
+            "there is no QEMU command: write it after `--`, as in `-- qemu-system-x86_64 -m 2G`",
+        )
     })?;
     let mut out = vec![program.clone()];
     let mut own_memory = false;
@@ -100,7 +105,10 @@ pub fn rewrite(
             continue;
         }
         let Some(value) = rest.next() else {
-            return Err(Error::refused(format!("the QEMU option {} lacks its value", word.display())));
+            return Err(Error::refused(format!(
+                "the QEMU option {} lacks its value",
+                word.display()
+            )));
         };
         let value = match name {
             "m" => {
@@ -119,7 +127,8 @@ pub fn rewrite(
                 value.clone()
             }
             "numa" => {
-                own_memory |= pairs(text(word, value)?, "type").iter().any(|(key, _)| key == "memdev");
+                own_memory |=
+                    pairs(text(word, value)?, "type").iter().any(|(key, _)| key == "memdev");
                 value.clone()
             }
             "object" => rewrite_object(text(word, value)?, memory)?.into(),
@@ -134,7 +143,8 @@ pub fn rewrite(
         out.extend([word.clone(), value]);
     }
     if !own_memory {
-        let file = MemoryFile { name: MEMORY_ID.into(), bytes: memory_bytes, huge_page_bytes: None };
+        let file =
+            MemoryFile { name: MEMORY_ID.into(), bytes: memory_bytes, huge_page_bytes: None };
         let fd = memory(&file)?;
         out.extend([
             "-object".into(),
@@ -209,7 +219,9 @@ pub fn memory_paths(words: &[OsString]) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     let mut rest = words.iter().skip(1);
     while let Some(word) = rest.next() {
-        let Some(name) = option_name(word).filter(|name| !WITHOUT_VALUE.contains(name)) else { continue };
+        let Some(name) = option_name(word).filter(|name| !WITHOUT_VALUE.contains(name)) else {
+            continue;
+        };
         let Some(value) = rest.next() else { break };
         match name {
             "object" => paths.extend(memory_path(&properties(text(word, value)?)?)),
@@ -286,15 +298,28 @@ mod tests {
                     "{line} -object memory-backend-file,id=pageferry.ram,size={bytes},mem-path=/proc/self/fd/100,share=on -machine memory-backend=pageferry.ram"
                 )
             );
-            assert_eq!(files, [MemoryFile { name: "pageferry.ram".into(), bytes, huge_page_bytes: None }]);
+            assert_eq!(
+                files,
+                [MemoryFile { name: "pageferry.ram".into(), bytes, huge_page_bytes: None }]
+            );
         }
     }
 
     #[test]
     fn a_size_that_is_none_is_refused() {
-        for odd in
-            ["x", "", "-5", "5Q", "0x20", "1e3", "1.", ".5", "99999999999999999999", "16000000000T", "5G5"]
-        {
+        for odd in [
+            "x",
+            "",
+            "-5",
+            "5Q",
+            "0x20",
+            "1e3",
+            "1.",
+            ".5",
+            "99999999999999999999",
+            "16000000000T",
+            "5G5",
+        ] {
             assert!(parse_size(odd, 1).is_err(), "{odd}");
         }
         assert!(source("qemu -m bad").is_err());
@@ -334,7 +359,10 @@ mod tests {
             serde_json::json!({"qom-type": "memory-backend-file", "id": "m", "size": 1_048_576, "host-nodes": [0, 1],
                 "mem-path": "/proc/self/fd/100", "share": true})
         );
-        assert_eq!(files, [MemoryFile { name: "m".into(), bytes: 1 << 20, huge_page_bytes: Some(0) }]);
+        assert_eq!(
+            files,
+            [MemoryFile { name: "m".into(), bytes: 1 << 20, huge_page_bytes: Some(0) }]
+        );
         assert!(source(r#"qemu -object {"qom-type"#).is_err());
         assert!(
             refusal(
@@ -375,14 +403,19 @@ mod tests {
         let (_, files) = rewritten("[memory]\n  size = \"256\"\n").unwrap();
         assert_eq!(files.iter().map(|f| f.bytes).collect::<Vec<_>>(), [256 << 20]);
         let shared = "[object \"m\"]\n qom-type = \"memory-backend-file\"\n share = \"on\"\n mem-path = \"/dev/shm/m\"\n";
-        let (out, files) = rewritten(&format!("{shared}[machine]\n memory-backend = \"m\"\n")).unwrap();
+        let (out, files) =
+            rewritten(&format!("{shared}[machine]\n memory-backend = \"m\"\n")).unwrap();
         assert!(files.is_empty() && !out.contains("pageferry.ram"), "{out}");
         let words = ["qemu", "-readconfig", path.to_str().unwrap()].map(OsString::from);
         assert_eq!(memory_paths(&words).unwrap(), [Path::new("/dev/shm/m")]);
         for kind in ["ram", "memfd", "file"] {
-            let text = format!("[object \"m\"]\n qom-type = \"memory-backend-{kind}\"\n size = \"64M\"\n");
+            let text =
+                format!("[object \"m\"]\n qom-type = \"memory-backend-{kind}\"\n size = \"64M\"\n");
             let refusal = rewritten(&text).unwrap_err().to_string();
-            assert!(refusal.contains("[object \"m\"]") && refusal.contains("share = "), "{refusal}");
+            assert!(
+                refusal.contains("[object \"m\"]") && refusal.contains("share = "),
+                "{refusal}"
+            );
         }
         let iothread = "[object \"t\"]\n qom-type = \"iothread\"\n";
         assert_eq!(rewritten(iothread).unwrap().1.len(), 1);
@@ -393,13 +426,18 @@ mod tests {
         let image = "memory-backend-file,id=i,size=1G,mem-path=/img,readonly=on";
         let (out, files) = source(&format!("qemu -m 64M -object {image}")).unwrap();
         assert!(
-            out.contains(&format!("-object {image},share=on -object memory-backend-file,id=pageferry.ram")),
+            out.contains(&format!(
+                "-object {image},share=on -object memory-backend-file,id=pageferry.ram"
+            )),
             "{out}"
         );
         assert_eq!(files.len(), 1);
         let (out, _) = source(&format!("qemu -m 64M -object {image},share=off,rom=auto")).unwrap();
         assert!(out.contains(&format!("{image},share=on,rom=auto")), "{out}");
-        assert!(refusal(&format!("qemu -object {image},rom=off"), Role::Source).contains("add share=on"));
+        assert!(
+            refusal(&format!("qemu -object {image},rom=off"), Role::Source)
+                .contains("add share=on")
+        );
         let json = r#"qemu -object {"qom-type":"memory-backend-file","id":"i","readonly":true,"size":1048576,"mem-path":"/img"}"#;
         assert!(source(json).unwrap().0.contains(r#""share":true"#));
     }
@@ -464,17 +502,21 @@ mod tests {
             for role in [Role::Source, Role::Destination] {
                 let directory = tempfile::tempdir().unwrap();
                 let socket = directory.path().join("qmp");
-                let line = format!("qemu-system-x86_64 -nodefaults -display none -accel tcg {options}");
+                let line =
+                    format!("qemu-system-x86_64 -nodefaults -display none -accel tcg {options}");
                 let words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
                 let prepared = GuestCommand::prepare(&words, role, &socket).unwrap();
                 let mut qemu = TestQemu::of(&mut prepared.command(), &socket, directory);
                 drop(prepared);
                 let pid = qemu.pid();
-                let found = find::find(&mut qemu.qmp, pid, Access::Write, TestQemu::soon()).unwrap();
-                let blocks: Vec<_> = found.shared.iter().map(|b| (b.name.as_str(), b.bytes)).collect();
+                let found =
+                    find::find(&mut qemu.qmp, pid, Access::Write, TestQemu::soon()).unwrap();
+                let blocks: Vec<_> =
+                    found.shared.iter().map(|b| (b.name.as_str(), b.bytes)).collect();
                 assert_eq!(blocks, blocks_wanted, "{options}");
                 pageferry_engine::memory::GuestMemory::map(found.shared, Access::Write).unwrap();
-                let status = qemu.qmp.execute("query-status", Value::Null, TestQemu::soon()).unwrap();
+                let status =
+                    qemu.qmp.execute("query-status", Value::Null, TestQemu::soon()).unwrap();
                 let expected = if role == Role::Source { "running" } else { "inmigrate" };
                 assert_eq!(status["status"], expected);
             }

@@ -19,8 +19,8 @@ pub struct GuestCommand {
 }
 
 impl GuestCommand {
-    /// Rewrites `words` (the program first), makes its memory files, and binds the monitor's socket at
-    /// `qmp_socket`, which must not exist. Close it (drop it) once QEMU runs: only then does a
+    /// Rewrites `words` (the program first), makes its memory files, and binds the monitor's socket
+    /// at `qmp_socket`, which must not exist. Close it (drop it) once QEMU runs: only then does a
     /// connection to the monitor of a QEMU that died fail instead of waiting.
     pub fn prepare(words: &[OsString], role: Role, qmp_socket: &Path) -> Result<Self> {
         let mut inherited = Vec::new();
@@ -31,8 +31,9 @@ impl GuestCommand {
             Ok(number)
         });
         let mut words = rewritten?;
-        let listener = pageferry_engine::host::private::listen(qmp_socket)
-            .map_err(|e| Error::os(format!("making the monitor's socket {}", qmp_socket.display()), e))?;
+        let listener = pageferry_engine::host::private::listen(qmp_socket).map_err(|e| {
+            Error::os(format!("making the monitor's socket {}", qmp_socket.display()), e)
+        })?;
         words.extend([
             "-chardev".into(),
             format!("socket,id={MONITOR_ID},fd={},server=on,wait=off", listener.as_raw_fd()).into(),

@@ -1,9 +1,10 @@
-//! A process that outlives its supervisor by a moment, to put the guest right if the supervisor dies.
+//! A process that outlives its supervisor by a moment, to put the guest right if the supervisor
+//! dies.
 //!
-//! In the downtime the guest is stopped and only the supervisor knows why. If it is killed there, nobody
-//! would ever let the guest run again. So before it stops the guest the first time the supervisor starts a
-//! guardian: this same program, in a process group of its own, which waits for the end of a pipe that only the
-//! supervisor holds open, and then acts on what they share.
+//! In the downtime the guest is stopped and only the supervisor knows why. If it is killed there,
+//! nobody would ever let the guest run again. So before it stops the guest the first time the
+//! supervisor starts a guardian: this same program, in a process group of its own, which waits for
+//! the end of a pipe that only the supervisor holds open, and then acts on what they share.
 //!
 //! | the byte says | source: the supervisor died   | destination: the supervisor died |
 //! | ---           | ---                           | ---                              |
@@ -13,13 +14,15 @@
 //! | watching      | nothing                       |                                  |
 //! | finished      | nothing                       | nothing                          |
 //!
-//! At the source it is started before memory is armed ([`pageferry_engine::dirty::pagemap`]) and holds one more descriptor of the
-//! userfaultfd: when the supervisor is killed the kernel does not disarm all of memory in one long call; the guardian does
-//! it in short ones, after everything else. Until the supervisor is about to stop the guest the byte says "watching": then
-//! that is all that there is to do.
+//! At the source it is started before memory is armed ([`pageferry_engine::dirty::pagemap`]) and
+//! holds one more descriptor of the userfaultfd: when the supervisor is killed the kernel does not
+//! disarm all of memory in one long call; the guardian does it in short ones, after everything
+//! else. Until the supervisor is about to stop the guest the byte says "watching": then that is all
+//! that there is to do.
 //!
-//! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as they were,
-//! lie behind the two. All of it is shared memory, so sealing costs nothing in the downtime.
+//! "Let the guest run" means: if it ran before, says a second byte. QEMU's migration settings, as
+//! they were, lie behind the two. All of it is shared memory, so sealing costs nothing in the
+//! downtime.
 
 pub mod sentry;
 
@@ -59,7 +62,8 @@ const FLAG_AT: usize = 0;
 const WAS_RUNNING_AT: usize = 1;
 /// Length (u32, little endian) and JSON of [`Settings`].
 const SETTINGS_AT: usize = 4;
-/// The same of the tracked ranges: some hundred bytes each, and QEMU has 256 memory devices at most.
+/// The same of the tracked ranges: some hundred bytes each, and QEMU has 256 memory devices at
+/// most.
 const RANGES_AT: usize = 64 << 10;
 
 /// Which side it guards.
@@ -91,8 +95,9 @@ pub struct Guardian {
 }
 
 impl Guardian {
-    /// Starts one for the QEMU with this pid and QMP socket, and waits until it is on duty. It inherits the
-    /// process' handle, so that it never takes another process for it that was given the number anew.
+    /// Starts one for the QEMU with this pid and QMP socket, and waits until it is on duty. It
+    /// inherits the process' handle, so that it never takes another process for it that was given
+    /// the number anew.
     pub fn start(side: Side, pid: u32, pidfd: BorrowedFd<'_>, qmp: &Path) -> Result<Self> {
         Self::start_with(side, pid, pidfd, qmp, None)
     }
@@ -119,8 +124,8 @@ impl Guardian {
         let memfd = sealed_memfd("pageferry-guardian", MemfdFlags::empty(), SHARED_BYTES as u64)
             .map_err(|e| Error::os("making a memfd", e))?;
         let shared = MemoryRegion::map_shared(memfd.as_fd(), 0, SHARED_BYTES, Access::Write)?;
-        // Until somebody says otherwise: a guest that runs by mistake can be paused again, one that stands
-        // still by mistake is an outage.
+        // Until somebody says otherwise: a guest that runs by mistake can be paused again, one that
+        // stands still by mistake is an outage.
         shared.write(WAS_RUNNING_AT, &[1])?;
         let mut command = Command::new("/proc/self/exe");
         inherit(&mut command, pidfd);
@@ -133,7 +138,11 @@ impl Guardian {
         }
         let mut child = command
             .arg0("pageferry")
-            .args(["guardian", "--side", if side == Side::Source { "source" } else { "destination" }])
+            .args([
+                "guardian",
+                "--side",
+                if side == Side::Source { "source" } else { "destination" },
+            ])
             .args(["--pid", &pid.to_string(), "--pidfd", &pidfd.as_raw_fd().to_string(), "--qmp"])
             .arg(qmp)
             .arg("--flag")
@@ -155,7 +164,8 @@ impl Guardian {
             .map_err(|e| Error::os("waiting for the guardian process", e))?;
         let ready = !fds[0].revents().is_empty();
         let mut line = String::new();
-        if !ready || BufReader::new(stdout).read_line(&mut line).is_err() || line.trim() != "ready" {
+        if !ready || BufReader::new(stdout).read_line(&mut line).is_err() || line.trim() != "ready"
+        {
             guardian.finish();
             return Err(Error::Guest(
                 "the guardian process did not report for duty; its message is on stderr".into(),
@@ -204,7 +214,8 @@ impl Guardian {
         if sealed { self.set(Flag::Open) } else { Ok(()) }
     }
 
-    /// Whether nothing has been done yet that it would have to put right: at the source until [`Self::engage`].
+    /// Whether nothing has been done yet that it would have to put right: at the source until
+    /// [`Self::engage`].
     pub fn is_watching(&self) -> Result<bool> {
         Ok(self.flag()? == Flag::Watching as u8)
     }
@@ -235,7 +246,8 @@ impl Guardian {
         drop(self.lifeline.take());
         // Its end frees its entry in the process table; nothing else waits for it.
         let mut child = self.child;
-        let waiting = std::thread::Builder::new().name("guardian-end".into()).spawn(move || child.wait());
+        let waiting =
+            std::thread::Builder::new().name("guardian-end".into()).spawn(move || child.wait());
         if let Err(e) = waiting {
             tracing::debug!(error = %e, "no thread to wait for the guardian's end");
         }
@@ -263,10 +275,13 @@ pub struct GuardianArgs {
     pub uffd: Option<i32>,
 }
 
-/// The guardian's whole life. `ready` tells the supervisor, on this process' stdout, that it is watched.
+/// The guardian's whole life. `ready` tells the supervisor, on this process' stdout, that it is
+/// watched.
 pub fn main(args: &GuardianArgs, ready: impl FnOnce() -> Result<()>) -> Result<()> {
-    let file =
-        File::options().read(true).open(&args.flag).map_err(|e| Error::os("opening the shared memory", e))?;
+    let file = File::options()
+        .read(true)
+        .open(&args.flag)
+        .map_err(|e| Error::os("opening the shared memory", e))?;
     let shared = MemoryRegion::map_shared(file.as_fd(), 0, SHARED_BYTES, Access::Read)?;
     let pidfd = inherited_pidfd(args)?;
     ready()?;
@@ -326,8 +341,8 @@ fn disarm(args: &GuardianArgs, shared: &MemoryRegion, flag: u8) {
 /// Has the child alone inherit a descriptor.
 fn inherit(command: &mut Command, fd: BorrowedFd<'_>) {
     let fd = fd.as_raw_fd();
-    // SAFETY: between fork and exec it makes one fcntl call, and allocates nothing. The caller spawns before the
-    // descriptor goes.
+    // SAFETY: between fork and exec it makes one fcntl call, and allocates nothing. The caller
+    // spawns before the descriptor goes.
     unsafe {
         command.pre_exec(move || {
             let fd = BorrowedFd::borrow_raw(fd);
@@ -348,11 +363,17 @@ fn inherited_pidfd(args: &GuardianArgs) -> Result<OwnedFd> {
 }
 
 /// Writes a length and JSON to a part of the shared memory.
-fn write_json<T: Serialize + ?Sized>(shared: &MemoryRegion, part: Range<usize>, value: &T) -> Result<()> {
-    let json =
-        serde_json::to_vec(value).map_err(|e| Error::os("telling the guardian", std::io::Error::from(e)))?;
+fn write_json<T: Serialize + ?Sized>(
+    shared: &MemoryRegion,
+    part: Range<usize>,
+    value: &T,
+) -> Result<()> {
+    let json = serde_json::to_vec(value)
+        .map_err(|e| Error::os("telling the guardian", std::io::Error::from(e)))?;
     if 4 + json.len() > part.len() {
-        return Err(Error::Guest("QEMU has more settings or memory than the guardian can be told".into()));
+        return Err(Error::Guest(
+            "QEMU has more settings or memory than the guardian can be told".into(),
+        ));
     }
     shared.write(part.start + 4, &json)?;
     Ok(shared.write(part.start, &(json.len() as u32).to_le_bytes())?)

@@ -1,7 +1,8 @@
 //! Watches a stopped guest for another monitor of the same QEMU that lets it run.
 //!
-//! libvirt, a script or a person may say `cont` at any moment. QEMU tells every monitor (`RESUME`), and
-//! does so before the first vCPU runs. Whoever waits for the peer cannot listen to that, so a thread does:
+//! libvirt, a script or a person may say `cont` at any moment. QEMU tells every monitor (`RESUME`),
+//! and does so before the first vCPU runs. Whoever waits for the peer cannot listen to that, so a
+//! thread does:
 //!
 //! ```text
 //!   ready(post)      the thread is there, ahead of the pause
@@ -37,7 +38,8 @@ const KEEP_EVERY: Duration = Duration::from_millis(50);
 /// For QEMU to greet a connection to its free monitor.
 const KEEP_GREETING_MAX: Duration = Duration::from_secs(2);
 
-/// Within this time [`keep_stopped`] has ended once somebody else has the monitor; its looks, and some more.
+/// Within this time [`keep_stopped`] has ended once somebody else has the monitor; its looks, and
+/// some more.
 pub const TAKEN_OVER_MAX: Duration = Duration::from_millis(2500);
 
 /// What is watched, and so what is done.
@@ -151,14 +153,17 @@ impl Shared {
                         socket = rustix::io::fcntl_dupfd_cloexec(qmp.socket(), 0).ok();
                     }
                     let again = match self.look(qmp, since) {
-                        // What was taken in meanwhile makes the socket readable no more. In between the monitor can be had
-                        // back.
+                        // What was taken in meanwhile makes the socket readable no more. In between
+                        // the monitor can be had back.
                         Ok(true) => Some(LOOK_AGAIN_AFTER),
                         // Without a handle (no descriptor is left) it looks now and then.
                         Ok(false) => socket.is_none().then_some(STOP_AGAIN_AFTER),
                         Err(_) if qmp.is_broken() => return,
                         Err(e) => {
-                            say(&format!("a guest that must not run could not be stopped: {}", e.chain()));
+                            say(&format!(
+                                "a guest that must not run could not be stopped: {}",
+                                e.chain()
+                            ));
                             Some(STOP_AGAIN_AFTER)
                         }
                     };
@@ -193,7 +198,9 @@ impl Shared {
                     Err(e) => return Err(Error::os("ending a copy that must not run", e)),
                 }
                 *since = qmp.events_heard();
-                say(&format!("ANOTHER MONITOR {what} before this guest was ours; the copy was ended"));
+                say(&format!(
+                    "ANOTHER MONITOR {what} before this guest was ours; the copy was ended"
+                ));
             }
             _ => {}
         }
@@ -205,9 +212,9 @@ impl Shared {
     }
 }
 
-/// Brings a guest that was stopped again back into QEMU's state `postmigrate`, by a migration to nowhere: `cont`
-/// took the locks of its disk images, which the destination needs, and without that state the next supervisor
-/// would take it for a guest that somebody has paused.
+/// Brings a guest that was stopped again back into QEMU's state `postmigrate`, by a migration to
+/// nowhere: `cont` took the locks of its disk images, which the destination needs, and without that
+/// state the next supervisor would take it for a guest that somebody has paused.
 fn park(qmp: &mut Qmp) {
     let parked = Settings::read(qmp).and_then(|before| {
         before.impose(qmp, &["x-ignore-shared", "events"])?;
@@ -219,9 +226,9 @@ fn park(qmp: &mut Qmp) {
     }
 }
 
-/// Keeps a sealed guest stopped for a supervisor that has died: looks every now and then over a connection
-/// of its own, so that a new supervisor can have the monitor in between. Ends with QEMU, or once somebody
-/// else has the monitor.
+/// Keeps a sealed guest stopped for a supervisor that has died: looks every now and then over a
+/// connection of its own, so that a new supervisor can have the monitor in between. Ends with QEMU,
+/// or once somebody else has the monitor.
 pub fn keep_stopped(qmp: &Path, pidfd: &OwnedFd) -> Result<()> {
     let mut unfinished = false;
     while !crate::process::ended(pidfd, KEEP_EVERY)? {
@@ -232,9 +239,11 @@ pub fn keep_stopped(qmp: &Path, pidfd: &OwnedFd) -> Result<()> {
             Err(Error::Refused(_)) => return Ok(()),
             Err(_) => continue,
         };
-        let running = qmp.execute("query-status", json!({}), deadline).map(|s| s["running"] == true);
+        let running =
+            qmp.execute("query-status", json!({}), deadline).map(|s| s["running"] == true);
         if unfinished || running.unwrap_or(false) {
-            // One that is not stopped yet, and perhaps will be by this very command, is looked at again: nobody else will.
+            // One that is not stopped yet, and perhaps will be by this very command, is looked at
+            // again: nobody else will.
             unfinished = true;
             if qmp.execute("stop", json!({}), Instant::now() + QMP_MAX).is_err() {
                 continue;
@@ -258,7 +267,8 @@ mod tests {
     use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixStream;
 
-    /// A QEMU that another monitor lets run, and lets run again while the first time is being undone.
+    /// A QEMU that another monitor lets run, and lets run again while the first time is being
+    /// undone.
     fn let_run_twice(stream: UnixStream, stopped: &Sender<()>) {
         let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
         let say = |line: &str| (&stream).write_all(format!("{line}\n").as_bytes()).unwrap();

@@ -156,7 +156,9 @@ pub(super) fn is_sandboxed_qemu(command_line: &[u8]) -> bool {
     let words: Vec<_> = command_line.split(|byte| *byte == 0).collect();
     words.windows(2).any(|pair| {
         matches!(pair[0], b"-sandbox" | b"--sandbox")
-            && (pair[1] == b"on" || pair[1].starts_with(b"on,") || pair[1].starts_with(b"enable=on"))
+            && (pair[1] == b"on"
+                || pair[1].starts_with(b"on,")
+                || pair[1].starts_with(b"enable=on"))
     })
 }
 
@@ -206,8 +208,9 @@ mod tests {
 
     #[test]
     fn address_and_argument_are_what_the_kernel_shows() {
-        let word =
-            |offset, value| [vec![op(0x20, 0, 0, offset), op(0x15, 0, 1, value), ret(ALLOW), ret(ERRNO | 1)]];
+        let word = |offset, value| {
+            [vec![op(0x20, 0, 0, offset), op(0x15, 0, 1, value), ret(ALLOW), ret(ERRNO | 1)]]
+        };
         let expected = [
             (0, 323),
             (4, ARCHITECTURE),
@@ -244,7 +247,9 @@ mod tests {
         assert_eq!(run(&program, &data), Some(2000 - 323 * 4));
         let odd = [op(0x87, 0, 0, 0), op(0x84, 0, 0, 0), op(0x3c, 0, 0, 0), ret(7)];
         assert_eq!(run(&odd, &data), Some(0), "division by zero");
-        for bad in [vec![], vec![op(0x20, 0, 0, 64)], vec![op(0x20, 0, 0, 2)], vec![op(0x1f, 0, 0, 0)]] {
+        for bad in
+            [vec![], vec![op(0x20, 0, 0, 64)], vec![op(0x20, 0, 0, 2)], vec![op(0x1f, 0, 0, 0)]]
+        {
             assert_eq!(run(&bad, &data), None);
             assert_eq!(verdict(&[bad], USERFAULTFD), Verdict::Killed);
         }

@@ -79,7 +79,8 @@ pub fn userfaultfd_of(pid: u32, pidfd: &OwnedFd) -> Result<OwnedFd> {
 }
 
 fn inject(pid: u32, pidfd: &OwnedFd) -> Result<OwnedFd> {
-    let raw = i32::try_from(pid).map_err(|_| Error::refused(format!("{pid} is not a process id")))?;
+    let raw =
+        i32::try_from(pid).map_err(|_| Error::refused(format!("{pid} is not a process id")))?;
     same_process(pid, pidfd)?;
     let taken = Tracee::seize(raw).and_then(|tracee| {
         // Until here `pid` was a mere number. A process that lives behind its handle has kept it.
@@ -110,11 +111,16 @@ fn take_over(mut tracee: Tracee, process: &Process<'_>) -> Result<OwnedFd> {
     };
     let taken = tracee.divert(process, &stopped).and_then(|()| {
         let flags = USERFAULTFD_FLAGS as u64;
-        let fd = tracee.call(&stopped, libc::SYS_userfaultfd, flags)?.map_err(userfaultfd_refused)?;
+        let fd =
+            tracee.call(&stopped, libc::SYS_userfaultfd, flags)?.map_err(userfaultfd_refused)?;
         hold::point("inject-made");
-        let fd = i32::try_from(fd).map_err(|_| Error::Guest(format!("userfaultfd answered {fd}")))?;
+        let fd =
+            i32::try_from(fd).map_err(|_| Error::Guest(format!("userfaultfd answered {fd}")))?;
         let ours = pidfd_getfd(process.pidfd, fd, PidfdGetfdFlags::empty()).map_err(|e| {
-            Error::os(format!("taking a descriptor over from process {} (pidfd_getfd)", process.pid), e)
+            Error::os(
+                format!("taking a descriptor over from process {} (pidfd_getfd)", process.pid),
+                e,
+            )
         });
         hold::point("inject-taken");
         // Closed in any case, or the process would keep it for ever.
@@ -122,7 +128,9 @@ fn take_over(mut tracee: Tracee, process: &Process<'_>) -> Result<OwnedFd> {
         let closed = tracee.call(&stopped, libc::SYS_close, fd as u64)?;
         hold::point("inject-closed");
         let ours = ours?;
-        closed.map_err(|e| Error::os(format!("closing a descriptor inside process {}", process.pid), e))?;
+        closed.map_err(|e| {
+            Error::os(format!("closing a descriptor inside process {}", process.pid), e)
+        })?;
         Ok(ours)
     });
     let restored = tracee.restore(&stopped);

@@ -44,7 +44,8 @@ impl Forked {
             // `Told`, and both processes reach it through atomics alone.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                // A fork has the handlers of this process, which its terminal set; a QEMU, executed, has none.
+                // A fork has the handlers of this process, which its terminal set; a QEMU,
+                // executed, has none.
                 libc::signal(libc::SIGCONT, libc::SIG_DFL);
                 body(&*shared.as_ptr().cast::<Told>(), shared.as_ptr());
                 libc::_exit(0);
@@ -125,8 +126,10 @@ fn block_in_many_ways(told: &Told, bytes: &PipeReader) {
                 && byte == expected
         };
         // Work in user space too, with a result that any lost register would spoil.
-        let sum = (0..20_000u64).fold(0u64, |sum, i| sum.rotate_left(5) ^ i.wrapping_mul(0x9e37_79b9));
-        let same = numbers == floating_point_work() && control_of_floating_point() & !0x3f == 0x9fc0;
+        let sum =
+            (0..20_000u64).fold(0u64, |sum, i| sum.rotate_left(5) ^ i.wrapping_mul(0x9e37_79b9));
+        let same =
+            numbers == floating_point_work() && control_of_floating_point() & !0x3f == 0x9fc0;
         let sum_is_right = sum == std::hint::black_box(SUM);
         add(&told.wrong, u64::from(!fine) + u64::from(!sum_is_right) + u64::from(!same));
         expected = expected.wrapping_add(1);
@@ -344,7 +347,9 @@ fn a_process_that_dies_at_any_moment_is_an_error_and_no_hang() {
             if let Err(error) = take(child.pid) {
                 let text = error.chain();
                 assert!(
-                    text.contains("died") || text.contains("no process") || text.contains("No such process"),
+                    text.contains("died")
+                        || text.contains("no process")
+                        || text.contains("No such process"),
                     "{text}"
                 );
             }
@@ -450,6 +455,8 @@ fn injector() {
     // Whoever runs all that is ignored has no process for it.
     let Ok(pid) = std::env::var("PAGEFERRY_TEST_PID") else { return };
     let pid = pid.parse().unwrap();
+    // Where it is held is an event, as everything that the engine has to say.
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let once = std::env::var_os("PAGEFERRY_HOLD").is_some();
     loop {
         drop(take(pid).unwrap());
@@ -535,7 +542,9 @@ fn freezer(version: u32) -> Option<PathBuf> {
     let mount = mounts.lines().find_map(|line| {
         let words: Vec<_> = line.split(' ').collect();
         let fits = match version {
-            1 => words.get(2) == Some(&"cgroup") && words.get(3)?.split(',').any(|o| o == "freezer"),
+            1 => {
+                words.get(2) == Some(&"cgroup") && words.get(3)?.split(',').any(|o| o == "freezer")
+            }
             _ => words.get(2) == Some(&"cgroup2"),
         };
         fits.then(|| PathBuf::from(words[1]))

@@ -37,7 +37,8 @@ pub(super) struct Stopped {
 /// A seized thread. Dropping it only means that this thread ends, whereupon the kernel detaches.
 pub(super) struct Tracee {
     pid: i32,
-    /// SIGSTOP, which cannot be blocked, came while a call was being run; it is sent again at the end.
+    /// SIGSTOP, which cannot be blocked, came while a call was being run; it is sent again at the
+    /// end.
     stop_withheld: bool,
 }
 
@@ -71,7 +72,8 @@ impl Stopped {
     /// Whether a thread with these registers has made its call, or is about to.
     fn is_on_its_way(&self, registers: &libc::user_regs_struct) -> bool {
         registers.rsp == self.way.stack_pointer
-            && (registers.rip == self.code.syscall || registers.rip == self.code.syscall + SYSCALL_BYTES)
+            && (registers.rip == self.code.syscall
+                || registers.rip == self.code.syscall + SYSCALL_BYTES)
     }
 }
 
@@ -91,11 +93,15 @@ impl Tracee {
             self.wait_for_event_stop(deadline)?;
             let registers = self.registers()?;
             if registers.cs != CS_64_BIT {
-                return Err(Error::refused(format!("process {} is not a 64-bit program", self.pid)));
+                return Err(Error::refused(format!(
+                    "process {} is not a 64-bit program",
+                    self.pid
+                )));
             }
             let blocked = self.blocked_signals()?;
             let floating_point = self.floating_point()?;
-            let context = Context { registers: &registers, blocked, floating_point: &floating_point };
+            let context =
+                Context { registers: &registers, blocked, floating_point: &floating_point };
             let way = way_back(&context, code).filter(|way| self.has_room(process, way));
             // Moving the instruction pointer out of a restartable sequence and back would hide from
             // the kernel that it must be aborted. It is over in nanoseconds; a stack that is nearly
@@ -124,10 +130,9 @@ impl Tracee {
 
     /// Sends it its way back: from here on it is on the way, and calls may be made on it.
     pub(super) fn divert(&self, process: &Process<'_>, stopped: &Stopped) -> Result<()> {
-        process
-            .memory
-            .write_all_at(&stopped.way.bytes, stopped.way.stack_pointer)
-            .map_err(|e| Error::os(format!("writing below the stack of process {}", self.pid), e))?;
+        process.memory.write_all_at(&stopped.way.bytes, stopped.way.stack_pointer).map_err(
+            |e| Error::os(format!("writing below the stack of process {}", self.pid), e),
+        )?;
         hold::point("inject-written");
         // The registers before the signals: a thread that is let go with all signals blocked must
         // come by the end of its way, which unblocks them. What it calls if it is let go here does
@@ -255,7 +260,11 @@ impl Tracee {
     }
 
     /// Whether the thread stands inside a restartable sequence (`rseq(2)`).
-    fn in_restartable_sequence(&self, process: &Process<'_>, registers: &libc::user_regs_struct) -> bool {
+    fn in_restartable_sequence(
+        &self,
+        process: &Process<'_>,
+        registers: &libc::user_regs_struct,
+    ) -> bool {
         if registers.orig_rax != u64::MAX {
             return false; // in a system call, which no such sequence contains
         }
@@ -275,11 +284,15 @@ impl Tracee {
     }
 
     fn interrupt(&self) -> Result<()> {
-        ptrace(libc::PTRACE_INTERRUPT, self.pid, 0, 0).map(drop).map_err(|e| self.failed("interrupting", e))
+        ptrace(libc::PTRACE_INTERRUPT, self.pid, 0, 0)
+            .map(drop)
+            .map_err(|e| self.failed("interrupting", e))
     }
 
     fn resume(&self, request: libc::c_uint, signal: i32) -> Result<()> {
-        ptrace(request, self.pid, 0, signal as u64).map(drop).map_err(|e| self.failed("resuming", e))
+        ptrace(request, self.pid, 0, signal as u64)
+            .map(drop)
+            .map_err(|e| self.failed("resuming", e))
     }
 
     fn registers(&self) -> Result<libc::user_regs_struct> {
@@ -307,9 +320,9 @@ impl Tracee {
         }
     }
 
-    /// Waits until it stops. The kernel has no wait for this with a deadline (a pidfd tells of exits
-    /// alone, and SIGCHLD belongs to whoever embeds us), so it is asked again and again; a stop takes
-    /// some 20 us to come.
+    /// Waits until it stops. The kernel has no wait for this with a deadline (a pidfd tells of
+    /// exits alone, and SIGCHLD belongs to whoever embeds us), so it is asked again and again; a
+    /// stop takes some 20 us to come.
     fn wait_stop(&self, deadline: Instant) -> Result<Stop> {
         let mut pause = Duration::from_micros(5);
         loop {
@@ -337,7 +350,8 @@ impl Tracee {
         let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
         let flags = libc::WEXITED | libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT | libc::__WALL;
         // SAFETY: `info` is ours to be written.
-        let answer = unsafe { libc::waitid(libc::P_PID, self.pid as libc::id_t, &raw mut info, flags) };
+        let answer =
+            unsafe { libc::waitid(libc::P_PID, self.pid as libc::id_t, &raw mut info, flags) };
         if answer != 0 {
             return Err(self.failed("waiting", last_errno()));
         }
@@ -358,7 +372,9 @@ impl Tracee {
 
     fn failed(&self, what: &str, errno: Errno) -> Error {
         match errno {
-            Errno::SRCH | Errno::CHILD => Error::Guest(format!("process {} died ({what})", self.pid)),
+            Errno::SRCH | Errno::CHILD => {
+                Error::Guest(format!("process {} died ({what})", self.pid))
+            }
             other => Error::os(format!("{what} of process {} (ptrace)", self.pid), other),
         }
     }
@@ -396,9 +412,14 @@ fn component_end(component: u32) -> usize {
     answer.ebx as usize + answer.eax as usize
 }
 
-pub(super) fn ptrace(request: libc::c_uint, pid: i32, address: u64, data: u64) -> Result<i64, Errno> {
-    // SAFETY: the requests used here write at most to what `data` points to, which every caller makes
-    // a live variable of the size that the request, or `address`, says.
+pub(super) fn ptrace(
+    request: libc::c_uint,
+    pid: i32,
+    address: u64,
+    data: u64,
+) -> Result<i64, Errno> {
+    // SAFETY: the requests used here write at most to what `data` points to, which every caller
+    // makes a live variable of the size that the request, or `address`, says.
     let answer = unsafe { libc::ptrace(request, pid, address, data) };
     if answer < 0 { Err(last_errno()) } else { Ok(answer) }
 }

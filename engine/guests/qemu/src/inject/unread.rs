@@ -19,7 +19,8 @@ struct Seccomp {
 impl Seccomp {
     fn of(status: &str) -> Self {
         let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            let line =
+                status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
             line.trim().parse::<u32>().ok()
         };
         // No such line: a kernel without seccomp.
@@ -47,7 +48,8 @@ pub(super) fn allows(process: &Process<'_>, unreadable: Errno) -> Result<()> {
     if !theirs.filtered {
         return Ok(());
     }
-    let own = |file: &str| fs::read_to_string(format!("/proc/thread-self/{file}")).unwrap_or_default();
+    let own =
+        |file: &str| fs::read_to_string(format!("/proc/thread-self/{file}")).unwrap_or_default();
     let ours = Seccomp::of(&own("status"));
     let together = process.text("cgroup")? == own("cgroup");
     let sandboxed = is_sandboxed_qemu(&process.read("cmdline")?);
@@ -82,7 +84,9 @@ pub(super) fn try_our_own() -> Result<()> {
     // SAFETY: waits for a child of ours that nobody else knows of.
     while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
         if std::io::Error::last_os_error().raw_os_error() != Some(libc::EINTR) {
-            return Err(Error::Guest("the process that tried userfaultfd was waited for by another".into()));
+            return Err(Error::Guest(
+                "the process that tried userfaultfd was waited for by another".into(),
+            ));
         }
     }
     if libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0 {

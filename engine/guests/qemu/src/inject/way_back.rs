@@ -111,7 +111,8 @@ pub(super) fn way_back(context: &Context<'_>, code: Code) -> Option<WayBack> {
         stack_padding: 0,
         stack_bytes: 0,
         r8_to_r15: [
-            before.r8, before.r9, before.r10, before.r11, before.r12, before.r13, before.r14, before.r15,
+            before.r8, before.r9, before.r10, before.r11, before.r12, before.r13, before.r14,
+            before.r15,
         ],
         rdi: before.rdi,
         rsi: before.rsi,
@@ -290,7 +291,8 @@ pub(super) fn code_in(maps: &str) -> Vec<Mapping> {
 
 /// Whether all of `[start, end)` is memory in which a stack may lie.
 pub(super) fn is_stack(maps: &str, start: u64, end: u64) -> bool {
-    let mapping = maps.lines().filter_map(Mapping::parse).find(|m| m.start <= start && start < m.end);
+    let mapping =
+        maps.lines().filter_map(Mapping::parse).find(|m| m.start <= start && start < m.end);
     mapping.is_some_and(|m| end <= m.end && m.readable && m.writable && !m.shared)
 }
 
@@ -322,8 +324,10 @@ mod tests {
     #[test]
     fn the_frame_lies_below_the_red_zone_and_leads_back() {
         for rsp in [0x7fff_0000_1000, 0x7fff_0000_1008, 0x7fff_0000_1ff0] {
-            let before = libc::user_regs_struct { rsp, rbx: 7, r15: 15, orig_rax: u64::MAX, ..registers() };
-            let context = Context { registers: &before, blocked: 0xb10c, floating_point: &floating_point() };
+            let before =
+                libc::user_regs_struct { rsp, rbx: 7, r15: 15, orig_rax: u64::MAX, ..registers() };
+            let context =
+                Context { registers: &before, blocked: 0xb10c, floating_point: &floating_point() };
             let way = way_back(&context, CODE).unwrap();
             assert_eq!(way.stack_pointer % 16, 0);
             assert_eq!(way.stack_pointer + way.bytes.len() as u64, rsp - 128);
@@ -349,15 +353,20 @@ mod tests {
     #[test]
     fn an_interrupted_call_is_made_again_and_a_finished_one_is_not() {
         for code in RESTARTS {
-            let before =
-                libc::user_regs_struct { rax: code as u64, orig_rax: 271, rip: 0x5002, ..registers() };
+            let before = libc::user_regs_struct {
+                rax: code as u64,
+                orig_rax: 271,
+                rip: 0x5002,
+                ..registers()
+            };
             let again = restarted(&before);
             assert_eq!((again.rax, again.rip), (271, 0x5000));
             // In user space a register may hold any number.
             let again = restarted(&libc::user_regs_struct { orig_rax: u64::MAX, ..before });
             assert_eq!((again.rax, again.rip), (code as u64, 0x5002));
         }
-        let done = libc::user_regs_struct { rax: -4i64 as u64, orig_rax: 271, rip: 2, ..registers() };
+        let done =
+            libc::user_regs_struct { rax: -4i64 as u64, orig_rax: 271, rip: 2, ..registers() };
         assert_eq!((restarted(&done).rax, restarted(&done).rip), (-4i64 as u64, 2));
     }
 

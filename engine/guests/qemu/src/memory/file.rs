@@ -1,4 +1,5 @@
-//! The file behind a block of a QEMU's memory, found in its mappings and opened through its descriptors.
+//! The file behind a block of a QEMU's memory, found in its mappings and opened through its
+//! descriptors.
 
 use crate::memory::table::RamBlock;
 use pageferry_engine::error::{Error, Result};
@@ -19,9 +20,15 @@ pub(crate) fn shared_file(maps: &[Mapping], block: &RamBlock) -> Option<Mapping>
     let mut at = block.address;
     // The kernel splits a mapping where NUMA policy or advice changes.
     for part in maps.iter().filter(|m| m.end > block.address && m.start < end) {
-        let same = part.shared && part.inode != 0 && part.device == first.device && part.inode == first.inode;
+        let same = part.shared
+            && part.inode != 0
+            && part.device == first.device
+            && part.inode == first.inode;
         let reached = part.start.max(block.address);
-        if !same || reached != at || part.offset + (reached - part.start) != offset + (at - block.address) {
+        if !same
+            || reached != at
+            || part.offset + (reached - part.start) != offset + (at - block.address)
+        {
             return None;
         }
         at = part.end.min(end);
@@ -31,24 +38,32 @@ pub(crate) fn shared_file(maps: &[Mapping], block: &RamBlock) -> Option<Mapping>
 
 /// Opens the file behind a block through one of QEMU's own descriptors: the file may have no name
 /// any more, and this needs no more permission than tracing does.
-pub(crate) fn open(pid: u32, block: &RamBlock, file: &Mapping, access: Access) -> Result<SlotSource> {
+pub(crate) fn open(
+    pid: u32,
+    block: &RamBlock,
+    file: &Mapping,
+    access: Access,
+) -> Result<SlotSource> {
     let name = block.backend_id();
     let path = descriptor_of(pid, file)?.ok_or_else(|| {
         Error::refused(format!(
             "QEMU (process {pid}) holds no descriptor of the file behind memory block {name}, so pageferry cannot open it"
         ))
     })?;
-    let opened = File::options()
-        .read(true)
-        .write(access == Access::Write)
-        .open(&path)
-        .map_err(|e| Error::os(format!("opening the memory of block {name} ({})", path.display()), e))?;
-    let stat = fstat(&opened).map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?;
+    let opened =
+        File::options().read(true).write(access == Access::Write).open(&path).map_err(|e| {
+            Error::os(format!("opening the memory of block {name} ({})", path.display()), e)
+        })?;
+    let stat = fstat(&opened)
+        .map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?;
     if !is_file(file, stat.st_dev, stat.st_ino) {
-        return Err(Error::Guest(format!("QEMU closed the file behind memory block {name} meanwhile")));
+        return Err(Error::Guest(format!(
+            "QEMU closed the file behind memory block {name} meanwhile"
+        )));
     }
-    let kind =
-        fstatfs(&opened).map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?.f_type;
+    let kind = fstatfs(&opened)
+        .map_err(|e| Error::os(format!("looking at the memory of block {name}"), e))?
+        .f_type;
     if ![TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&(kind as u64)) {
         return Err(Error::refused(format!(
             "memory block {name} lies in a file on a disk, whose writes the kernel cannot follow: give it a mem-path \
@@ -72,7 +87,8 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 fn descriptor_of(pid: u32, file: &Mapping) -> Result<Option<PathBuf>> {
     let directory = format!("/proc/{pid}/fd");
-    let entries = fs::read_dir(&directory).map_err(|e| Error::os(format!("reading {directory}"), e))?;
+    let entries =
+        fs::read_dir(&directory).map_err(|e| Error::os(format!("reading {directory}"), e))?;
     for entry in entries.flatten() {
         // A descriptor may be closed between the listing and here.
         if let Ok(metadata) = fs::metadata(entry.path())

@@ -11,8 +11,8 @@
 //! exactly those out of its own stream (capability `x-ignore-shared`). Until 8.0 shared was enough;
 //! since 8.1 (its flag `RAM_NAMED_FILE`) shared memory without a name, such as that of
 //! `memory-backend-memfd`, travels in QEMU's stream, in the downtime, and so is refused here.
-//! Everything small that is private (firmware, video memory) travels in that stream too. A shared file that QEMU
-//! maps read-only is left where it is ([`super::image`]).
+//! Everything small that is private (firmware, video memory) travels in that stream too. A shared
+//! file that QEMU maps read-only is left where it is ([`super::image`]).
 
 use super::image::Image;
 use crate::memory::file::{open, shared_file};
@@ -66,12 +66,15 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
             ADDRESSES_SINCE.0, ADDRESSES_SINCE.1
         )));
     }
-    let blocks = parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
+    let blocks =
+        parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
     let backends = backends(qmp, deadline)?;
     let maps_path = format!("/proc/{pid}/maps");
     let maps = fs::read_to_string(&maps_path).map_err(|e| match e.kind() {
         // Looking at a process' memory asks for the same permission as tracing it.
-        ErrorKind::PermissionDenied => crate::inject::seize_refused(pid as i32, rustix::io::Errno::PERM),
+        ErrorKind::PermissionDenied => {
+            crate::inject::seize_refused(pid as i32, rustix::io::Errno::PERM)
+        }
         _ => Error::os(format!("reading {maps_path}"), e),
     })?;
     let maps: Vec<Mapping> = maps.lines().filter_map(Mapping::parse).collect();
@@ -82,10 +85,13 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
         }
         let backend = backends.get(block.backend_id()).map(String::as_str);
         let file = shared_file(&maps, &block);
-        let mapped = || file.as_ref().ok_or_else(|| Error::Guest(format!("{} is not mapped", block.name)));
+        let mapped =
+            || file.as_ref().ok_or_else(|| Error::Guest(format!("{} is not mapped", block.name)));
         match judge(version, &block, backend, file.is_some())? {
             Way::Engine => found.shared.push(open(pid, &block, mapped()?, access)?),
-            Way::Stays => found.images.push(Image::open(pid, &block.name, block.used_bytes, mapped()?)?),
+            Way::Stays => {
+                found.images.push(Image::open(pid, &block.name, block.used_bytes, mapped()?)?)
+            }
             Way::QemuStream => {
                 found.unshared.push(UnsharedBlock { name: block.name, bytes: block.used_bytes });
             }
@@ -101,10 +107,11 @@ pub fn find(qmp: &mut Qmp, pid: u32, access: Access, deadline: Instant) -> Resul
     Ok(found)
 }
 
-/// All RAM blocks with their sizes. Tables that QEMU makes as large as it needs, and grows for what comes, have
-/// the size zero.
+/// All RAM blocks with their sizes. Tables that QEMU makes as large as it needs, and grows for what
+/// comes, have the size zero.
 pub(crate) fn sizes(qmp: &mut Qmp, deadline: Instant) -> Result<BTreeMap<String, u64>> {
-    let blocks = parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
+    let blocks =
+        parse_ramblocks(&human_text(&qmp.execute("x-query-ramblock", Value::Null, deadline)?)?)?;
     let named = blocks.into_iter().filter(|block| !block.name.is_empty());
     Ok(named
         .map(|block| {
@@ -196,13 +203,17 @@ mod tests {
             }
         );
         assert_eq!(blocks[3].page_bytes, 2 << 20);
-        assert_eq!(blocks.iter().map(|b| b.read_only).collect::<Vec<_>>(), [false, false, true, false]);
+        assert_eq!(
+            blocks.iter().map(|b| b.read_only).collect::<Vec<_>>(),
+            [false, false, true, false]
+        );
     }
 
     #[test]
     fn other_tables_are_refused_and_not_misread() {
         let old = "  Block Name    PSize              Offset               Used              Total\n  pc.ram    4 KiB  0x0 0x1000 0x1000\n";
-        for odd in ["", "nonsense", old, &format!("{}\n x 4 KiB 0x0", old.lines().next().unwrap())] {
+        for odd in ["", "nonsense", old, &format!("{}\n x 4 KiB 0x0", old.lines().next().unwrap())]
+        {
             assert!(parse_ramblocks(odd).is_err(), "{odd}");
         }
         let header = "Block Name PSize Offset Used Total HVA RO\n";
@@ -232,7 +243,8 @@ mod tests {
         let whole = "101000-104000 rw-s 00000000 00:01 7 /memfd:r (deleted)";
         assert_eq!(find(&[whole]), Some(0));
         assert_eq!(find(&["100000-105000 rw-s 00004000 00:01 7 /memfd:r"]), Some(0x5000));
-        let (a, b) = ("101000-102000 rw-s 00000000 00:01 7 x", "102000-104000 rw-s 00001000 00:01 7 x");
+        let (a, b) =
+            ("101000-102000 rw-s 00000000 00:01 7 x", "102000-104000 rw-s 00001000 00:01 7 x");
         assert_eq!(find(&[a, b]), Some(0));
         assert_eq!(find(&[a]), None, "half of it");
         assert_eq!(find(&[b]), None, "the other half");
@@ -254,9 +266,11 @@ mod tests {
         };
         assert_eq!(judge(V10, &block, Some("memory-backend-file"), true).unwrap(), Way::Engine);
         assert_eq!(judge(V10, &block, None, false).unwrap(), Way::QemuStream);
-        for (kind, shared) in
-            [("memory-backend-memfd", true), ("memory-backend-file", false), ("memory-backend-ram", false)]
-        {
+        for (kind, shared) in [
+            ("memory-backend-memfd", true),
+            ("memory-backend-file", false),
+            ("memory-backend-ram", false),
+        ] {
             let text = judge(V10, &block, Some(kind), shared).unwrap_err().to_string();
             assert!(text.contains("mem-path=/dev/shm/NAME,share=on"), "{text}");
         }
@@ -272,7 +286,8 @@ mod tests {
     fn memory_of_a_real_qemu_is_found_and_is_the_same_memory() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = directory.path().join("ram");
-        let backend = format!("memory-backend-file,id=ram0,size=64M,mem-path={},share=on", path.display());
+        let backend =
+            format!("memory-backend-file,id=ram0,size=64M,mem-path={},share=on", path.display());
         let mut qemu = TestQemu::start(&[
             "-m",
             "64M",
@@ -290,12 +305,17 @@ mod tests {
         assert_eq!((ram.name.as_str(), ram.bytes, ram.file_offset), ("ram0", 64 << 20, 0));
         assert!(found.unshared.iter().any(|b| b.name.ends_with("vga.vram") && b.bytes == 16 << 20));
         let mapped =
-            MemoryRegion::map_shared(ram.file.as_fd(), 0, ram.bytes as usize, Access::Write).unwrap();
+            MemoryRegion::map_shared(ram.file.as_fd(), 0, ram.bytes as usize, Access::Write)
+                .unwrap();
         mapped.write(1 << 20, b"ferry").unwrap();
         let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut seen = [0; 5];
-        std::os::unix::fs::FileExt::read_exact_at(&memory, &mut seen, ram.process_address + (1 << 20))
-            .unwrap();
+        std::os::unix::fs::FileExt::read_exact_at(
+            &memory,
+            &mut seen,
+            ram.process_address + (1 << 20),
+        )
+        .unwrap();
         assert_eq!(&seen, b"ferry");
     }
 
@@ -356,7 +376,8 @@ mod tests {
         ] {
             let mut qemu = TestQemu::start(&options);
             let pid = qemu.pid();
-            let text = find(&mut qemu.qmp, pid, Access::Read, TestQemu::soon()).unwrap_err().to_string();
+            let text =
+                find(&mut qemu.qmp, pid, Access::Read, TestQemu::soon()).unwrap_err().to_string();
             assert!(text.contains(word), "{options:?}: {text}");
         }
     }

@@ -1,6 +1,7 @@
 //! Memory that nobody writes: a file mapped read-only, such as an image that is the guest's NVDIMM.
 //!
-//! It is not moved. Both hosts have it, and what both have is compared by its digest before anything is touched.
+//! It is not moved. Both hosts have it, and what both have is compared by its digest before
+//! anything is touched.
 
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::guest::ImageDescription;
@@ -42,12 +43,19 @@ impl Image {
     /// The block of this name and length, which QEMU process `pid` has mapped so.
     pub(super) fn open(pid: u32, name: &str, bytes: u64, mapping: &Mapping) -> Result<Self> {
         let directory = format!("/proc/{pid}/fd");
-        let entries = fs::read_dir(&directory).map_err(|e| Error::os(format!("reading {directory}"), e))?;
+        let entries =
+            fs::read_dir(&directory).map_err(|e| Error::os(format!("reading {directory}"), e))?;
         for entry in entries.flatten() {
             if let Some(file) = opened(&entry.path())
                 && is_mapped_as(&file, mapping)
             {
-                return Ok(Self { name: name.into(), file, offset: mapping.offset, bytes, digested: None });
+                return Ok(Self {
+                    name: name.into(),
+                    file,
+                    offset: mapping.offset,
+                    bytes,
+                    digested: None,
+                });
             }
         }
         Err(Error::refused(format!(
@@ -87,12 +95,15 @@ impl Image {
     /// Whether it is the same part of the same file.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
-        let of = |image: &Self| (image.name.clone(), image.offset, image.bytes, FileId::of(&image.file).ok());
+        let of = |image: &Self| {
+            (image.name.clone(), image.offset, image.bytes, FileId::of(&image.file).ok())
+        };
         of(self) == of(other)
     }
 
     fn state(&self) -> Result<FileState> {
-        let stat = fstat(&self.file).map_err(|e| Error::os(format!("looking at {}", self.name), e))?;
+        let stat =
+            fstat(&self.file).map_err(|e| Error::os(format!("looking at {}", self.name), e))?;
         Ok(FileState {
             id: FileId { device: stat.st_dev, inode: stat.st_ino },
             bytes: stat.st_size,
@@ -108,9 +119,9 @@ impl Image {
         let mut done = 0;
         while done < self.bytes {
             let len = (self.bytes - done).min(CHUNK_BYTES as u64) as usize;
-            self.file
-                .read_exact_at(&mut chunk[..len], self.offset + done)
-                .map_err(|e| Error::os(format!("reading the file of memory block {}", self.name), e))?;
+            self.file.read_exact_at(&mut chunk[..len], self.offset + done).map_err(|e| {
+                Error::os(format!("reading the file of memory block {}", self.name), e)
+            })?;
             hash.update(&chunk[..len]);
             done += len as u64;
         }
@@ -125,13 +136,15 @@ fn opened(path: &Path) -> Option<File> {
     File::open(path).ok()
 }
 
-/// Whether it is the file of this mapping. Where `/proc/PID/maps` names another device than stat(2) does (btrfs,
-/// overlayfs), a mapping of our own shows what it is called there.
+/// Whether it is the file of this mapping. Where `/proc/PID/maps` names another device than stat(2)
+/// does (btrfs, overlayfs), a mapping of our own shows what it is called there.
 fn is_mapped_as(file: &File, mapping: &Mapping) -> bool {
     if FileId::of(file).is_ok_and(|id| id.is_mapped_as(mapping.device, mapping.inode)) {
         return true;
     }
-    let Ok(region) = MemoryRegion::map_shared(file.as_fd(), 0, 1, Access::Read) else { return false };
+    let Ok(region) = MemoryRegion::map_shared(file.as_fd(), 0, 1, Access::Read) else {
+        return false;
+    };
     let address = region.as_ptr() as u64;
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     maps.lines()
@@ -158,7 +171,10 @@ mod tests {
         };
         let mut whole = image(0, 3 << 20);
         let first = whole.describe().unwrap();
-        assert_eq!((first.bytes, first.digest), (3 << 20, image(0, 3 << 20).describe().unwrap().digest));
+        assert_eq!(
+            (first.bytes, first.digest),
+            (3 << 20, image(0, 3 << 20).describe().unwrap().digest)
+        );
         assert_eq!(whole.describe().unwrap(), first);
         whole.check().unwrap();
         assert_ne!(image(0, 2 << 20).describe().unwrap().digest, first.digest);

@@ -1,4 +1,5 @@
-//! Where a piece of a memory block is in the guest's physical address space, from QEMU's `info mtree -f`.
+//! Where a piece of a memory block is in the guest's physical address space, from QEMU's `info
+//! mtree -f`.
 //!
 //! ```text
 //!   FlatView #1
@@ -7,10 +8,11 @@
 //!     0000000100000000-000000013fffffff (prio 0, ram): pc.ram @0000000080000000
 //! ```
 //!
-//! The monitor's text is made for people, so nothing depends on it: an address that is not found is not told.
+//! The monitor's text is made for people, so nothing depends on it: an address that is not found is
+//! not told.
 
-/// The guest-physical address of a byte of a block, if one of the views shows it. The first one does: the same memory
-/// may be seen at other addresses by devices.
+/// The guest-physical address of a byte of a block, if one of the views shows it. The first one
+/// does: the same memory may be seen at other addresses by devices.
 #[must_use]
 pub fn guest_physical(text: &str, block: &str, offset: u64) -> Option<u64> {
     text.lines().filter_map(Line::parse).find_map(|line| line.address_of(block, offset))
@@ -38,8 +40,9 @@ impl<'t> Line<'t> {
     }
 
     fn address_of(&self, block: &str, offset: u64) -> Option<u64> {
-        let within =
-            offset.checked_sub(self.offset).filter(|at| *at <= self.last.saturating_sub(self.first))?;
+        let within = offset
+            .checked_sub(self.offset)
+            .filter(|at| *at <= self.last.saturating_sub(self.first))?;
         (self.block == block).then(|| self.first.checked_add(within))?
     }
 }

@@ -6,8 +6,9 @@
 //!   alone      before a receiver's memory is made zero: nobody but it and its QEMU maps them
 //! ```
 //!
-//! The first is what spares a running guest: a second QEMU in its memory would write there as soon as it starts.
-//! The last holds for files that QEMU has made meanwhile, and for who mapped one between the two.
+//! The first is what spares a running guest: a second QEMU in its memory would write there as soon
+//! as it starts. The last holds for files that QEMU has made meanwhile, and for who mapped one
+//! between the two.
 
 use crate::command;
 use pageferry_engine::error::{Error, Result};
@@ -19,7 +20,8 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// For a process that is ending to let go of a file: the kernel may be busy with taking its memory apart.
+/// For a process that is ending to let go of a file: the kernel may be busy with taking its memory
+/// apart.
 const LET_GO_MAX: Duration = Duration::from_secs(2);
 /// Pause between two looks for that; nobody tells of it.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -31,7 +33,8 @@ pub struct Ownership {
 }
 
 impl Ownership {
-    /// Takes the files that a QEMU command names for memory that it will write, if they are there already.
+    /// Takes the files that a QEMU command names for memory that it will write, if they are there
+    /// already.
     ///
     /// # Errors
     /// [`Error::Refused`] if one of them is in use.
@@ -39,7 +42,9 @@ impl Ownership {
         let mut locks: Vec<FileLock> = Vec::new();
         for path in command::rewrite::memory_paths(command)? {
             // A directory gets a new file from QEMU, and so does a path where nothing is yet.
-            if !path.is_file() || FileId::at(&path).is_ok_and(|id| locks.iter().any(|l| l.id() == id)) {
+            if !path.is_file()
+                || FileId::at(&path).is_ok_and(|id| locks.iter().any(|l| l.id() == id))
+            {
                 continue;
             }
             locks.push(patiently(|| take_unused(&path))?);
@@ -47,7 +52,8 @@ impl Ownership {
         Ok(Self { locks })
     }
 
-    /// Locks every file of this memory that is not locked yet, and lets go of those that are not among them.
+    /// Locks every file of this memory that is not locked yet, and lets go of those that are not
+    /// among them.
     ///
     /// # Errors
     /// [`Error::Refused`] if another process holds one.
@@ -77,15 +83,17 @@ pub fn alone(memory: &GuestMemory, qemu: u32) -> Result<()> {
     })
 }
 
-/// Locks a file that no other process maps. This one may have it still: a link by RDMA lets go of the memory of a guest that
-/// was not taken in by and by. No guest of ours is in it, or its lock would be held.
+/// Locks a file that no other process maps. This one may have it still: a link by RDMA lets go of
+/// the memory of a guest that was not taken in by and by. No guest of ours is in it, or its lock
+/// would be held.
 fn take_unused(path: &Path) -> Result<FileLock> {
     let me = std::process::id();
     let unused = |id: FileId| match users::of(&[id], |pid| pid == me) {
         users if users.is_empty() => Ok(()),
         users => Err(in_use(path, &users)),
     };
-    // Once without opening it: a receiver that waits in it takes whoever opens it for somebody who writes there.
+    // Once without opening it: a receiver that waits in it takes whoever opens it for somebody who
+    // writes there.
     unused(FileId::at(path)?)?;
     let Some(lock) = FileLock::take(path)? else { return Err(in_use(path, &[])) };
     let id = lock.id();
@@ -108,7 +116,10 @@ fn take(slot: &MemorySlot) -> Result<FileLock> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     match FileLock::take(&path)? {
         Some(lock) => Ok(lock),
-        None => Err(in_use(&path_of(slot)?, &users::of(&[slot.file_id()], |pid| pid == std::process::id()))),
+        None => Err(in_use(
+            &path_of(slot)?,
+            &users::of(&[slot.file_id()], |pid| pid == std::process::id()),
+        )),
     }
 }
 
@@ -157,16 +168,27 @@ mod tests {
     }
 
     fn command(path: &Path) -> Vec<OsString> {
-        ["qemu", "-machine", "q35,memory-backend=m", "-object", &backend(path)].map(OsString::from).into()
+        ["qemu", "-machine", "q35,memory-backend=m", "-object", &backend(path)]
+            .map(OsString::from)
+            .into()
     }
 
     #[test]
     fn a_file_in_which_a_qemu_runs_is_refused_by_its_name_and_free_once_it_has_ended() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let path = directory.path().join("ram");
-        assert!(Ownership::ahead_of(&command(&path)).unwrap().locks.is_empty(), "it is not there yet");
-        let qemu =
-            TestQemu::start(&["-machine", "q35,memory-backend=m", "-m", "64", "-object", &backend(&path)]);
+        assert!(
+            Ownership::ahead_of(&command(&path)).unwrap().locks.is_empty(),
+            "it is not there yet"
+        );
+        let qemu = TestQemu::start(&[
+            "-machine",
+            "q35,memory-backend=m",
+            "-m",
+            "64",
+            "-object",
+            &backend(&path),
+        ]);
         let text = Ownership::ahead_of(&command(&path)).unwrap_err().to_string();
         for word in [path.to_str().unwrap(), &format!("(process {})", qemu.pid()), "mem-path"] {
             assert!(text.contains(word), "{text}");
@@ -179,8 +201,17 @@ mod tests {
     fn memory_that_two_qemus_map_is_nobodys_alone() {
         let directory = tempfile::tempdir_in("/dev/shm").unwrap();
         let backend = backend(&directory.path().join("ram"));
-        let start =
-            || TestQemu::start(&["-S", "-machine", "q35,memory-backend=m", "-m", "64", "-object", &backend]);
+        let start = || {
+            TestQemu::start(&[
+                "-S",
+                "-machine",
+                "q35,memory-backend=m",
+                "-m",
+                "64",
+                "-object",
+                &backend,
+            ])
+        };
         let mut one = start();
         let pid = one.pid();
         let found = find::find(&mut one.qmp, pid, Access::Write, TestQemu::soon()).unwrap();

@@ -23,8 +23,8 @@ pub(crate) struct RamBlock {
 }
 
 impl RamBlock {
-    /// The id of its backend, if it has one. Machines up to 4.0 name the block by the object's path,
-    /// and a device on a bus puts its own path before the id.
+    /// The id of its backend, if it has one. Machines up to 4.0 name the block by the object's
+    /// path, and a device on a bus puts its own path before the id.
     pub(crate) fn backend_id(&self) -> &str {
         self.name.rsplit('/').next().unwrap_or(&self.name)
     }
@@ -32,13 +32,19 @@ impl RamBlock {
 
 /// Reads the table by its header, since columns were added over time.
 pub(crate) fn parse_ramblocks(text: &str) -> Result<Vec<RamBlock>> {
-    let odd = |what: &str| Error::Guest(format!("QEMU's x-query-ramblock is not understood: {what}"));
+    let odd =
+        |what: &str| Error::Guest(format!("QEMU's x-query-ramblock is not understood: {what}"));
     let mut lines = text.lines().filter(|l| !l.trim().is_empty());
     let header = lines.next().ok_or_else(|| odd("it is empty"))?;
-    let columns: Vec<&str> =
-        header.trim().strip_prefix("Block Name").ok_or_else(|| odd(header))?.split_whitespace().collect();
+    let columns: Vec<&str> = header
+        .trim()
+        .strip_prefix("Block Name")
+        .ok_or_else(|| odd(header))?
+        .split_whitespace()
+        .collect();
     let column = |name: &str| columns.iter().position(|c| *c == name).ok_or_else(|| odd(header));
-    let (page, used, address, access) = (column("PSize")?, column("Used")?, column("HVA")?, column("RO")?);
+    let (page, used, address, access) =
+        (column("PSize")?, column("Used")?, column("HVA")?, column("RO")?);
     if page != 0 {
         return Err(odd(header));
     }

@@ -14,9 +14,10 @@ const NAMED_CHARS_MAX: usize = 700;
 /// # Errors
 /// [`Error::Refused`] unless each difference only warns or is allowed by its name.
 pub fn admit(theirs: &Platform, ours: &Platform, allowed: &[String]) -> Result<()> {
-    let (passed, refused): (Vec<_>, Vec<_>) = compare(theirs, ours)
-        .into_iter()
-        .partition(|difference| difference.weight == Weight::Warn || difference.is_allowed(allowed));
+    let (passed, refused): (Vec<_>, Vec<_>) =
+        compare(theirs, ours).into_iter().partition(|difference| {
+            difference.weight == Weight::Warn || difference.is_allowed(allowed)
+        });
     let Some(first) = refused.first() else {
         for difference in passed {
             say(&format!("the guest will see a difference: {difference}"));

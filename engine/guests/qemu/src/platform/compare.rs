@@ -5,8 +5,8 @@ use super::{DIGEST, Device, Platform, Properties, in_short};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-/// Devices' properties that follow the host: seen by the guest, but a guest lives with another value. Of a vsock
-/// device, QEMU tells the guest behind a move to ask for its number again.
+/// Devices' properties that follow the host: seen by the guest, but a guest lives with another
+/// value. Of a vsock device, QEMU tells the guest behind a move to ask for its number again.
 pub(super) const WARN_OF_DEVICE: &[&str] =
     &["min_io_size", "opt_io_size", "discard_granularity", "max-discard-sectors", "guest-cid"];
 /// Of vCPUs: the destination's host decides them, and QEMU carries the guest's own value over.
@@ -82,13 +82,15 @@ pub fn compare(theirs: &Platform, ours: &Platform) -> Vec<Difference> {
     let before = found.differences.len();
     found.properties("cpu", "-cpu", &theirs.cpu, &ours.cpu, WARN_OF_CPU);
     if found.differences.len() > before && theirs.cpu_model != ours.cpu_model {
-        let model = one("cpu", &format!("-cpu {}", theirs.cpu_model), &format!("-cpu {}", ours.cpu_model));
+        let model =
+            one("cpu", &format!("-cpu {}", theirs.cpu_model), &format!("-cpu {}", ours.cpu_model));
         found.differences.insert(before, model);
     }
     found.properties("smp", "-smp", &theirs.smp, &ours.smp, &[]);
     if theirs.vcpus != ours.vcpus && theirs.vcpus != in_short(&ours.vcpus) {
-        let plugged =
-            |vcpus: &[String]| vcpus.iter().map(|vcpu| format!("({vcpu})")).collect::<Vec<_>>().join(" ");
+        let plugged = |vcpus: &[String]| {
+            vcpus.iter().map(|vcpu| format!("({vcpu})")).collect::<Vec<_>>().join(" ")
+        };
         found.differences.push(one("vcpus", &plugged(&theirs.vcpus), &plugged(&ours.vcpus)));
     }
     found.properties("machine", "-machine", &theirs.machine, &ours.machine, WARN_OF_MACHINE);
@@ -140,15 +142,19 @@ impl Found {
         for name in keys(theirs, ours) {
             let (theirs, ours) = (theirs.get(name), ours.get(name));
             // Another version has other experimental ones, so their digests differ always.
-            let unknown = !self.same_version && (theirs.is_none() || ours.is_none() || name == EXPERIMENTAL);
+            let unknown =
+                !self.same_version && (theirs.is_none() || ours.is_none() || name == EXPERIMENTAL);
             // `auto` is QEMU's word for on where it can be, and a device tells whether it is.
-            let as_on = |value: Option<&String>| matches!(value.map(String::as_str), Some("auto" | "on"));
+            let as_on =
+                |value: Option<&String>| matches!(value.map(String::as_str), Some("auto" | "on"));
             if theirs == ours || unknown || (as_on(theirs) && as_on(ours)) {
                 continue;
             }
             let weight = if warn.contains(&name.as_str()) { Weight::Warn } else { Weight::Refuse };
             let value = |value: Option<&String>| match value {
-                Some(value) => format!("{option} {name}={}", if value.is_empty() { "\"\"" } else { value }),
+                Some(value) => {
+                    format!("{option} {name}={}", if value.is_empty() { "\"\"" } else { value })
+                }
                 None => "nothing".to_owned(),
             };
             self.add(format!("{group}.{name}"), weight, differ(&value(theirs), &value(ours)));
@@ -163,7 +169,11 @@ impl Found {
                 (Some(_), None) => "at the source and not here",
                 _ => "here and not at the source",
             };
-            self.add(format!("table.{}", name.replace(' ', ".")), Weight::Refuse, format!("-{name}: {text}"));
+            self.add(
+                format!("table.{}", name.replace(' ', ".")),
+                Weight::Refuse,
+                format!("-{name}: {text}"),
+            );
         }
     }
 
@@ -173,10 +183,18 @@ impl Found {
             match (theirs.get(place), ours.get(place)) {
                 (Some(theirs), Some(ours)) => self.device(&name, theirs, ours),
                 (Some(theirs), None) => {
-                    self.add(name, Weight::Refuse, format!("{} at the source and not here", told(theirs)));
+                    self.add(
+                        name,
+                        Weight::Refuse,
+                        format!("{} at the source and not here", told(theirs)),
+                    );
                 }
                 (None, Some(ours)) => {
-                    self.add(name, Weight::Refuse, format!("{} here and not at the source", told(ours)));
+                    self.add(
+                        name,
+                        Weight::Refuse,
+                        format!("{} here and not at the source", told(ours)),
+                    );
                 }
                 (None, None) => {}
             }
@@ -194,7 +212,8 @@ impl Found {
             let (mut theirs, mut ours) = (theirs.clone(), ours.clone());
             theirs.shorten();
             ours.shorten();
-            // Between two versions the digests differ where one knows more than the other: that is no difference.
+            // Between two versions the digests differ where one knows more than the other: that is
+            // no difference.
             let warn: &[&str] = if self.same_version { &[] } else { &[DIGEST] };
             self.properties(name, &option, &theirs.properties, &ours.properties, warn);
         } else {
@@ -227,7 +246,10 @@ fn told(device: &Device) -> String {
 }
 
 /// The names of both, each once.
-fn keys<'k, V>(theirs: &'k BTreeMap<String, V>, ours: &'k BTreeMap<String, V>) -> BTreeSet<&'k String> {
+fn keys<'k, V>(
+    theirs: &'k BTreeMap<String, V>,
+    ours: &'k BTreeMap<String, V>,
+) -> BTreeSet<&'k String> {
     theirs.keys().chain(ours.keys()).collect()
 }
 
@@ -273,7 +295,10 @@ mod tests {
         let (theirs, ours) = (platform("smap=on smep=on", ""), platform("smap=off smep=on", ""));
         let found = compare(&theirs, &ours);
         assert_eq!(names(&found), ["cpu.smap"]);
-        assert_eq!(found[0].to_string(), "cpu.smap: -cpu smap=on at the source, -cpu smap=off here");
+        assert_eq!(
+            found[0].to_string(),
+            "cpu.smap: -cpu smap=on at the source, -cpu smap=off here"
+        );
         for (allowed, is) in
             [("cpu.smap", true), ("cpu", true), ("cpu.sma", false), ("machine", false), ("", false)]
         {
@@ -337,9 +362,10 @@ mod tests {
         for n in 0..400 {
             let value = "v".repeat(200);
             let properties = properties(&format!("serial=s{n}{value}"));
-            theirs
-                .devices
-                .insert(format!("b/{n}"), Device { kind: "k".into(), id: String::new(), properties });
+            theirs.devices.insert(
+                format!("b/{n}"),
+                Device { kind: "k".into(), id: String::new(), properties },
+            );
         }
         let mut ours = theirs.clone();
         let short = Platform::unpack(&theirs.pack()).unwrap();

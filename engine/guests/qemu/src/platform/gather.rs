@@ -51,7 +51,8 @@ const NOT_OF_THE_MACHINE: &[&str] = &[
     "suppress-vmdesc",
     "aux-ram-share",
     "pcspk-audiodev",
-    // Names of block nodes, which change with a snapshot. Flash and its size are compared as devices and blocks.
+    // Names of block nodes, which change with a snapshot. Flash and its size are compared as
+    // devices and blocks.
     "pflash0",
     "pflash1",
     "phandle-start",
@@ -82,10 +83,11 @@ impl Gatherer {
             None => self.cpu.insert(cpu(qmp)?).clone(),
         };
         let machine = properties(qmp, "/machine", |name| !NOT_OF_THE_MACHINE.contains(&name))?;
-        let smp =
-            ask(qmp, "qom-get", json!({ "path": "/machine", "property": "smp" })).unwrap_or(Value::Null);
+        let smp = ask(qmp, "qom-get", json!({ "path": "/machine", "property": "smp" }))
+            .unwrap_or(Value::Null);
         let slots = ask(qmp, "query-hotpluggable-cpus", json!({})).unwrap_or(Value::Null);
-        let plugged = slots.as_array().into_iter().flatten().filter(|slot| slot.get("qom-path").is_some());
+        let plugged =
+            slots.as_array().into_iter().flatten().filter(|slot| slot.get("qom-path").is_some());
         let mut vcpus: Vec<String> = plugged.map(|slot| words(&slot["props"])).collect();
         vcpus.sort_unstable();
         let kvm = ask(qmp, "query-kvm", json!({}))?;
@@ -110,8 +112,9 @@ impl Gatherer {
     }
 }
 
-/// The lines of `info numa`. Their sizes count what the guest has plugged in of a virtio-mem device, of which a waiting
-/// QEMU has nothing yet: where there `grows` one, only the RAM blocks tell sizes.
+/// The lines of `info numa`. Their sizes count what the guest has plugged in of a virtio-mem
+/// device, of which a waiting QEMU has nothing yet: where there `grows` one, only the RAM blocks
+/// tell sizes.
 fn numa_in(text: &str, grows: bool) -> Vec<String> {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let size = |line: &str| line.contains(" size: ") || line.contains(" plugged: ");
@@ -125,21 +128,27 @@ fn ask(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Value> {
 fn monitor(qmp: &mut Qmp, command: &str) -> Result<String> {
     let answer = ask(qmp, "human-monitor-command", json!({ "command-line": command }))?;
     let text = answer.as_str().map(str::to_owned);
-    text.ok_or_else(|| Error::Guest(format!("QEMU answered `{command}` with something else than a text")))
+    text.ok_or_else(|| {
+        Error::Guest(format!("QEMU answered `{command}` with something else than a text"))
+    })
 }
 
 /// Model and properties of the first vCPU; the others are of the same model.
 fn cpu(qmp: &mut Qmp) -> Result<(String, Properties)> {
     let cpus = ask(qmp, "query-cpus-fast", json!({}))?;
-    let path = cpus[0]["qom-path"].as_str().ok_or_else(|| Error::Guest("QEMU tells of no vCPU".into()))?;
+    let path =
+        cpus[0]["qom-path"].as_str().ok_or_else(|| Error::Guest("QEMU tells of no vCPU".into()))?;
     let kind = ask(qmp, "qom-get", json!({ "path": path, "property": "type" }))?;
     let kind = kind.as_str().unwrap_or_default();
-    let model =
-        kind.rsplit_once('-').and_then(|(rest, _)| rest.rsplit_once('-')).map_or(kind, |(model, _)| model);
+    let model = kind
+        .rsplit_once('-')
+        .and_then(|(rest, _)| rest.rsplit_once('-'))
+        .map_or(kind, |(model, _)| model);
     let is_on = |qmp: &mut Qmp, name: &str| {
         ask(qmp, "qom-get", json!({ "path": path, "property": name })).is_ok_and(|on| on == true)
     };
-    // Whole families that say nothing without their head: a question less for each of some two hundred.
+    // Whole families that say nothing without their head: a question less for each of some two
+    // hundred.
     let (vmx, kvm) = (is_on(qmp, "vmx"), is_on(qmp, "kvm"));
     let wanted = |name: &str| {
         let family = (vmx || !name.starts_with("vmx-"))
@@ -151,11 +160,16 @@ fn cpu(qmp: &mut Qmp) -> Result<(String, Properties)> {
 }
 
 /// The properties of an object that can be read and are no other objects.
-pub(crate) fn properties(qmp: &mut Qmp, path: &str, wanted: impl Fn(&str) -> bool) -> Result<Properties> {
+pub(crate) fn properties(
+    qmp: &mut Qmp,
+    path: &str,
+    wanted: impl Fn(&str) -> bool,
+) -> Result<Properties> {
     let list = ask(qmp, "qom-list", json!({ "path": path }))?;
     let mut found = Properties::new();
     for property in list.as_array().into_iter().flatten() {
-        let (Some(name), Some(kind)) = (property["name"].as_str(), property["type"].as_str()) else {
+        let (Some(name), Some(kind)) = (property["name"].as_str(), property["type"].as_str())
+        else {
             continue;
         };
         if kind.starts_with("child<") || kind.starts_with("link<") || !wanted(name) {
@@ -174,7 +188,8 @@ pub(crate) fn properties(qmp: &mut Qmp, path: &str, wanted: impl Fn(&str) -> boo
 /// A value as texts; the members of an object under names of their own.
 fn flat(name: &str, value: &Value) -> Properties {
     let Value::Object(members) = value else { return [(name.to_owned(), words(value))].into() };
-    let under = |member: &String| if name.is_empty() { member.clone() } else { format!("{name}.{member}") };
+    let under =
+        |member: &String| if name.is_empty() { member.clone() } else { format!("{name}.{member}") };
     members.iter().map(|(member, value)| (under(member), words(value))).collect()
 }
 
@@ -193,12 +208,15 @@ pub fn words(value: &Value) -> String {
     }
 }
 
-/// What QEMU tells nobody: tables that the command line adds. Their texts may be secrets, so digests go.
+/// What QEMU tells nobody: tables that the command line adds. Their texts may be secrets, so
+/// digests go.
 fn tables(pid: u32) -> Result<BTreeMap<String, u64>> {
     let path = format!("/proc/{pid}/cmdline");
     let line = std::fs::read(&path).map_err(|e| Error::os(format!("reading {path}"), e))?;
-    let words: Vec<String> =
-        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
+    let words: Vec<String> = line
+        .split(|byte| *byte == 0)
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
     Ok(tables_in(&words))
 }
 
@@ -210,7 +228,8 @@ fn tables_in(command: &[String]) -> BTreeMap<String, u64> {
         let Some(option @ ("smbios" | "acpitable" | "fw_cfg")) = option else { continue };
         let mut parts: Vec<&str> = pair[1].split(',').collect();
         parts.sort_unstable();
-        let which = parts.iter().find(|part| part.starts_with("type=") || part.starts_with("name="));
+        let which =
+            parts.iter().find(|part| part.starts_with("type=") || part.starts_with("name="));
         // A file may lie elsewhere on the other host.
         let is_path = |part: &str| {
             part.starts_with("file=")
@@ -233,7 +252,8 @@ mod tests {
 
     #[test]
     fn tables_of_the_command_line_are_told_apart_and_not_told() {
-        let tables = |command: &str| tables_in(&command.split(' ').map(str::to_owned).collect::<Vec<_>>());
+        let tables =
+            |command: &str| tables_in(&command.split(' ').map(str::to_owned).collect::<Vec<_>>());
         let one = tables("qemu -smbios type=1,serial=secret -fw_cfg name=opt/a,file=/x -m 64");
         assert_eq!(one.keys().collect::<Vec<_>>(), ["fw_cfg name=opt/a", "smbios type=1"]);
         assert!(!format!("{one:?}").contains("secret"));
@@ -241,7 +261,10 @@ mod tests {
         assert_ne!(one, tables("qemu -smbios type=1,serial=other -fw_cfg name=opt/a,file=/x"));
         assert_eq!(tables("qemu -smbios type=11,value=a -smbios type=11,value=b").len(), 2);
         for option in ["-smbios type=11,path", "-acpitable sig=SLIC,data"] {
-            assert_eq!(tables(&format!("qemu {option}=/a/x")), tables(&format!("qemu {option}=/b/x")));
+            assert_eq!(
+                tables(&format!("qemu {option}=/a/x")),
+                tables(&format!("qemu {option}=/b/x"))
+            );
         }
     }
 

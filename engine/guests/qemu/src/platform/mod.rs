@@ -1,4 +1,5 @@
-//! What a guest in QEMU can see of its machine, asked at both ends and compared before it is touched.
+//! What a guest in QEMU can see of its machine, asked at both ends and compared before it is
+//! touched.
 //!
 //! ```text
 //!   gather    QMP -> Platform        at the source in preflight, at the destination when a guest comes
@@ -6,7 +7,8 @@
 //!   compare   two of them -> differences, in words of the command line
 //! ```
 //!
-//! QEMU itself compares hardly any of it: it takes another CPU model without a word, and the guest dies.
+//! QEMU itself compares hardly any of it: it takes another CPU model without a word, and the guest
+//! dies.
 
 mod admit;
 mod compare;
@@ -72,8 +74,8 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// For Hello. What does not fit is replaced by digests: then a device's difference is found and not named.
-    /// A guest of some hundreds of devices is longer all the same.
+    /// For Hello. What does not fit is replaced by digests: then a device's difference is found and
+    /// not named. A guest of some hundreds of devices is longer all the same.
     #[must_use]
     pub fn pack(&self) -> Vec<u8> {
         let packed = |platform: &Self| {

@@ -68,7 +68,8 @@ const NOT_THE_GUESTS: &[&str] = &[
     "bios-chs-trans",
 ];
 
-/// Cards that show the guest's own address of the moment as theirs, by the beginnings of their types.
+/// Cards that show the guest's own address of the moment as theirs, by the beginnings of their
+/// types.
 const GUEST_SETS_MAC: [&str; 2] = ["vmxnet3", "i825"];
 
 /// The name under which a digest stands for QEMU's experimental properties of a device.
@@ -104,7 +105,9 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
         if let Some(name) = line.strip_prefix("bus: ") {
             buses.retain(|(of, _)| *of < depth);
             buses.push((depth, name.to_owned()));
-        } else if let Some((kind, id)) = line.strip_prefix("dev: ").and_then(|dev| dev.split_once(", id ")) {
+        } else if let Some((kind, id)) =
+            line.strip_prefix("dev: ").and_then(|dev| dev.split_once(", id "))
+        {
             buses.retain(|(of, _)| *of < depth);
             let bus = buses.last().map_or("", |(_, name)| name.as_str());
             // A bus below a device may have the same name below another one.
@@ -127,7 +130,9 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
             if name.starts_with("x-") {
                 device.own.push((name.to_owned(), value.to_owned()));
             } else {
-                device.properties.insert(name.to_owned(), whatever_the_version(name, value).to_owned());
+                device
+                    .properties
+                    .insert(name.to_owned(), whatever_the_version(name, value).to_owned());
             }
         }
     }
@@ -137,7 +142,8 @@ pub fn parse(text: &str) -> BTreeMap<String, Device> {
     devices
 }
 
-/// A value that versions of QEMU write differently. `rombar` is 1, -1 or `auto` where nobody has set it.
+/// A value that versions of QEMU write differently. `rombar` is 1, -1 or `auto` where nobody has
+/// set it.
 fn whatever_the_version<'v>(name: &str, value: &'v str) -> &'v str {
     match (name, value.split(' ').next()) {
         ("rombar", Some("1" | "-1" | "auto" | "on")) => "on",
@@ -154,8 +160,10 @@ fn place(device: &Open) -> String {
         Some(match *name {
             "addr" if value.contains('.') => value.to_owned(),
             "scsi-id" => {
-                let lun =
-                    device.properties.get("lun").map_or("0", |lun| lun.split(' ').next().unwrap_or("0"));
+                let lun = device
+                    .properties
+                    .get("lun")
+                    .map_or("0", |lun| lun.split(' ').next().unwrap_or("0"));
                 format!("{value}:{lun}")
             }
             name => format!("{}-{name}-{value}", device.kind),
@@ -169,7 +177,8 @@ fn close(device: Option<Open>, devices: &mut BTreeMap<String, Device>) {
     let Some(mut device) = device else { return };
     let place = place(&device);
     if !device.own.is_empty() {
-        // QEMU's experimental ones, of which there are many and which nobody sets: one digest for all.
+        // QEMU's experimental ones, of which there are many and which nobody sets: one digest for
+        // all.
         let digest = format!("{:016x}", xxh3_64(format!("{:?}", device.own).as_bytes()));
         device.properties.insert(EXPERIMENTAL.into(), digest);
     }
@@ -224,10 +233,15 @@ mod tests {
         let vsock = "bus: b\n  dev: vhost-vsock-device, id \"\"\n    guest-cid = 3 (0x3)\n    vhostfd = \"27\"\n  \
             dev: i82559c, id \"\"\n    mac = \"52:54:00:12:34:56\"\n  dev: ICH9 LPC, id \"\"\n";
         let devices = parse(vsock);
-        assert_eq!(devices["b/vhost-vsock-device"].properties.keys().collect::<Vec<_>>(), ["guest-cid"]);
+        assert_eq!(
+            devices["b/vhost-vsock-device"].properties.keys().collect::<Vec<_>>(),
+            ["guest-cid"]
+        );
         assert!(devices["b/i82559c"].properties.is_empty());
         assert_eq!(devices["b/ICH9-LPC"].kind, "ICH9-LPC");
-        for (value, is) in [("1 (0x1)", "on"), ("-1 (0xffffffffffffffff)", "on"), ("0 (0x0)", "off")] {
+        for (value, is) in
+            [("1 (0x1)", "on"), ("-1 (0xffffffffffffffff)", "on"), ("0 (0x0)", "off")]
+        {
             assert_eq!(whatever_the_version("rombar", value), is);
         }
     }

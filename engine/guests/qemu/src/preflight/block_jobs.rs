@@ -1,8 +1,9 @@
 //! Block jobs and exports, which do not go along with a guest.
 //!
-//! A job that copies a disk, and a server that shows one to somebody else, live in the QEMU that is left. QEMU
-//! fails on some of them when it hands the disks over, with the guest stopped, and forgets others without a
-//! word. So they are refused before anything is touched, by name and with what ends them.
+//! A job that copies a disk, and a server that shows one to somebody else, live in the QEMU that is
+//! left. QEMU fails on some of them when it hands the disks over, with the guest stopped, and
+//! forgets others without a word. So they are refused before anything is touched, by name and with
+//! what ends them.
 
 use crate::qmp::Qmp;
 use pageferry_engine::error::{Error, Result};
@@ -11,7 +12,8 @@ use std::time::Instant;
 
 /// Fails if a block job is under way or a disk is exported.
 pub fn check(qmp: &mut Qmp, deadline: Instant) -> Result<()> {
-    // All jobs, not only those of `query-block-jobs`: images are made and snapshots saved by others.
+    // All jobs, not only those of `query-block-jobs`: images are made and snapshots saved by
+    // others.
     let jobs = qmp.execute("query-jobs", json!({}), deadline)?;
     let exports = qmp.execute("query-block-exports", json!({}), deadline)?;
     let mut found: Vec<String> = elements(&jobs).filter_map(job_against).collect();
@@ -61,9 +63,16 @@ mod tests {
         for over in ["concluded", "null"] {
             assert_eq!(job(over), None);
         }
-        for status in
-            ["created", "running", "paused", "waiting", "pending", "aborting", "standby", "of-tomorrow"]
-        {
+        for status in [
+            "created",
+            "running",
+            "paused",
+            "waiting",
+            "pending",
+            "aborting",
+            "standby",
+            "of-tomorrow",
+        ] {
             assert!(job(status).unwrap().contains("`job-cancel` (id j)"), "{status}");
         }
         assert!(job("ready").unwrap().contains("job-complete"));
@@ -101,10 +110,14 @@ mod tests {
         run(&mut qemu, "nbd-server-start", json!({ "addr": address }));
         check(&mut qemu.qmp, deadline).unwrap();
         for writable in [true, false] {
-            let export = json!({ "type": "nbd", "id": "e", "node-name": "a", "writable": writable });
+            let export =
+                json!({ "type": "nbd", "id": "e", "node-name": "a", "writable": writable });
             run(&mut qemu, "block-export-add", export);
             let text = check(&mut qemu.qmp, deadline).unwrap_err().to_string();
-            assert!(text.contains("the disk a is exported by nbd") && text.contains("(id e)"), "{text}");
+            assert!(
+                text.contains("the disk a is exported by nbd") && text.contains("(id e)"),
+                "{text}"
+            );
             run(&mut qemu, "block-export-del", json!({ "id": "e" }));
             qemu.qmp.wait_event(deadline, |e| e.name == "BLOCK_EXPORT_DELETED").unwrap();
         }

@@ -1,9 +1,11 @@
-//! Whether a transfer of a disk may write guest memory behind QEMU's page tables, and how that is found out.
+//! Whether a transfer of a disk may write guest memory behind QEMU's page tables, and how that is
+//! found out.
 //!
-//! A plain `preadv` need not copy through the page tables. Some file systems pin the caller's pages and fill
-//! them later, whatever flags the file was opened with: FUSE with `FOPEN_DIRECT_IO`, CIFS and 9p without a
-//! cache. The tracking reports the pinning as the write; the data come afterwards and are never reported.
-//! So what counts is the file that QEMU holds, not what QEMU was told about it:
+//! A plain `preadv` need not copy through the page tables. Some file systems pin the caller's pages
+//! and fill them later, whatever flags the file was opened with: FUSE with `FOPEN_DIRECT_IO`, CIFS
+//! and 9p without a cache. The tracking reports the pinning as the write; the data come afterwards
+//! and are never reported. So what counts is the file that QEMU holds, not what QEMU was told about
+//! it:
 //!
 //! ```text
 //!   query-named-block-nodes   drivers that do not read through a file, and `cache.direct`
@@ -12,11 +14,12 @@
 //!   /proc/PID/mountinfo       which file system that mount is
 //! ```
 //!
-//! The mount tells the same file system as `fstatfs(2)` of the descriptor, but asks the kernel alone: a
-//! FUSE or network server that hangs cannot hold up who looks.
+//! The mount tells the same file system as `fstatfs(2)` of the descriptor, but asks the kernel
+//! alone: a FUSE or network server that hangs cannot hold up who looks.
 //!
-//! What is not known to copy is drained ([`pageferry_engine::guest::SourceGuest::drain_io`]). Buffers that QEMU has
-//! registered with an io_uring are pinned for good, and no drain helps: [`registered_buffers`].
+//! What is not known to copy is drained ([`pageferry_engine::guest::SourceGuest::drain_io`]).
+//! Buffers that QEMU has registered with an io_uring are pinned for good, and no drain helps:
+//! [`registered_buffers`].
 
 use pageferry_engine::error::{Error, Result};
 use serde_json::Value;
@@ -26,10 +29,10 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileTypeExt;
 
-/// File systems whose plain reads copy through the page tables of the process that reads: the page cache's
-/// (`generic_file_read_iter` without `IOCB_DIRECT`, also with DAX) and the kernel's own. What may do otherwise
-/// is left out: FUSE and virtiofs, CIFS, 9p, Ceph, AFS, ZFS (its property `direct=always`), and overlayfs,
-/// where what lies beneath is not known.
+/// File systems whose plain reads copy through the page tables of the process that reads: the page
+/// cache's (`generic_file_read_iter` without `IOCB_DIRECT`, also with DAX) and the kernel's own.
+/// What may do otherwise is left out: FUSE and virtiofs, CIFS, 9p, Ceph, AFS, ZFS (its property
+/// `direct=always`), and overlayfs, where what lies beneath is not known.
 const COPYING: [&str; 36] = [
     "ext2",
     "ext3",
@@ -69,8 +72,8 @@ const COPYING: [&str; 36] = [
     "efivarfs",
 ];
 
-/// Block drivers that move no data themselves (formats, filters), that read a socket or a buffer of their
-/// own, or that read a file, which is looked at itself.
+/// Block drivers that move no data themselves (formats, filters), that read a socket or a buffer of
+/// their own, or that read a file, which is looked at itself.
 const COPYING_DRIVERS: [&str; 37] = [
     "blkdebug",
     "blklogwrites",
@@ -111,8 +114,10 @@ const COPYING_DRIVERS: [&str; 37] = [
     "vvfat",
 ];
 
-/// Block drivers that work within QEMU's process but may pin: the drain waits for their transfers as for all.
-pub const DRAINED_DRIVERS: [&str; 6] = ["gluster", "host_cdrom", "host_device", "iscsi", "nfs", "rbd"];
+/// Block drivers that work within QEMU's process but may pin: the drain waits for their transfers
+/// as for all.
+pub const DRAINED_DRIVERS: [&str; 6] =
+    ["gluster", "host_cdrom", "host_device", "iscsi", "nfs", "rbd"];
 
 /// Whether a block driver is known to copy, or to have no data of its own.
 #[must_use]
@@ -120,8 +125,8 @@ pub fn copying_driver(driver: &str) -> bool {
     COPYING_DRIVERS.contains(&driver)
 }
 
-/// Why a transfer that is under way may write guest memory behind the page tables; nothing if every one is
-/// known to copy. `nodes` is QEMU's answer to `query-named-block-nodes`.
+/// Why a transfer that is under way may write guest memory behind the page tables; nothing if every
+/// one is known to copy. `nodes` is QEMU's answer to `query-named-block-nodes`.
 ///
 /// # Errors
 /// If what QEMU `pid` holds open cannot be looked at.
@@ -144,10 +149,15 @@ pub fn may_pin(nodes: &Value, pid: u32) -> Result<Option<String>> {
         match mounts.get(&descriptor.mount).map(String::as_str) {
             Some(kind) if COPYING.contains(&kind) => {}
             Some(kind) => {
-                return Ok(Some(format!("{} lies on {kind}, which is not known to copy", descriptor.link)));
+                return Ok(Some(format!(
+                    "{} lies on {kind}, which is not known to copy",
+                    descriptor.link
+                )));
             }
             // Outside of QEMU's root directory, or unmounted since.
-            None => return Ok(Some(format!("{} lies on a mount that is not known", descriptor.link))),
+            None => {
+                return Ok(Some(format!("{} lies on a mount that is not known", descriptor.link)));
+            }
         }
         // Only now: on another file system the question could wait for a server.
         let path = format!("/proc/{pid}/fd/{}", descriptor.number);
@@ -158,14 +168,16 @@ pub fn may_pin(nodes: &Value, pid: u32) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// What of a block node may pin memory, whatever file there is: opened with `cache.direct`, or a driver that
-/// is not known to copy. Host devices are among these: SCSI commands are passed through to them.
+/// What of a block node may pin memory, whatever file there is: opened with `cache.direct`, or a
+/// driver that is not known to copy. Host devices are among these: SCSI commands are passed through
+/// to them.
 fn pinned_by_node(node: &Value) -> Option<String> {
     let driver = node["drv"].as_str().unwrap_or("of no name");
     if node["cache"]["direct"] == true {
         return Some("a disk has cache.direct".into());
     }
-    (!copying_driver(driver)).then(|| format!("a disk's driver is {driver}, which is not known to copy"))
+    (!copying_driver(driver))
+        .then(|| format!("a disk's driver is {driver}, which is not known to copy"))
 }
 
 /// An open file of another process.
@@ -181,10 +193,12 @@ struct Descriptor {
 }
 
 impl Descriptor {
-    /// Whether it is something of the kernel's that lies in no file system that can be mounted. A file of
-    /// such a name has a path that begins with a slash, and memfds lie in no mount.
+    /// Whether it is something of the kernel's that lies in no file system that can be mounted. A
+    /// file of such a name has a path that begins with a slash, and memfds lie in no mount.
     fn is_no_file(&self) -> bool {
-        ["socket:[", "pipe:[", "anon_inode:", "/memfd:"].iter().any(|start| self.link.starts_with(start))
+        ["socket:[", "pipe:[", "anon_inode:", "/memfd:"]
+            .iter()
+            .any(|start| self.link.starts_with(start))
     }
 
     /// Whether data can be read from it into memory.
@@ -201,7 +215,9 @@ fn descriptors(pid: u32) -> Result<Vec<Descriptor>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(&directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
         let link = match fs::read_link(entry.path()) {
             Ok(link) => link.to_string_lossy().into_owned(),
             Err(e) if e.kind() == ErrorKind::NotFound => continue,
@@ -243,17 +259,17 @@ fn mounted(pid: u32) -> Result<HashMap<u64, String>> {
     Ok(text.lines().filter_map(parse_mount).collect())
 }
 
-/// A line of mountinfo: `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/sda rw`. Spaces in paths are
-/// escaped, and before the dash there is any number of fields.
+/// A line of mountinfo: `36 35 98:0 /root /mnt rw,noatime shared:1 - ext4 /dev/sda rw`. Spaces in
+/// paths are escaped, and before the dash there is any number of fields.
 fn parse_mount(line: &str) -> Option<(u64, String)> {
     let id = line.split(' ').next()?.parse().ok()?;
     let mut words = line.split(' ').skip_while(|word| *word != "-").skip(1);
     Some((id, words.next()?.to_owned()))
 }
 
-/// Parts of guest memory that QEMU `pid` has registered as buffers of an io_uring. The kernel writes them
-/// through an address of its own for as long as they are registered. `memory` is where guest memory lies in
-/// QEMU's address space.
+/// Parts of guest memory that QEMU `pid` has registered as buffers of an io_uring. The kernel
+/// writes them through an address of its own for as long as they are registered. `memory` is where
+/// guest memory lies in QEMU's address space.
 ///
 /// # Errors
 /// If what QEMU holds open cannot be looked at.
@@ -318,11 +334,18 @@ mod tests {
     #[test]
     fn a_driver_that_is_not_known_to_copy_pins() {
         assert!(node(r#"{"drv": "file", "cache": {"direct": true, "writeback": true}}"#));
-        for driver in ["host_device", "host_cdrom", "iscsi", "rbd", "gluster", "nfs", "of-tomorrow"] {
-            assert!(node(&format!(r#"{{"drv": "{driver}", "cache": {{"direct": false}}}}"#)), "{driver}");
+        for driver in ["host_device", "host_cdrom", "iscsi", "rbd", "gluster", "nfs", "of-tomorrow"]
+        {
+            assert!(
+                node(&format!(r#"{{"drv": "{driver}", "cache": {{"direct": false}}}}"#)),
+                "{driver}"
+            );
         }
         for driver in ["file", "qcow2", "raw", "nbd", "https", "copy-before-write"] {
-            assert!(!node(&format!(r#"{{"drv": "{driver}", "cache": {{"direct": false}}}}"#)), "{driver}");
+            assert!(
+                !node(&format!(r#"{{"drv": "{driver}", "cache": {{"direct": false}}}}"#)),
+                "{driver}"
+            );
         }
         assert!(node("{}") && node("null"));
     }
@@ -339,7 +362,13 @@ mod tests {
         assert_eq!(of("36 35 98:0 / /mnt rw"), None);
         let copies = |kind: &str| COPYING.contains(&kind);
         assert!(copies("ext4") && !copies("fuse") && !copies("fuse.sshfs") && !copies("overlay"));
-        assert!(!copies("cifs") && !copies("9p") && !copies("virtiofs") && !copies("zfs") && !copies("ceph"));
+        assert!(
+            !copies("cifs")
+                && !copies("9p")
+                && !copies("virtiofs")
+                && !copies("zfs")
+                && !copies("ceph")
+        );
     }
 
     #[test]
@@ -349,7 +378,11 @@ mod tests {
         std::fs::write(&path, [0; 4096]).unwrap();
         let of = |file: &File| {
             let number = std::os::fd::AsRawFd::as_raw_fd(file) as u32;
-            descriptors(std::process::id()).unwrap().into_iter().find(|d| d.number == number).unwrap()
+            descriptors(std::process::id())
+                .unwrap()
+                .into_iter()
+                .find(|d| d.number == number)
+                .unwrap()
         };
         let plain = File::open(&path).unwrap();
         assert!(of(&plain).can_read() && of(&plain).flags & libc::O_DIRECT as u32 == 0);
@@ -378,7 +411,8 @@ mod tests {
             )),
             Some(Vec::from([0x1000..0x2000, 0x3000..0x3001]))
         );
-        for left_out in ["UserBufs:\t1\nPollList:\n", "UserBufs:\t1\n", "UserBufs:\t2\n    0: 0x1000/4096\n"]
+        for left_out in
+            ["UserBufs:\t1\nPollList:\n", "UserBufs:\t1\n", "UserBufs:\t2\n    0: 0x1000/4096\n"]
         {
             assert_eq!(parse_buffers(&info(left_out)), None, "{left_out}");
         }

@@ -1,10 +1,11 @@
 //! Guests within the guest.
 //!
-//! While a nested guest runs under KVM, the processor and KVM write some pages of the outer guest by their
-//! physical addresses in the host: on Intel the virtual APIC page and posted-interrupt descriptors, with
-//! `hv-evmcs` the enlightened VMCS, on AMD the control block at an exit. KVM pins these pages when it maps
-//! them, and tells its own dirty log alone. Write-protection of page tables reports the pinning and nothing
-//! after it, so a page that was synced in between goes stale at the destination.
+//! While a nested guest runs under KVM, the processor and KVM write some pages of the outer guest
+//! by their physical addresses in the host: on Intel the virtual APIC page and posted-interrupt
+//! descriptors, with `hv-evmcs` the enlightened VMCS, on AMD the control block at an exit. KVM pins
+//! these pages when it maps them, and tells its own dirty log alone. Write-protection of page
+//! tables reports the pinning and nothing after it, so a page that was synced in between goes stale
+//! at the destination.
 //!
 //! ```text
 //!   query-kvm           no KVM: every write goes through QEMU's page tables, nested or not
@@ -14,21 +15,24 @@
 //!   info registers      whether the guest has switched it on: CR4.VMXE, EFER.SVME
 //! ```
 //!
-//! That virtualization is switched on says little: Linux does that as soon as its KVM module is loaded (since 6.12 even if
-//! nobody uses it). So KVM's count decides. A guest for which it is zero has never run a nested guest. For another
-//! one the registers are asked: with virtualization switched off none runs now. The rest is refused, unless the operator says
-//! that no nested guest runs.
+//! That virtualization is switched on says little: Linux does that as soon as its KVM module is
+//! loaded (since 6.12 even if nobody uses it). So KVM's count decides. A guest for which it is zero
+//! has never run a nested guest. For another one the registers are asked: with virtualization
+//! switched off none runs now. The rest is refused, unless the operator says that no nested guest
+//! runs.
 //!
-//! Both are looked up at the preflight, after each sync and before the pause; the count alone once more when the vCPUs
-//! are stopped. If it has grown by then, a nested guest has run in between, and the move is aborted. Where QEMU tells no
-//! count (KVM has it since Linux 5.14), a nested guest that came and went between two looks is not seen.
+//! Both are looked up at the preflight, after each sync and before the pause; the count alone once
+//! more when the vCPUs are stopped. If it has grown by then, a nested guest has run in between, and
+//! the move is aborted. Where QEMU tells no count (KVM has it since Linux 5.14), a nested guest
+//! that came and went between two looks is not seen.
 //!
-//! KVM counts entries that succeed. One that fails its checks writes the outer guest's memory too: on AMD within
-//! microseconds of the pinning, with `hv-evmcs` at any time later. So with `hv-evmcs` a count of zero is not enough.
+//! KVM counts entries that succeed. One that fails its checks writes the outer guest's memory too:
+//! on AMD within microseconds of the pinning, with `hv-evmcs` at any time later. So with `hv-evmcs`
+//! a count of zero is not enough.
 //!
 //! Which pages are concerned cannot be found from outside: they stand in the nested state of a vCPU
-//! (`KVM_GET_NESTED_STATE`), which KVM hands to QEMU's own process only, and QEMU shows neither that nor its
-//! dirty log.
+//! (`KVM_GET_NESTED_STATE`), which KVM hands to QEMU's own process only, and QEMU shows neither
+//! that nor its dirty log.
 
 use super::devices::monitor;
 use crate::qmp::Qmp;
@@ -69,7 +73,8 @@ impl Exposed {
             return Ok(None);
         }
         let cpus = qmp.execute("query-cpus-fast", json!({}), deadline)?;
-        let paths = cpus.as_array().into_iter().flatten().filter_map(|cpu| cpu["qom-path"].as_str());
+        let paths =
+            cpus.as_array().into_iter().flatten().filter_map(|cpu| cpu["qom-path"].as_str());
         let (mut features, mut vcpus) = (Vec::new(), 0);
         for path in paths {
             vcpus += 1;
@@ -93,7 +98,8 @@ impl Exposed {
         Ok(Some(Self { features, vcpus, at_first }))
     }
 
-    /// Fails if a nested guest may run, or has run since this was found, unless the operator says that none does.
+    /// Fails if a nested guest may run, or has run since this was found, unless the operator says
+    /// that none does.
     pub fn check(&self, qmp: &mut Qmp, vouched: &Vouched, deadline: Instant) -> Result<()> {
         if vouched.no_nested_guest {
             return Ok(());
@@ -107,7 +113,8 @@ impl Exposed {
         on_or_unknown(counted, on).map_or(Ok(()), |what| Err(self.refused(&what)))
     }
 
-    /// Fails if a nested guest has run since this was found, for vCPUs that are stopped: a short question.
+    /// Fails if a nested guest has run since this was found, for vCPUs that are stopped: a short
+    /// question.
     pub fn check_stopped(&self, qmp: &mut Qmp, vouched: &Vouched, deadline: Instant) -> Result<()> {
         if vouched.no_nested_guest || self.at_first.is_none() {
             return Ok(());
@@ -163,14 +170,16 @@ fn counted(answer: &Value, vcpus: usize) -> Option<Count> {
     let mut all = Count { entries: 0, inside: false };
     for vcpu in answers {
         let stats = vcpu["stats"].as_array()?;
-        let value = |name: &str| stats.iter().find(|stat| stat["name"] == name).map(|stat| &stat["value"]);
+        let value =
+            |name: &str| stats.iter().find(|stat| stat["name"] == name).map(|stat| &stat["value"]);
         all.entries = all.entries.checked_add(value("nested_run")?.as_u64()?)?;
         all.inside |= value("guest_mode")?.as_bool()?;
     }
     Some(all)
 }
 
-/// What is said of a guest that may run a nested guest, from the count and from whether virtualization is switched on.
+/// What is said of a guest that may run a nested guest, from the count and from whether
+/// virtualization is switched on.
 fn on_or_unknown(counted: Option<Count>, switched_on: Option<bool>) -> Option<String> {
     let on = match switched_on {
         Some(false) => return None,
@@ -179,14 +188,17 @@ fn on_or_unknown(counted: Option<Count>, switched_on: Option<bool>) -> Option<St
     };
     let ran = match counted {
         Some(Count { entries: 0, .. }) => String::new(),
-        Some(Count { entries, .. }) => format!(", as it has done since QEMU started ({entries} entries)"),
+        Some(Count { entries, .. }) => {
+            format!(", as it has done since QEMU started ({entries} entries)")
+        }
         None => " (QEMU does not tell whether it ever has)".into(),
     };
     Some(format!("{on} and may run a guest of its own{ran}"))
 }
 
-/// Whether any vCPU has virtualization switched on, from the text of `info registers -a`; nothing if the text
-/// does not tell. A nested guest's own registers have the bit set too: the processor demands it.
+/// Whether any vCPU has virtualization switched on, from the text of `info registers -a`; nothing
+/// if the text does not tell. A nested guest's own registers have the bit set too: the processor
+/// demands it.
 fn switched_on(registers: &str) -> Option<bool> {
     let values = |name: &str| -> Vec<Option<u64>> {
         let words = registers.split_whitespace().filter_map(|word| word.strip_prefix(name));
@@ -211,7 +223,9 @@ mod tests {
     #[test]
     fn virtualization_that_is_switched_on_is_read_from_the_registers() {
         let cpu = |cr4: u64, efer: u64| {
-            format!("\r\nCPU#0\r\nCR0=80050033 CR2=0 CR3=1 CR4={cr4:08x}\r\nDR6=0\r\nEFER={efer:016x}\r\n")
+            format!(
+                "\r\nCPU#0\r\nCR0=80050033 CR2=0 CR3=1 CR4={cr4:08x}\r\nDR6=0\r\nEFER={efer:016x}\r\n"
+            )
         };
         assert_eq!(switched_on(&cpu(0x6f0, 0xd01)), Some(false));
         assert_eq!(switched_on(&cpu(0x6f0 | CR4_VMXE, 0xd01)), Some(true));
@@ -258,7 +272,9 @@ mod tests {
     #[test]
     fn a_guest_for_which_kvm_counts_none_has_run_none_but_for_what_hv_evmcs_leaves_behind() {
         assert!(exposed(&["svm"], None).never_ran_one(Some(NONE)));
-        for counted in [None, Some(Count { entries: 1, ..NONE }), Some(Count { inside: true, ..NONE })] {
+        for counted in
+            [None, Some(Count { entries: 1, ..NONE }), Some(Count { inside: true, ..NONE })]
+        {
             assert!(!exposed(&["svm"], None).never_ran_one(counted), "{counted:?}");
         }
         assert!(!exposed(&["vmx", "hv-evmcs"], None).never_ran_one(Some(NONE)));
@@ -270,9 +286,11 @@ mod tests {
         let svm = exposed(&["svm"], before);
         svm.check_count(before).unwrap();
         svm.check_count(None).unwrap();
-        let inside = svm.check_count(Some(Count { entries: 4, inside: true })).unwrap_err().to_string();
+        let inside =
+            svm.check_count(Some(Count { entries: 4, inside: true })).unwrap_err().to_string();
         assert!(inside.contains("at this moment"), "{inside}");
-        let since = svm.check_count(Some(Count { entries: 5, inside: false })).unwrap_err().to_string();
+        let since =
+            svm.check_count(Some(Count { entries: 5, inside: false })).unwrap_err().to_string();
         assert!(since.contains("while it was moved"), "{since}");
     }
 

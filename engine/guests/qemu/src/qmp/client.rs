@@ -55,16 +55,18 @@ impl Qmp {
             None,
         )
         .map_err(|e| Error::os("making a unix socket", e))?;
-        let address = SocketAddrUnix::new(path)
-            .map_err(|e| Error::os(format!("the QMP socket's path {} is too long", path.display()), e))?;
+        let address = SocketAddrUnix::new(path).map_err(|e| {
+            Error::os(format!("the QMP socket's path {} is too long", path.display()), e)
+        })?;
         connect(&socket, &address).map_err(|e| refused_to_connect(path, e))?;
         Self::over(socket, path, deadline)
     }
 
     /// A dead one, for the place of one that is lent.
     pub(crate) fn stand_in(path: &Path) -> Result<Self> {
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|e| Error::os("making a unix socket", e))?;
+        let socket =
+            socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(|e| Error::os("making a unix socket", e))?;
         Ok(Self { broken: true, ..Self::new(socket, path) })
     }
 
@@ -84,7 +86,8 @@ impl Qmp {
     /// Greets and negotiates over a connected socket, which is made non-blocking. `path` is for
     /// messages alone.
     pub fn over(socket: OwnedFd, path: &Path, deadline: Instant) -> Result<Self> {
-        rustix::io::ioctl_fionbio(&socket, true).map_err(|e| Error::os("making a socket non-blocking", e))?;
+        rustix::io::ioctl_fionbio(&socket, true)
+            .map_err(|e| Error::os("making a socket non-blocking", e))?;
         let mut qmp = Self::new(socket, path);
         let line = qmp.read_line(deadline, "the greeting").map_err(|e| match e {
             Error::Timeout { .. } => busy(path),
@@ -129,8 +132,8 @@ impl Qmp {
         self.send_and_wait(command, arguments, &[], deadline, &mut || Ok(()))
     }
 
-    /// Like [`Qmp::execute`], and asks `watch` all the while whether to go on. QEMU carries the command out all
-    /// the same if it says no.
+    /// Like [`Qmp::execute`], and asks `watch` all the while whether to go on. QEMU carries the
+    /// command out all the same if it says no.
     pub fn execute_watched(
         &mut self,
         command: &str,
@@ -152,8 +155,8 @@ impl Qmp {
         self.send_and_wait(command, arguments, &[fd], deadline, &mut || Ok(()))
     }
 
-    /// Hands QEMU a command without arguments but for its last byte, which the next [`Qmp::execute`] of the
-    /// same command sends. Any other command takes it back first.
+    /// Hands QEMU a command without arguments but for its last byte, which the next
+    /// [`Qmp::execute`] of the same command sends. Any other command takes it back first.
     pub fn type_ahead(&mut self, command: &'static str, deadline: Instant) -> Result<()> {
         if self.typed_ahead.is_some_and(|(typed, _)| typed == command) {
             return Ok(());
@@ -190,7 +193,11 @@ impl Qmp {
 
     /// Returns the first event that `wanted` accepts: one already kept, or one still to come. Other
     /// events stay kept, in their order.
-    pub fn wait_event(&mut self, deadline: Instant, wanted: impl FnMut(&Event) -> bool) -> Result<Event> {
+    pub fn wait_event(
+        &mut self,
+        deadline: Instant,
+        wanted: impl FnMut(&Event) -> bool,
+    ) -> Result<Event> {
         self.wait_event_watched(deadline, wanted, &mut || Ok(()))
     }
 
@@ -289,7 +296,8 @@ impl Qmp {
                 }
                 Ok(Said::Answer { id: None, line }) => {
                     if let Some(reason) = reason_in(&line) {
-                        return Err(self.broke(format!("it could not read a command: {}", excerpt(&reason))));
+                        return Err(self
+                            .broke(format!("it could not read a command: {}", excerpt(&reason))));
                     }
                 }
                 // An event, which is kept; or the late answer to a command that timed out.
@@ -313,7 +321,13 @@ impl Qmp {
     }
 
     /// Sends a whole line; descriptors travel with its first byte.
-    fn send(&mut self, command: &str, line: &[u8], fds: &[BorrowedFd<'_>], deadline: Instant) -> Result<()> {
+    fn send(
+        &mut self,
+        command: &str,
+        line: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<()> {
         if self.broken {
             return Err(self.closed());
         }
@@ -322,15 +336,24 @@ impl Qmp {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-                return Err(Error::Guest(format!("{command}: more descriptors than one message takes")));
+                return Err(Error::Guest(format!(
+                    "{command}: more descriptors than one message takes"
+                )));
             }
-            match sendmsg(&self.socket, &[IoSlice::new(&line[sent..])], &mut control, SendFlags::NOSIGNAL) {
+            match sendmsg(
+                &self.socket,
+                &[IoSlice::new(&line[sent..])],
+                &mut control,
+                SendFlags::NOSIGNAL,
+            ) {
                 Ok(count) => sent += count,
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.wait(PollFlags::OUT, deadline, command).inspect_err(|_| {
-                    // Half a line can never be taken back.
-                    self.broken |= sent > 0;
-                })?,
+                Err(Errno::AGAIN) => {
+                    self.wait(PollFlags::OUT, deadline, command).inspect_err(|_| {
+                        // Half a line can never be taken back.
+                        self.broken |= sent > 0;
+                    })?
+                }
                 Err(Errno::PIPE | Errno::CONNRESET) => return Err(self.closed()),
                 Err(e) => return Err(Error::os(format!("sending {command} to QEMU"), e)),
             }
@@ -352,7 +375,10 @@ impl Qmp {
     /// What a line is. Only an event is parsed to its end.
     fn understand(&mut self, line: Vec<u8>) -> Result<Said> {
         let not_json = |line: &[u8], e| {
-            format!("it sent a line that is no message ({e}): {}", excerpt(&String::from_utf8_lossy(line)))
+            format!(
+                "it sent a line that is no message ({e}): {}",
+                excerpt(&String::from_utf8_lossy(line))
+            )
         };
         let head: Head<'_> = match serde_json::from_slice(&line) {
             Ok(head) => head,
@@ -362,15 +388,17 @@ impl Qmp {
             }
         };
         let id = head.id;
-        let Some(name) = head.event.map(Cow::into_owned) else { return Ok(Said::Answer { id, line }) };
+        let Some(name) = head.event.map(Cow::into_owned) else {
+            return Ok(Said::Answer { id, line });
+        };
         let data: serde_json::Result<Data> = match line.len() {
             0..=DATA_BYTES_MAX => serde_json::from_slice(&line),
             _ => Ok(Data { data: Value::Null, timestamp: None }),
         };
         match data {
             Ok(Data { data, timestamp }) => {
-                let at_us =
-                    timestamp.and_then(|at| at.seconds.checked_mul(1_000_000)?.checked_add(at.microseconds));
+                let at_us = timestamp
+                    .and_then(|at| at.seconds.checked_mul(1_000_000)?.checked_add(at.microseconds));
                 let event = self.events.arrive(name, data, at_us.unwrap_or(0));
                 self.events.keep(event, line.len());
                 Ok(Said::Event)
@@ -408,7 +436,9 @@ impl Qmp {
                 Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(self.closed()),
                 Ok((_, count)) if self.lines.came(count) => blank += count,
                 Ok(_) => {
-                    return Err(self.broke(format!("it sent a line of more than {LINE_BYTES_MAX} bytes")));
+                    return Err(
+                        self.broke(format!("it sent a line of more than {LINE_BYTES_MAX} bytes"))
+                    );
                 }
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
@@ -424,7 +454,8 @@ impl Qmp {
     fn wait(&self, flags: PollFlags, deadline: Instant, what: &str) -> Result<()> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+            let timeout =
+                Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
             match poll(&mut [PollFd::new(&self.socket, flags)], Some(&timeout)) {
                 Ok(0) if Instant::now() >= deadline => return Err(self.waiting_for(what)),
                 Ok(0) | Err(Errno::INTR) => {}
@@ -440,7 +471,10 @@ impl Qmp {
 
     fn closed(&mut self) -> Error {
         self.broken = true;
-        Error::Guest(format!("QEMU closed its QMP connection ({}): it exited or died", self.path.display()))
+        Error::Guest(format!(
+            "QEMU closed its QMP connection ({}): it exited or died",
+            self.path.display()
+        ))
     }
 
     fn broke(&mut self, what: String) -> Error {
@@ -508,7 +542,9 @@ mod tests {
     }
 
     /// A QEMU that greets, answers the negotiation, and then does as `then` says.
-    fn fake(then: impl FnOnce(BufReader<UnixStream>) + Send + 'static) -> (Result<Qmp>, JoinHandle<()>) {
+    fn fake(
+        then: impl FnOnce(BufReader<UnixStream>) + Send + 'static,
+    ) -> (Result<Qmp>, JoinHandle<()>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let qemu = thread::spawn(move || {
             let mut stream = BufReader::new(theirs);
@@ -534,7 +570,10 @@ mod tests {
     fn events_between_a_command_and_its_answer_are_kept_in_order() {
         let (qmp, qemu) = fake(|mut stream| {
             assert_eq!(hear(&mut stream), json!({"execute": "stop", "id": 2}));
-            say(&mut stream, r#"{"timestamp": {"seconds": 3, "microseconds": 7}, "event": "STOP"}"#);
+            say(
+                &mut stream,
+                r#"{"timestamp": {"seconds": 3, "microseconds": 7}, "event": "STOP"}"#,
+            );
             say(&mut stream, r#"{"event": "MIGRATION", "data": {"status": "setup"}}"#);
             say(&mut stream, r#"{"return": {"done": true}, "id": 2}"#);
             say(&mut stream, r#"{"event": "MIGRATION", "data": {"status": "active"}}"#);
@@ -584,8 +623,9 @@ mod tests {
     #[test]
     fn a_real_qemu_runs_nothing_that_was_taken_back() {
         let mut qemu = TestQemu::start(&["-S"]);
-        let status =
-            |qmp: &mut Qmp| qmp.execute("query-status", json!({}), soon()).unwrap()["status"].clone();
+        let status = |qmp: &mut Qmp| {
+            qmp.execute("query-status", json!({}), soon()).unwrap()["status"].clone()
+        };
         qemu.qmp.type_ahead("cont", soon()).unwrap();
         assert_eq!(status(&mut qemu.qmp), "prelaunch");
         qemu.qmp.type_ahead("cont", soon()).unwrap();
@@ -597,7 +637,10 @@ mod tests {
     fn a_refusal_carries_the_words_of_qemu() {
         let (qmp, qemu) = fake(|mut stream| {
             assert_eq!(hear(&mut stream)["arguments"], json!({"uri": "fd:x"}));
-            say(&mut stream, r#"{"id": 2, "error": {"class": "GenericError", "desc": "no such fd"}}"#);
+            say(
+                &mut stream,
+                r#"{"id": 2, "error": {"class": "GenericError", "desc": "no such fd"}}"#,
+            );
         });
         let error = qmp.unwrap().execute("migrate", json!({"uri": "fd:x"}), soon()).unwrap_err();
         assert_eq!(error.to_string(), "QEMU refused migrate: no such fd");
@@ -613,7 +656,8 @@ mod tests {
             say(&mut stream, r#"{"return": "right", "id": 3}"#);
         });
         let mut qmp = qmp.unwrap();
-        let error = qmp.execute("slow", Value::Null, within(Duration::from_millis(20))).unwrap_err();
+        let error =
+            qmp.execute("slow", Value::Null, within(Duration::from_millis(20))).unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error}");
         assert_eq!(qmp.execute("quick", Value::Null, soon()).unwrap(), "right");
         qemu.join().unwrap();
@@ -666,13 +710,15 @@ mod tests {
     fn a_qemu_that_sends_without_end_stretches_no_deadline_and_fills_no_memory() {
         // One line after the other, half lines, blank ones, and answers that nobody waits for.
         let kinds = [
-            b"{\"event\": \"NOISE\", \"data\": [[], [], [], [], [], [], [], [], [], []]}\n".repeat(40),
+            b"{\"event\": \"NOISE\", \"data\": [[], [], [], [], [], [], [], [], [], []]}\n"
+                .repeat(40),
             b"\n".repeat(4096),
             b"{\"return\": [[], [], [], [], [], []], \"id\": 99}\n".repeat(80),
             b" ".repeat(100),
         ];
         for noise in kinds {
-            let (qmp, qemu) = fake(move |mut stream| while stream.get_mut().write_all(&noise).is_ok() {});
+            let (qmp, qemu) =
+                fake(move |mut stream| while stream.get_mut().write_all(&noise).is_ok() {});
             let mut qmp = qmp.unwrap();
             let begun = Instant::now();
             let short = || within(Duration::from_millis(50));
@@ -698,7 +744,10 @@ mod tests {
             if looks < 3 { Ok(()) } else { Err(Error::Cancelled) }
         };
         let begun = Instant::now();
-        assert!(matches!(qmp.wait_event_watched(soon(), |_| true, &mut watch), Err(Error::Cancelled)));
+        assert!(matches!(
+            qmp.wait_event_watched(soon(), |_| true, &mut watch),
+            Err(Error::Cancelled)
+        ));
         let said = qmp.execute_watched("stop", Value::Null, soon(), &mut || Err(Error::Cancelled));
         assert!(matches!(said, Err(Error::Cancelled)));
         assert!(begun.elapsed() < Duration::from_secs(5));

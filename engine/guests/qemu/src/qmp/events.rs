@@ -1,13 +1,14 @@
 //! What QEMU says without being asked, in the order of its arrival.
 //!
-//! The order is the socket's. QEMU's own time stamps are of the wall clock, which may be set back at any
-//! moment. Bounded in bytes: a QEMU that the guest has taken over may send whatever it likes.
+//! The order is the socket's. QEMU's own time stamps are of the wall clock, which may be set back
+//! at any moment. Bounded in bytes: a QEMU that the guest has taken over may send whatever it
+//! likes.
 
 use serde_json::Value;
 use std::collections::VecDeque;
 
-/// Events that are kept until somebody waits for them, in bytes of their lines; beyond that the oldest
-/// are dropped. One is some 150 bytes.
+/// Events that are kept until somebody waits for them, in bytes of their lines; beyond that the
+/// oldest are dropped. One is some 150 bytes.
 const KEPT_BYTES_MAX: usize = 256 << 10;
 /// A line longer than this is an event whose data nobody here needs.
 pub const DATA_BYTES_MAX: usize = 32 << 10;
@@ -21,13 +22,13 @@ pub struct Event {
     pub data: Value,
     /// Its place among all events of this connection, from 1 on.
     pub number: u64,
-    /// When QEMU says it happened, since the epoch, in microseconds; zero where it did not say. To measure
-    /// with, and for nothing else: the clock may be set back.
+    /// When QEMU says it happened, since the epoch, in microseconds; zero where it did not say. To
+    /// measure with, and for nothing else: the clock may be set back.
     pub at_us: u64,
 }
 
-/// When the vCPUs were stopped, let run or reset last, as numbers of events; zero for never. Counted as
-/// events arrive, whether they are kept or not.
+/// When the vCPUs were stopped, let run or reset last, as numbers of events; zero for never.
+/// Counted as events arrive, whether they are kept or not.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Turns {
     /// The last `STOP`.
@@ -36,7 +37,8 @@ pub struct Turns {
     pub resume: u64,
     /// The last `RESET`.
     pub reset: u64,
-    /// The last event that may come with a stop of the guest's own: QEMU sends it before its `STOP`.
+    /// The last event that may come with a stop of the guest's own: QEMU sends it before its
+    /// `STOP`.
     pub ceased: u64,
 }
 
@@ -58,7 +60,9 @@ impl EventLog {
             "STOP" => self.turns.stop = number,
             "RESUME" => self.turns.resume = number,
             "RESET" => self.turns.reset = number,
-            "SHUTDOWN" | "GUEST_PANICKED" | "BLOCK_IO_ERROR" | "WATCHDOG" => self.turns.ceased = number,
+            "SHUTDOWN" | "GUEST_PANICKED" | "BLOCK_IO_ERROR" | "WATCHDOG" => {
+                self.turns.ceased = number
+            }
             _ => {}
         }
         Event { name, data, number, at_us }
@@ -119,6 +123,9 @@ mod tests {
         assert!(say("HUGE", KEPT_BYTES_MAX + 1) <= KEPT_BYTES_MAX);
         assert_eq!(log.turns(), Turns { resume: 1, ..Turns::default() });
         assert_eq!(log.arrived(), 100_002);
-        assert!(log.take_all().is_empty(), "the huge one pushed all others out, and then went itself");
+        assert!(
+            log.take_all().is_empty(),
+            "the huge one pushed all others out, and then went itself"
+        );
     }
 }

@@ -3,8 +3,8 @@
 /// Bytes asked for in one `recv`.
 pub const RECV_BYTES: usize = 64 << 10;
 
-/// Longest line that is taken from QEMU, in bytes. Its longest answers (`query-qmp-schema`, a device
-/// tree) are some hundred KiB.
+/// Longest line that is taken from QEMU, in bytes. Its longest answers (`query-qmp-schema`, a
+/// device tree) are some hundred KiB.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
 
 /// Bytes received and not yet taken as lines.
@@ -36,12 +36,15 @@ impl LineBuffer {
     /// Counts what was received into the room. False if a line is too long.
     pub fn came(&mut self, count: usize) -> bool {
         self.filled = (self.filled + count).min(self.bytes.len());
-        self.filled - self.start <= LINE_BYTES_MAX || self.bytes[self.searched..self.filled].contains(&b'\n')
+        self.filled - self.start <= LINE_BYTES_MAX
+            || self.bytes[self.searched..self.filled].contains(&b'\n')
     }
 
     /// The next line that is not blank, if it is here in whole.
     pub fn next_line(&mut self) -> Option<Vec<u8>> {
-        while let Some(length) = self.bytes[self.searched..self.filled].iter().position(|b| *b == b'\n') {
+        while let Some(length) =
+            self.bytes[self.searched..self.filled].iter().position(|b| *b == b'\n')
+        {
             let line = self.start..self.searched + length;
             self.start = line.end + 1;
             self.searched = self.start;

@@ -12,13 +12,14 @@
 //!   {"return": {}, "id": 2}                        <-
 //! ```
 //!
-//! QEMU reads a command byte by byte, each by a turn of its event loop, so that a command of fifty bytes
-//! takes some 0.3 ms to be read. One that is wanted at an exact moment is typed ahead, all but its last
-//! byte ([`Qmp::type_ahead`]): QEMU runs nothing before the closing brace.
+//! QEMU reads a command byte by byte, each by a turn of its event loop, so that a command of fifty
+//! bytes takes some 0.3 ms to be read. One that is wanted at an exact moment is typed ahead, all
+//! but its last byte ([`Qmp::type_ahead`]): QEMU runs nothing before the closing brace.
 //!
-//! Every wait blocks in `poll(2)` until bytes or its deadline come, and looks at its deadline between two
-//! lines too. A command is one `sendmsg`. What QEMU sends is checked: a line has a bounded length, events
-//! are kept up to a number of bytes, a line that nobody waits for is not parsed, and no answer can panic.
+//! Every wait blocks in `poll(2)` until bytes or its deadline come, and looks at its deadline
+//! between two lines too. A command is one `sendmsg`. What QEMU sends is checked: a line has a
+//! bounded length, events are kept up to a number of bytes, a line that nobody waits for is not
+//! parsed, and no answer can panic.
 
 pub(crate) mod client;
 mod events;

@@ -1,10 +1,11 @@
-//! QEMU's own migration stream, used for the device state alone: the socket that holds it back, and its
-//! end.
+//! QEMU's own migration stream, used for the device state alone: the socket that holds it back, and
+//! its end.
 //!
-//! QEMU's migration is started **ahead** of the downtime into a socket that takes only a few KiB and
-//! that nobody reads. QEMU does its set-up, writes until the socket is full, and waits there with the
-//! guest running. When the guest has been stopped the socket is opened wide and read to its end: what is
-//! left for the downtime is the device state and the few blocks that are not shared.
+//! QEMU's migration is started **ahead** of the downtime into a socket that takes only a few KiB
+//! and that nobody reads. QEMU does its set-up, writes until the socket is full, and waits there
+//! with the guest running. When the guest has been stopped the socket is opened wide and read to
+//! its end: what is left for the downtime is the device state and the few blocks that are not
+//! shared.
 
 pub mod settings;
 
@@ -78,11 +79,13 @@ impl Outgoing {
         // What is known of an earlier attempt must not be taken for this one's.
         qmp.drain_events()?;
         qmp.execute("migrate", json!({ "uri": format!("fd:{FD_NAME}") }), deadline)?;
-        // Whatever set-up fails, fails now, with the guest running. `active` comes after the set-up. The end
-        // of an earlier migration that was cancelled may still be on its way, ahead of our `setup`.
+        // Whatever set-up fails, fails now, with the guest running. `active` comes after the
+        // set-up. The end of an earlier migration that was cancelled may still be on its way, ahead
+        // of our `setup`.
         let setup = qmp.wait_event(deadline, |e| is_migration(e, &["setup"]))?;
         let begun = qmp.wait_event(deadline, |e| {
-            e.number > setup.number && is_migration(e, &["active", "failed", "cancelled", "completed"])
+            e.number > setup.number
+                && is_migration(e, &["active", "failed", "cancelled", "completed"])
         })?;
         if !is_migration(&begun, &["active"]) {
             return Err(migration_error(qmp, "QEMU cannot save this guest's devices"));
@@ -111,15 +114,18 @@ impl Outgoing {
                 Ok(0) => break,
                 Ok(n) => sink(&piece[..n])?,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => sink(&[])?,
+                Err(e) if e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
+                    sink(&[])?
+                }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
                     return Err(Error::Timeout { what: what.into() });
                 }
                 Err(e) => return Err(Error::os(what, e)),
             }
         }
-        let is_end =
-            |e: &Event| e.number > self.begun && is_migration(e, &["completed", "failed", "cancelled"]);
+        let is_end = |e: &Event| {
+            e.number > self.begun && is_migration(e, &["completed", "failed", "cancelled"])
+        };
         let end = qmp.wait_event_watched(deadline, is_end, &mut || sink(&[]))?;
         if is_migration(&end, &["completed"]) {
             Ok(())
@@ -136,8 +142,8 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Has a QEMU that was started with `-incoming defer` read from us. From here on it ends by itself
-    /// if we go away.
+    /// Has a QEMU that was started with `-incoming defer` read from us. From here on it ends by
+    /// itself if we go away.
     pub fn start(qmp: &mut Qmp) -> Result<Self> {
         let (ours, theirs) = pair()?;
         let deadline = Instant::now() + QMP_MAX;
@@ -154,8 +160,9 @@ impl Incoming {
 }
 
 fn pair() -> Result<(UnixStream, OwnedFd)> {
-    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-        .map_err(|e| Error::os("making a socket pair", e))?;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|e| Error::os("making a socket pair", e))?;
     Ok((UnixStream::from(ours), theirs))
 }
 
@@ -185,18 +192,21 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
             Err(Error::Qmp { .. }) => return Ok(()),
             Err(e) => return Err(e),
         };
-        if !yanks.as_array().is_some_and(|list| list.iter().any(|yank| yank["type"] == "migration")) {
+        if !yanks.as_array().is_some_and(|list| list.iter().any(|yank| yank["type"] == "migration"))
+        {
             return Ok(());
         }
         if Instant::now() >= deadline {
-            return Err(Error::Timeout { what: "waiting for QEMU to clean up its migration".into() });
+            return Err(Error::Timeout {
+                what: "waiting for QEMU to clean up its migration".into(),
+            });
         }
         std::thread::sleep(YANK_LOOK_EVERY);
     }
 }
 
-/// Lets a guest run that we have stopped. Returns whether QEMU was told so: not where the guest has stopped by itself
-/// just before, for `cont` is then refused for good, or wrong.
+/// Lets a guest run that we have stopped. Returns whether QEMU was told so: not where the guest has
+/// stopped by itself just before, for `cont` is then refused for good, or wrong.
 pub fn let_run(qmp: &mut Qmp, deadline: Instant) -> Result<bool> {
     let status = qmp.execute("query-status", json!({}), deadline)?;
     if status["status"].as_str().is_some_and(|state| STOPPED_BY_ITSELF.contains(&state)) {
@@ -278,12 +288,16 @@ mod tests {
             let refused = ["shutdown", "internal-error"].contains(&state);
             match command["execute"].as_str() {
                 Some("query-status") => {
-                    say(&format!(r#"{{"return": {{"status": "{state}", "running": false}}, "id": {id}}}"#));
+                    say(&format!(
+                        r#"{{"return": {{"status": "{state}", "running": false}}, "id": {id}}}"#
+                    ));
                 }
                 Some("cont") if refused => {
                     times += 1;
                     let why = "Resetting the Virtual Machine is required";
-                    say(&format!(r#"{{"error": {{"class": "GenericError", "desc": "{why}"}}, "id": {id}}}"#));
+                    say(&format!(
+                        r#"{{"error": {{"class": "GenericError", "desc": "{why}"}}, "id": {id}}}"#
+                    ));
                 }
                 said => {
                     times += usize::from(said == Some("cont"));

@@ -1,8 +1,10 @@
-//! QEMU's migration settings: whatever another tool has left there, ours while we move, and back again.
+//! QEMU's migration settings: whatever another tool has left there, ours while we move, and back
+//! again.
 //!
-//! Every capability is set, known or not: those that we need on, all others off. Of the parameters, those
-//! that can matter to a stream over a descriptor without these capabilities are set to a known value, and
-//! the rest is left alone. A parameter that is in neither list is a newer QEMU's: it is left, and said.
+//! Every capability is set, known or not: those that we need on, all others off. Of the parameters,
+//! those that can matter to a stream over a descriptor without these capabilities are set to a
+//! known value, and the rest is left alone. A parameter that is in neither list is a newer QEMU's:
+//! it is left, and said.
 
 use crate::qmp::Qmp;
 use crate::stream::QMP_MAX;
@@ -20,13 +22,15 @@ fn ours() -> [(&'static str, Value); 9] {
     [
         ("max-bandwidth", json!(BANDWIDTH_UNBOUNDED)),
         ("downtime-limit", json!(DOWNTIME_MS_MAX)),
-        // Zero: QEMU reckons with what it measures. With another value it may never think itself ready.
+        // Zero: QEMU reckons with what it measures. With another value it may never think itself
+        // ready.
         ("avail-switchover-bandwidth", json!(0)),
         // Our end of the socket speaks no TLS.
         ("tls-creds", json!("")),
         ("tls-hostname", json!("")),
         ("tls-authz", json!("")),
-        // cpr-reboot lets the guest arrive in its old run state, and leaves it in postmigrate after an abort.
+        // cpr-reboot lets the guest arrive in its old run state, and leaves it in postmigrate after
+        // an abort.
         ("mode", json!("normal")),
         // Without multifd QEMU takes this for `legacy`: zero pages of video memory are not sent.
         ("zero-page-detection", json!("multifd")),
@@ -34,8 +38,8 @@ fn ours() -> [(&'static str, Value); 9] {
     ]
 }
 
-/// The parameters that cannot matter: each belongs to a capability that is off, or to what QEMU does after
-/// the guest runs.
+/// The parameters that cannot matter: each belongs to a capability that is off, or to what QEMU
+/// does after the guest runs.
 const LEFT_ALONE: &[&str] = &[
     // The network's announcements of a guest that has arrived: the operator's choice.
     "announce-initial",
@@ -102,8 +106,8 @@ impl Settings {
         Ok(Self { capabilities: capabilities.as_array().cloned().unwrap_or_default(), parameters })
     }
 
-    /// Makes QEMU's settings ours: `on` on and every other capability off, no bound on bandwidth, and any
-    /// downtime allowed, so that QEMU goes to the end once it is let.
+    /// Makes QEMU's settings ours: `on` on and every other capability off, no bound on bandwidth,
+    /// and any downtime allowed, so that QEMU goes to the end once it is let.
     pub fn impose(&self, qmp: &mut Qmp, on: &[&str]) -> Result<()> {
         let known = |name: &str| self.capabilities.iter().any(|c| c["capability"] == name);
         if let Some(missing) = on.iter().find(|name| !known(name)) {
@@ -115,13 +119,14 @@ impl Settings {
         let wanted = self.capabilities.iter().filter_map(|c| {
             let name = c["capability"].as_str()?;
             let wanted = on.contains(&name);
-            (c["state"].as_bool() != Some(wanted)).then(|| json!({ "capability": name, "state": wanted }))
+            (c["state"].as_bool() != Some(wanted))
+                .then(|| json!({ "capability": name, "state": wanted }))
         });
         let wanted: Vec<Value> = wanted.collect();
         // Parameters that a QEMU does not have yet are not set.
-        let ours = ours()
-            .into_iter()
-            .filter(|(name, value)| self.parameters.get(*name).is_some_and(|theirs| theirs != value));
+        let ours = ours().into_iter().filter(|(name, value)| {
+            self.parameters.get(*name).is_some_and(|theirs| theirs != value)
+        });
         let ours = ours.map(|(name, value)| (name.to_owned(), value)).collect();
         set(qmp, wanted, ours)
     }
@@ -156,7 +161,9 @@ fn parameters(qmp: &mut Qmp) -> Result<Map<String, Value>> {
     let all = qmp.execute("query-migrate-parameters", json!({}), Instant::now() + QMP_MAX)?;
     match all {
         Value::Object(all) => Ok(all),
-        other => Err(Error::Guest(format!("QEMU's migration parameters are not understood: {other}"))),
+        other => {
+            Err(Error::Guest(format!("QEMU's migration parameters are not understood: {other}")))
+        }
     }
 }
 
@@ -196,7 +203,8 @@ mod tests {
         }
         let mut qemu = TestQemu::start(&["-machine", "none"]);
         let (_, parameters) = all(&mut qemu);
-        let unknown: Vec<_> = parameters.as_object().unwrap().keys().filter(|name| !known(name)).collect();
+        let unknown: Vec<_> =
+            parameters.as_object().unwrap().keys().filter(|name| !known(name)).collect();
         assert!(unknown.is_empty(), "of QEMU {}: {unknown:?}", qemu.qmp.version());
     }
 
@@ -210,7 +218,9 @@ mod tests {
             "tls-creds": "creds0", "tls-hostname": "host", "tls-authz": "authz0", "mode": "cpr-reboot",
             "zero-page-detection": "none", "direct-io": true,
         });
-        assert!(ours().iter().all(|(name, value)| left.get(name).is_some_and(|other| other != value)));
+        assert!(
+            ours().iter().all(|(name, value)| left.get(name).is_some_and(|other| other != value))
+        );
         let left: Map<_, _> = left
             .as_object()
             .unwrap()

@@ -66,7 +66,8 @@ pub(super) fn disarm(pid: u32, uffd: OwnedFd, ranges: Vec<TrackedRange>, patienc
 
 fn end(id: u64) {
     let mut state = under_way();
-    let ended = state.0.iter().position(|disarming| disarming.id == id).map(|at| state.0.remove(at));
+    let ended =
+        state.0.iter().position(|disarming| disarming.id == id).map(|at| state.0.remove(at));
     drop(state);
     ENDED.notify_all();
     ended.into_iter().flat_map(|disarming| disarming.after).for_each(|after| after());

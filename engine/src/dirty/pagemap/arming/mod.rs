@@ -1,7 +1,8 @@
 //! Protects a process' memory against writes and lets it go again, in short calls.
 //!
-//! One call over all of it keeps the process' other threads from mapping memory, and KVM from filling its tables, for
-//! tens of milliseconds a GiB. So each call covers a window, and the next comes after a pause as long as the call took.
+//! One call over all of it keeps the process' other threads from mapping memory, and KVM from
+//! filling its tables, for tens of milliseconds a GiB. So each call covers a window, and the next
+//! comes after a pause as long as the call took.
 //!
 //! ```text
 //!   arm       UFFDIO_REGISTER                 UFFDIO_WRITEPROTECT | UFFDIO_WRITEPROTECT | ...
@@ -12,8 +13,9 @@
 //! must not be cut short; what is not done after `DISARM_WAIT_MAX` goes on in the background.
 //! Whoever arms the same process meanwhile waits for it, watched.
 //!
-//! Closing the descriptor does all that is left in one call. So the last descriptor is never closed on armed memory of a
-//! process that lives: whoever outlives the supervisor holds one more ([`disarm`]).
+//! Closing the descriptor does all that is left in one call. So the last descriptor is never closed
+//! on armed memory of a process that lives: whoever outlives the supervisor holds one more
+//! ([`disarm`]).
 
 pub mod background;
 
@@ -26,11 +28,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// What one call should take: far less than a guest's timer tick, and enough that the call itself does not show.
+/// What one call should take: far less than a guest's timer tick, and enough that the call itself
+/// does not show.
 const CALL_TARGET: Duration = Duration::from_millis(1);
 /// The first window, some half a millisecond on full memory here.
 const WINDOW_BYTES_FIRST: u64 = 16 << 20;
-/// A call over less gains nothing: waking up whoever waits takes longer, and a terabyte is a hundred thousand calls.
+/// A call over less gains nothing: waking up whoever waits takes longer, and a terabyte is a
+/// hundred thousand calls.
 const WINDOW_BYTES_MIN: u64 = 8 << 20;
 /// Sparse memory is walked fast; without a bound one slow stretch behind it would be one long call.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
@@ -65,13 +69,15 @@ impl Windows {
     }
 }
 
-/// Of this thread: a call that waited for a processor, or for whoever was let in, has not held anybody up for so long.
+/// Of this thread: a call that waited for a processor, or for whoever was let in, has not held
+/// anybody up for so long.
 fn processor_time() -> Duration {
     let now = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
 }
 
-/// Calls `call` with one window after the other, of all ranges, and leaves the process alone in between.
+/// Calls `call` with one window after the other, of all ranges, and leaves the process alone in
+/// between.
 fn in_windows<E>(
     ranges: &[TrackedRange],
     mut call: impl FnMut(abi::UffdioRange) -> Result<(), E>,
@@ -104,8 +110,8 @@ pub(super) struct Armed {
 }
 
 impl Armed {
-    /// Arms the memory of process `pid`, through a userfaultfd of its own that is enabled. What was armed when it fails is
-    /// disarmed again. Asks the watch ahead of each call.
+    /// Arms the memory of process `pid`, through a userfaultfd of its own that is enabled. What was
+    /// armed when it fails is disarmed again. Asks the watch ahead of each call.
     pub(super) fn new(
         uffd: OwnedFd,
         pid: u32,
@@ -113,8 +119,12 @@ impl Armed {
         watch: &mut Watch<'_>,
     ) -> Result<Self> {
         background::wait(pid, watch)?;
-        let mut armed =
-            Self { pid, uffd: None, ranges: Vec::with_capacity(ranges.len()), while_armed: Arc::new(()) };
+        let mut armed = Self {
+            pid,
+            uffd: None,
+            ranges: Vec::with_capacity(ranges.len()),
+            while_armed: Arc::new(()),
+        };
         let uffd = &*armed.uffd.insert(uffd);
         for range in ranges {
             register(uffd.as_fd(), pid, range)?;
@@ -124,9 +134,11 @@ impl Armed {
             watch()?;
             let at = range.start;
             let mut arm = abi::UffdioWriteprotect { range, mode: abi::UFFDIO_WRITEPROTECT_MODE_WP };
-            ioctl(uffd.as_fd(), abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop).map_err(|errno| match errno {
-                Errno::SRCH => Error::Guest(format!("process {pid} died")),
-                e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
+            ioctl(uffd.as_fd(), abi::UFFDIO_WRITEPROTECT, &mut arm).map(drop).map_err(|errno| {
+                match errno {
+                    Errno::SRCH => Error::Guest(format!("process {pid} died")),
+                    e => Error::os(format!("UFFDIO_WRITEPROTECT at {at:#x} in process {pid}"), e),
+                }
             })
         })?;
         Ok(armed)
@@ -146,8 +158,9 @@ impl Drop for Armed {
     }
 }
 
-/// Lets armed memory go in windows, so that closing the descriptor has nothing left to do. Goes on with the next range at
-/// the first window that cannot be let go: the process has ended, or has unmapped it (a DIMM was unplugged).
+/// Lets armed memory go in windows, so that closing the descriptor has nothing left to do. Goes on
+/// with the next range at the first window that cannot be let go: the process has ended, or has
+/// unmapped it (a DIMM was unplugged).
 pub fn disarm(uffd: BorrowedFd<'_>, ranges: &[TrackedRange]) {
     for range in ranges {
         let ended = in_windows(std::slice::from_ref(range), |mut window| {
@@ -221,7 +234,8 @@ mod tests {
         .unwrap();
         assert_eq!(calls.iter().map(|(_, len)| len).sum::<u64>(), (100 << 20) + 4096);
         assert!(calls.len() > 2, "{calls:?}");
-        let follows = |pair: &[(u64, u64)]| pair[0].0 + pair[0].1 == pair[1].0 || pair[1].0 == 1 << 40;
+        let follows =
+            |pair: &[(u64, u64)]| pair[0].0 + pair[0].1 == pair[1].0 || pair[1].0 == 1 << 40;
         assert!(calls.windows(2).all(follows), "{calls:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! The types that a guest may be made of, and what is known of each.
 //!
-//! Made from what QEMU 10.0 knows, by how each family gets at guest memory. Another QEMU may know more: a test
-//! names every type of the QEMU at hand that nobody has decided about.
+//! Made from what QEMU 10.0 knows, by how each family gets at guest memory. Another QEMU may know
+//! more: a test names every type of the QEMU at hand that nobody has decided about.
 
 /// Of what kind a part of a guest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -67,7 +67,8 @@ const OTHER_PROCESS: &str = "another process writes guest memory through a mappi
 const HARDWARE: &str = "hardware writes guest memory by DMA";
 const RENDERER: &str = "its renderer may hand guest memory to the graphics card";
 const ENCRYPTED: &str = "its memory is encrypted, and cannot be read from outside";
-const NOT_EXAMINED: &str = "what the kernel and Xen's back ends write into shared pages was not examined";
+const NOT_EXAMINED: &str =
+    "what the kernel and Xen's back ends write into shared pages was not examined";
 
 /// Devices whose writes are not seen, by the beginning of their type.
 const UNSEEN: [(&str, &str); 20] = [
@@ -82,8 +83,8 @@ const UNSEEN: [(&str, &str); 20] = [
     ("vhost-scsi", "the kernel's target writes guest memory through pages that it pins"),
     ("vhost-user", OTHER_PROCESS),
     ("vhost-vdpa", HARDWARE),
-    // Files are read in worker threads, whose end `stop` does not wait for: QEMU refuses to migrate while a
-    // share is mounted, but the guest may mount and unmount it while it is moved.
+    // Files are read in worker threads, whose end `stop` does not wait for: QEMU refuses to migrate
+    // while a share is mounted, but the guest may mount and unmount it while it is moved.
     ("virtio-9p", "QEMU does not wait for its reads of the host's files when the guest is stopped"),
     ("virtio-gpu-gl", RENDERER),
     ("virtio-gpu-rutabaga", RENDERER),
@@ -107,7 +108,8 @@ const UNSEEN_OBJECTS: [(&str, &str); 8] = [
     ("x-vfio-user", OTHER_PROCESS),
 ];
 
-/// The same of the network's back ends. [`netdevs_in`] makes `passt+vhost-user` of a `passt` that is one.
+/// The same of the network's back ends. [`netdevs_in`] makes `passt+vhost-user` of a `passt` that
+/// is one.
 const UNSEEN_NETDEVS: [(&str, &str); 3] =
     [("vhost-user", OTHER_PROCESS), ("vhost-vdpa", HARDWARE), ("passt+vhost-user", OTHER_PROCESS)];
 
@@ -124,8 +126,8 @@ const UNSEEN_DRIVERS: [(&str, &str); 6] = [
     ("virtio-blk-vhost-vdpa", HARDWARE),
 ];
 
-/// Virtio devices without the names of their transports. vhost-net and vhost-vsock are here because vhost
-/// in the kernel writes in QEMU's address space.
+/// Virtio devices without the names of their transports. vhost-net and vhost-vsock are here because
+/// vhost in the kernel writes in QEMU's address space.
 #[rustfmt::skip]
 const SEEN_VIRTIO: [&str; 23] = [
     "vhost-vsock", "virtconsole", "virtio-balloon", "virtio-blk", "virtio-crypto", "virtio-gpu",
@@ -183,8 +185,8 @@ const SEEN_OBJECTS: [&str; 40] = [
     "throttle-group", "tls-cipher-suites", "tls-creds-anon", "tls-creds-psk", "tls-creds-x509",
 ];
 
-/// The network's back ends that read packets into memory by system calls or copies. `passt+stream` is a `passt`
-/// without vhost-user.
+/// The network's back ends that read packets into memory by system calls or copies. `passt+stream`
+/// is a `passt` without vhost-user.
 #[rustfmt::skip]
 const SEEN_NETDEVS: [&str; 13] = [
     "af-xdp", "bridge", "dgram", "hubport", "l2tpv3", "netmap", "nic", "passt+stream", "socket",

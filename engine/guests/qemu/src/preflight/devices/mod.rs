@@ -1,10 +1,10 @@
 //! Who may write guest memory, and whether the tracking sees it.
 //!
-//! The tracking sees what is written through QEMU's own page tables: by vCPUs, QEMU's threads, and the kernel
-//! on behalf of them (vhost-net, `read(2)`). It is blind to everything else: hardware that writes by DMA,
-//! other processes that map the memory, the kernel through addresses of its own. So what a guest is made of
-//! is looked up in a list of what is known to write through the page tables. What is not in it is refused by
-//! name, and the operator may vouch for it.
+//! The tracking sees what is written through QEMU's own page tables: by vCPUs, QEMU's threads, and
+//! the kernel on behalf of them (vhost-net, `read(2)`). It is blind to everything else: hardware
+//! that writes by DMA, other processes that map the memory, the kernel through addresses of its
+//! own. So what a guest is made of is looked up in a list of what is known to write through the
+//! page tables. What is not in it is refused by name, and the operator may vouch for it.
 //!
 //! ```text
 //!   info qom-tree, qom-list-types      every device, also those that sit on no bus
@@ -73,19 +73,22 @@ impl Inventory {
         Ok(Self { parts })
     }
 
-    /// Fails, naming each part that the tracking may not see, unless the operator has vouched for it.
+    /// Fails, naming each part that the tracking may not see, unless the operator has vouched for
+    /// it.
     pub fn check(&self, vouched: &Vouched) -> Result<()> {
         check(&self.parts, vouched)
     }
 
-    /// Fails if anything but a disk was plugged in or out since `before` was read. (Disks come and go by
-    /// themselves, with a change of a medium or a snapshot; their drivers are looked at each time.)
+    /// Fails if anything but a disk was plugged in or out since `before` was read. (Disks come and
+    /// go by themselves, with a change of a medium or a snapshot; their drivers are looked at each
+    /// time.)
     pub fn check_unchanged_since(&self, before: &Self) -> Result<()> {
         let hardware = |all: &Self| -> HashSet<Part> {
             all.parts.iter().filter(|part| part.family != Family::BlockDriver).cloned().collect()
         };
         let (now, then) = (hardware(self), hardware(before));
-        let mut changes: Vec<String> = now.difference(&then).map(|part| format!("{part} came")).collect();
+        let mut changes: Vec<String> =
+            now.difference(&then).map(|part| format!("{part} came")).collect();
         changes.extend(then.difference(&now).map(|part| format!("{part} went")));
         changes.sort();
         if changes.is_empty() { Ok(()) } else { Err(changed(&changes.join(", "))) }
@@ -97,8 +100,8 @@ pub fn check_block_drivers(nodes: &Value, vouched: &Vouched) -> Result<()> {
     check(&block_drivers_in(nodes).collect::<Vec<_>>(), vouched)
 }
 
-/// Fails if a device was unplugged since that was asked last and before QEMU's last answer. Who plugs a device in and out again between
-/// two looks at the list of devices leaves no other trace.
+/// Fails if a device was unplugged since that was asked last and before QEMU's last answer. Who
+/// plugs a device in and out again between two looks at the list of devices leaves no other trace.
 pub fn check_none_unplugged(qmp: &mut Qmp) -> Result<()> {
     match unplugged(qmp)? {
         Some(name) => Err(changed(&format!("{name} was unplugged"))),
@@ -142,7 +145,9 @@ fn check(parts: &[Part], vouched: &Vouched) -> Result<()> {
             Verdict::Unknown => (&mut unknown, part.to_string()),
         };
         if vouched.devices.contains(&part.kind) {
-            tracing::warn!("moved on the operator's word although its writes may not be seen: {text}");
+            tracing::warn!(
+                "moved on the operator's word although its writes may not be seen: {text}"
+            );
             continue;
         }
         list.push(text);
@@ -182,10 +187,9 @@ fn check(parts: &[Part], vouched: &Vouched) -> Result<()> {
 pub(super) fn monitor(qmp: &mut Qmp, command: &str, deadline: Instant) -> Result<String> {
     let arguments = json!({ "command-line": command });
     let answer = qmp.execute("human-monitor-command", arguments, deadline)?;
-    answer
-        .as_str()
-        .map(str::to_owned)
-        .ok_or_else(|| Error::Guest(format!("QEMU answered `{command}` with something else than a text")))
+    answer.as_str().map(str::to_owned).ok_or_else(|| {
+        Error::Guest(format!("QEMU answered `{command}` with something else than a text"))
+    })
 }
 
 /// The user-created objects: id and type.
@@ -234,8 +238,8 @@ fn devices_in(tree: &str, types: &HashSet<&str>) -> Vec<Part> {
     parts
 }
 
-/// Lines of `info network` look like ` \ net0: index=0,type=tap,ifname=...`. Headings, filters (which are
-/// objects) and ports without a peer have no type.
+/// Lines of `info network` look like ` \ net0: index=0,type=tap,ifname=...`. Headings, filters
+/// (which are objects) and ports without a peer have no type.
 fn netdevs_in(text: &str) -> Vec<Part> {
     let netdev = |line: &str| {
         let (name, rest) = line.trim_start_matches([' ', '\\']).split_once(": index=")?;

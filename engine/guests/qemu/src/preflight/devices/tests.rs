@@ -37,17 +37,27 @@ fn families_that_write_past_the_page_tables_are_not_let_through() {
     ] {
         assert!(unseen(Family::Device, kind), "{kind}");
     }
-    for kind in
-        ["cryptodev-vhost-user", "sev-snp-guest", "tdx-guest", "x-vfio-user-server", "x-remote-object"]
-    {
+    for kind in [
+        "cryptodev-vhost-user",
+        "sev-snp-guest",
+        "tdx-guest",
+        "x-vfio-user-server",
+        "x-remote-object",
+    ] {
         assert!(unseen(Family::Object, kind), "{kind}");
     }
-    for kind in ["nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"] {
+    for kind in
+        ["nvme", "io_uring", "nvme-io_uring", "virtio-blk-vfio-pci", "virtio-blk-vhost-vdpa"]
+    {
         assert!(unseen(Family::BlockDriver, kind), "{kind}");
     }
-    for kind in
-        ["virtio-net-pci", "virtio-blk-pci-non-transitional", "max-x86_64-cpu", "e1000e", "vhost-vsock-pci"]
-    {
+    for kind in [
+        "virtio-net-pci",
+        "virtio-blk-pci-non-transitional",
+        "max-x86_64-cpu",
+        "e1000e",
+        "vhost-vsock-pci",
+    ] {
         assert_eq!(device(kind), Verdict::Seen, "{kind}");
     }
     for kind in ["of-tomorrow", "virtio-of-tomorrow-pci", ""] {
@@ -63,11 +73,15 @@ fn families_that_write_past_the_page_tables_are_not_let_through() {
 
 #[test]
 fn devices_are_found_at_any_depth_and_the_inner_half_of_a_named_one_is_left_out() {
-    let types = ["vhost-user-fs-pci", "vhost-user-fs-device", "vfio-pci", "q35-pcihost", "tomorrow"];
+    let types =
+        ["vhost-user-fs-pci", "vhost-user-fs-device", "vfio-pci", "q35-pcihost", "tomorrow"];
     let text = "/machine (pc-q35-10.0-machine)\n  /peripheral (container)\n    /fs (vhost-user-fs-pci)\n      \
         /virtio-backend (vhost-user-fs-device)\n      /x[0] (memory-region)\n  /peripheral-anon (container)\n    \
         /device[0] (vfio-pci)\n  /q35 (q35-pcihost)\n    /a (b) (tomorrow)\n";
-    assert_eq!(tree(text, &types), ["vhost-user-fs-pci (fs)", "vfio-pci", "q35-pcihost", "tomorrow"]);
+    assert_eq!(
+        tree(text, &types),
+        ["vhost-user-fs-pci (fs)", "vfio-pci", "q35-pcihost", "tomorrow"]
+    );
     assert_eq!(tree("", &types), Vec::<String>::new());
     assert_eq!(tree("nonsense\n(\n/ ()\n", &types), Vec::<String>::new());
 }
@@ -127,7 +141,9 @@ fn a_device_that_came_or_went_is_a_change_and_a_disk_is_not() {
     let of = |parts: &[Part]| Inventory { parts: parts.to_vec() };
     let before = of(&[part(Family::Device, "e1000"), part(Family::BlockDriver, "file")]);
     assert!(of(&[part(Family::Device, "e1000")]).check_unchanged_since(&before).is_ok());
-    for after in [of(&[]), of(&[part(Family::Device, "e1000e")]), of(&[part(Family::Netdev, "e1000")])] {
+    for after in
+        [of(&[]), of(&[part(Family::Device, "e1000e")]), of(&[part(Family::Netdev, "e1000")])]
+    {
         let text = after.check_unchanged_since(&before).unwrap_err().to_string();
         assert!(text.contains("e1000 (x) went"), "{text}");
     }
@@ -135,7 +151,10 @@ fn a_device_that_came_or_went_is_a_change_and_a_disk_is_not() {
 
 /// The words of a QEMU's list that it prints for `-WHAT help`.
 fn listed(what: &str) -> Vec<String> {
-    let out = Command::new("qemu-system-x86_64").args([what, "help"]).output().expect("run scripts/setup");
+    let out = Command::new("qemu-system-x86_64")
+        .args([what, "help"])
+        .output()
+        .expect("run scripts/setup");
     let text = String::from_utf8(out.stdout).unwrap();
     let words = text.lines().filter(|line| !line.ends_with(':')).map(|line| line.trim().to_owned());
     words.filter(|word| !word.is_empty()).collect()
@@ -146,16 +165,20 @@ fn every_type_that_this_qemu_knows_has_been_decided_about() {
     let mut qemu = TestQemu::start(&["-m", "16"]);
     let types = json!({ "implements": "device", "abstract": false });
     let types = qemu.qmp.execute("qom-list-types", types, TestQemu::soon()).unwrap();
-    let devices: Vec<_> = types.as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
+    let devices: Vec<_> =
+        types.as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
     assert!(devices.len() > 200, "{devices:?}");
-    let undecided: Vec<_> = devices.iter().filter(|kind| device(kind) == Verdict::Unknown).collect();
+    let undecided: Vec<_> =
+        devices.iter().filter(|kind| device(kind) == Verdict::Unknown).collect();
     assert!(undecided.is_empty(), "devices that nobody has decided about: {undecided:?}");
     for (family, what, least) in [(Family::Netdev, "-netdev", 5), (Family::Object, "-object", 20)] {
         let kinds = listed(what);
         assert!(kinds.len() >= least, "{kinds:?}");
         // A passt is told apart by what it says later.
-        let undecided: Vec<_> =
-            kinds.iter().filter(|k| judge(family, k) == Verdict::Unknown && *k != "passt").collect();
+        let undecided: Vec<_> = kinds
+            .iter()
+            .filter(|k| judge(family, k) == Verdict::Unknown && *k != "passt")
+            .collect();
         assert!(undecided.is_empty(), "{what}: nobody has decided about {undecided:?}");
     }
 }
@@ -166,12 +189,15 @@ fn every_block_driver_that_this_qemu_knows_has_been_decided_about() {
     let schema = qemu.qmp.execute("query-qmp-schema", Value::Null, TestQemu::soon()).unwrap();
     let drivers = block_drivers_of(&schema);
     assert!(drivers.len() > 20, "{drivers:?}");
-    let undecided: Vec<_> =
-        drivers.iter().filter(|kind| judge(Family::BlockDriver, kind) == Verdict::Unknown).collect();
+    let undecided: Vec<_> = drivers
+        .iter()
+        .filter(|kind| judge(Family::BlockDriver, kind) == Verdict::Unknown)
+        .collect();
     assert!(undecided.is_empty(), "block drivers that nobody has decided about: {undecided:?}");
 }
 
-/// The values of `driver` in the arguments of `blockdev-add`. The schema hides names of types behind numbers.
+/// The values of `driver` in the arguments of `blockdev-add`. The schema hides names of types
+/// behind numbers.
 fn block_drivers_of(schema: &Value) -> Vec<String> {
     let entry = |name: &str| schema.as_array().unwrap().iter().find(|e| e["name"] == name).unwrap();
     let member = |of: &Value, name: &str| {
@@ -185,8 +211,16 @@ fn block_drivers_of(schema: &Value) -> Vec<String> {
 
 #[test]
 fn a_real_guest_has_an_inventory_that_is_seen_and_changes_when_something_is_plugged() {
-    let mut qemu =
-        TestQemu::start(&["-m", "64", "-machine", "q35", "-vga", "std", "-device", "pcie-root-port,id=rp0"]);
+    let mut qemu = TestQemu::start(&[
+        "-m",
+        "64",
+        "-machine",
+        "q35",
+        "-vga",
+        "std",
+        "-device",
+        "pcie-root-port,id=rp0",
+    ]);
     let deadline = TestQemu::soon();
     let read = |qmp: &mut Qmp| {
         let nodes = block_nodes(qmp, deadline).unwrap();
