@@ -62,7 +62,8 @@ fn a_guest_moves_over_a_local_socket_that_is_its_users_alone() {
     assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
     let ended = migrate(&stage, &to);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
-    assert!(ended.stderr.contains("a local socket"), "{}", ended.stderr);
+    // In the report: a quick move is over before the client has asked how it goes.
+    assert!(ended.stdout.contains("a local socket"), "{}", ended.stdout);
     destination.wait_guest_runs();
     drop(source);
 }
