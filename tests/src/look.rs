@@ -14,17 +14,20 @@ const ONE_LOOK: Duration = Duration::from_secs(3);
 /// Whether the process runs (a zombie does not).
 #[must_use]
 pub fn alive(pid: u32) -> bool {
-    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
-    let state = stat
-        .rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
     // A process whose first thread has ended looks like a zombie while others are still ending.
     let threads = || fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
-    match state.as_deref() {
+    match process_state(pid) {
         None => false,
-        Some("Z" | "X") => threads() > 1,
+        Some('Z' | 'X') => threads() > 1,
         Some(_) => true,
     }
+}
+
+/// The letter of a process' state (proc_pid_stat(5)): `T` is stopped by a signal.
+#[must_use]
+pub fn process_state(pid: u32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// Waits for the end of a process.

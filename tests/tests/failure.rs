@@ -574,6 +574,30 @@ fn a_guardian_ends_the_qemu_of_a_guest_that_has_moved() {
     let _again = pair.stage.run("src", BARE, "");
 }
 
+/// The kernel sends SIGHUP and SIGCONT to a process group that becomes orphaned while a member is
+/// stopped.
+#[test]
+fn a_guardian_that_is_stopped_when_its_supervisor_dies_acts_once_it_goes_on() {
+    let mut pair = Pair::new("switchover");
+    let moving = pair.held_at("switchover");
+    assert_eq!(pair.look(), (false, false), "it is paused for the switchover");
+    let guardians = pair.source.guardians();
+    assert_eq!(guardians.len(), 1);
+    look::signal(guardians[0], Signal::STOP);
+    eventually("the guardian is stopped", SOON, || {
+        (look::process_state(guardians[0]) == Some('T')).then_some(())
+    });
+    pair.strike(KillSourceSupervisor);
+    // The kernel's come only where no parent in the session is left, as that of a subreaper.
+    look::signal(guardians[0], Signal::HUP);
+    look::signal(guardians[0], Signal::CONT);
+    assert_eq!(moving.end(SOON).status, Some(3));
+    eventually("the guest runs again", SOON, || (pair.look() == (true, false)).then_some(()));
+    pair.check_source_is_as_before();
+    pair.check_copy_is_gone();
+    pair.second_attempt();
+}
+
 /// The guest runs again at the source, and its memory is not disarmed yet.
 #[test]
 fn a_guardian_disarms_the_memory_of_a_guest_that_was_taken_back() {

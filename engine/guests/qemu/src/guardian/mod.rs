@@ -34,11 +34,12 @@ use pageferry_engine::notice::say;
 use pageferry_transport::{Access, MemoryRegion, sealed_memfd};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use rustix::fs::MemfdFlags;
+use rustix::io::retry_on_intr;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
@@ -284,11 +285,14 @@ pub fn main(args: &GuardianArgs, ready: impl FnOnce() -> Result<()>) -> Result<(
         .map_err(|e| Error::os("opening the shared memory", e))?;
     let shared = MemoryRegion::map_shared(file.as_fd(), 0, SHARED_BYTES, Access::Read)?;
     let pidfd = inherited_pidfd(args)?;
+    // The kernel sends SIGHUP to a process group that becomes orphaned while a member is stopped:
+    // a guardian that was stopped when its supervisor died would end without acting.
+    signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::default())
+        .map_err(|e| Error::os("handling SIGHUP", e))?;
     ready()?;
 
     // Nothing is ever written: this returns when the supervisor is gone.
-    let mut end = [0; 1];
-    let _ = std::io::stdin().read(&mut end);
+    let _ = retry_on_intr(|| rustix::io::read(std::io::stdin(), &mut [0; 1]));
 
     let mut bytes = [0; 2];
     shared.read(FLAG_AT, &mut bytes)?;
