@@ -451,6 +451,7 @@ impl Injector {
 
 #[test]
 #[ignore = "the process that other tests start and kill"]
+#[allow(clippy::disallowed_methods, reason = "the test beside it reads its stderr")]
 fn injector() {
     // Whoever runs all that is ignored has no process for it.
     let Ok(pid) = std::env::var("PAGEFERRY_TEST_PID") else { return };
