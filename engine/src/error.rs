@@ -28,12 +28,14 @@ pub enum Error {
     /// the transport.
     #[error(transparent)]
     LocalTransport(pageferry_transport::Error),
-    /// QEMU refused a command.
-    #[error("QEMU refused {command}: {reason}")]
-    Qmp {
-        /// The QMP command.
+    /// The VMM refused a command.
+    #[error("{vmm} refused {command}: {reason}")]
+    VmmRefused {
+        /// The VMM's name.
+        vmm: &'static str,
+        /// The command, in the VMM's own language.
         command: String,
-        /// QEMU's own words.
+        /// The VMM's words.
         reason: String,
     },
     /// The guest, or the process that runs it, is in a state that the migration cannot go on from.
@@ -43,9 +45,9 @@ pub enum Error {
     #[error(
         "the memory of this host is broken: pages of the guest cannot be read any more: {}; what they held is lost, here and \
          elsewhere: `migrate --poisoned zero` moves the guest with zeros in their place",
-        crate::memory::lost::name(.0)
+        crate::memory::lost_page::name(.0)
     )]
-    Poisoned(Vec<crate::memory::lost::LostPage>),
+    Poisoned(Vec<crate::memory::lost_page::LostPage>),
     /// A wait ended at its deadline.
     #[error("timed out while {what}")]
     Timeout {
@@ -106,18 +108,6 @@ impl Error {
         Self::Os { what: what.into(), source: source.into() }
     }
 
-    /// What the peer must know of it.
-    #[must_use]
-    pub fn cause(&self) -> crate::protocol::Cause {
-        use crate::protocol::Cause;
-        match self {
-            Self::Refused(_) => Cause::Refused,
-            Self::Busy(_) => Cause::Busy,
-            Self::Transport(_) | Self::LocalTransport(_) => Cause::Lanes,
-            _ => Cause::Failed,
-        }
-    }
-
     /// The whole chain of causes on one line, for reports, for the operator and for the peer.
     /// Whatever words of a peer, a guest or QEMU are in it: it is cut and escaped.
     #[must_use]
@@ -161,7 +151,7 @@ mod tests {
             Error::Refused(theirs()),
             Error::Guest(theirs()),
             Error::Protocol(theirs()),
-            Error::Qmp { command: "cont".into(), reason: theirs() },
+            Error::VmmRefused { vmm: "a VMM", command: "cont".into(), reason: theirs() },
             Error::PeerAborted { side: "source", reason: theirs(), lanes: false },
             Error::os("reading", io::Error::other(theirs())),
         ] {

@@ -198,12 +198,7 @@ fn a_destination_that_differs() {
     for (index, (qemu, texts)) in differing.iter().enumerate() {
         let destination = stage.receive(&format!("dst{index}"), qemu, "");
         let before = destination.qemu();
-        move_refused(
-            &stage,
-            destination.address(),
-            &[],
-            &[texts[0], texts[1], "same QEMU options"],
-        );
+        move_refused(&stage, destination.address(), &[], &[texts[0], texts[1], "same options"]);
         destination.wait_state(State::Waiting);
         assert_eq!(destination.qemu(), before, "its QEMU was not touched");
     }

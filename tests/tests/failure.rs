@@ -8,7 +8,7 @@
 
 use pageferry::supervisor::api::State;
 use pageferry::supervisor::claim::RuntimeDir;
-use pageferry::supervisor::doubt::Doubt;
+use pageferry::supervisor::record::Doubt;
 use pageferry_tests::look::{self, descriptors, tracked_mappings, wait_gone};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::{BARE, Ended, Running, Stage, Supervisor};

@@ -18,10 +18,7 @@ pub(crate) fn check_guest(hello: &Hello, guest: &mut dyn DestinationGuest) -> Re
         let theirs = text::reason(&theirs.to_string());
         Err(Error::Refused(format!("the guest has {what} {theirs}, this receiver {ours}: {fix}")))
     };
-    let fix = match ours.monitor.as_str() {
-        "qemu" => "start `pageferry receive` with the same QEMU options as the source",
-        _ => "start the receiver with the same memory and vCPUs as the source",
-    };
+    let fix = "start the receiver with the same options as the source";
     if theirs.monitor != ours.monitor {
         return differ(
             "the monitor",

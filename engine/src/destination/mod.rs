@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
 use crate::limits::SETUP_MAX;
 use crate::net::choice::{LinkChoice, check_lanes};
-use crate::protocol::{Cause, DestinationPhase, Message};
+use crate::protocol::{Cause, DestinationPhase, Message, refusal};
 use crate::watch::Watch;
 use pageferry_transport::preamble::{LANES_MAX, Token};
 use std::collections::VecDeque;
@@ -150,8 +150,11 @@ impl Receiver {
                 self.listener
                     .say_of_stranger(&format!("no session with {peer}: {}", error.chain()));
                 // Nothing was touched; but where it was lanes, others may do.
-                let cause =
-                    if error.cause() == Cause::Lanes { Cause::Lanes } else { Cause::Refused };
+                let cause = if refusal::cause(&error) == Cause::Lanes {
+                    Cause::Lanes
+                } else {
+                    Cause::Refused
+                };
                 control.abort(&error.chain(), cause, clock::now() + SETUP_MAX);
                 return Served::Nothing;
             }

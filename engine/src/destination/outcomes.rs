@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::guest::DestinationGuest;
 use crate::limits::SETUP_MAX;
 use crate::notice::say;
-use crate::protocol::{Cause, Control, Message, Running};
+use crate::protocol::{Cause, Control, Message, Running, refusal};
 use pageferry_transport::preamble::Token;
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,7 @@ impl Receiver {
                 self.discarded.push_front(token);
                 self.discarded.truncate(DISCARDED_MAX);
                 // A refusal says that nothing was touched, and here something was.
-                let cause = match error.cause() {
+                let cause = match refusal::cause(&error) {
                     Cause::Refused | Cause::Busy => Cause::Failed,
                     cause => cause,
                 };

@@ -4,7 +4,7 @@ use crate::dirty::DirtySource;
 use crate::error::Result;
 use crate::guest::{FixedCosts, GuestDescription, Liveness, Vouched};
 use crate::memory::GuestMemory;
-use crate::memory::lost::LostPage;
+use crate::memory::lost_page::LostPage;
 use crate::watch::Watch;
 use std::sync::Arc;
 

@@ -7,6 +7,7 @@ mod extents;
 pub mod file;
 pub mod holes;
 pub mod lost;
+pub mod lost_page;
 pub mod opened;
 pub mod page;
 pub mod prefault;

@@ -1,7 +1,18 @@
-//! What a message that ends a session means, as an error.
+//! What a message that ends a session means as an error, and an error as such a message.
 
 use crate::error::Error;
 use crate::protocol::{Abort, Cause, Message};
+
+/// What the peer must know of an error.
+#[must_use]
+pub fn cause(error: &Error) -> Cause {
+    match error {
+        Error::Refused(_) => Cause::Refused,
+        Error::Busy(_) => Cause::Busy,
+        Error::Transport(_) | Error::LocalTransport(_) => Cause::Lanes,
+        _ => Cause::Failed,
+    }
+}
 
 /// The error for a destination's Abort.
 #[must_use]

@@ -4,7 +4,7 @@ pub mod hold;
 pub mod progress;
 pub mod stage;
 
-use crate::memory::lost::LostPage;
+use crate::memory::lost_page::LostPage;
 use serde::{Deserialize, Serialize};
 
 /// How it ended.

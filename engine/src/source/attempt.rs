@@ -5,11 +5,10 @@ use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
 use crate::limits::SETUP_MAX;
 use crate::memory::holes::Witness;
-use crate::memory::lost;
-use crate::memory::lost::LostPage;
+use crate::memory::lost_page::{self, LostPage};
 use crate::net::address::check_exposure;
 use crate::net::{Address, Network};
-use crate::protocol::refusal::aborted;
+use crate::protocol::refusal::{self, aborted};
 use crate::protocol::{Control, Hello, Message, SourceEvent, SourcePhase};
 use crate::report::progress::Monitor;
 use crate::report::stage::Stage;
@@ -66,7 +65,7 @@ pub(super) fn attempt(
         }
         report.reason = Some(error.chain());
         report.refused = matches!(error, Error::Refused(_) | Error::Busy(_));
-        let lanes_broke = error.cause() == crate::protocol::Cause::Lanes
+        let lanes_broke = refusal::cause(&error) == crate::protocol::Cause::Lanes
             || matches!(error, Error::PeerAborted { lanes: true, .. });
         if matches!(error, Error::Busy(_)) {
             end = End::Busy;
@@ -95,7 +94,7 @@ fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
     let mut pages = guest.memory().lost_pages();
     if !pages.is_empty() {
         guest.name_guest_physical(&mut pages);
-        tracing::warn!("the hardware lost pages of the guest: {}", lost::name(&pages));
+        tracing::warn!("the hardware lost pages of the guest: {}", lost_page::name(&pages));
     }
     pages
 }
@@ -164,7 +163,7 @@ fn run(
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
     {
-        control.abort(&error.chain(), error.cause(), clock::now() + SETUP_MAX);
+        control.abort(&error.chain(), refusal::cause(&error), clock::now() + SETUP_MAX);
     }
     result
 }

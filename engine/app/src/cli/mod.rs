@@ -190,7 +190,7 @@ fn supervise(name: &str) -> Result<(Claim, Shared, Inbox)> {
 
 /// A guest of this name that lost its supervisor must not lose its record too.
 fn refuse_left_behind(runtime: &RuntimeDir, name: &str) -> Result<()> {
-    match runtime.record(name).filter(crate::supervisor::claim::Record::alive) {
+    match runtime.record(name).filter(crate::supervisor::record::Record::alive) {
         Some(record) => Err(Error::refused(format!(
             "a guest named {name} runs without a supervisor (QEMU pid {}): attach it with `pageferry attach {name}`, or choose another name",
             record.pid

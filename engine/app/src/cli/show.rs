@@ -49,7 +49,7 @@ pub fn summary(report: &MigrationReport) -> String {
     if !report.lost_pages.is_empty() {
         text += &format!(
             "  the hardware of the source lost pages of the guest, which are zeros now where they had to be sent: {}\n",
-            pageferry_engine::memory::lost::name(&report.lost_pages)
+            pageferry_engine::memory::lost_page::name(&report.lost_pages)
         );
     }
     for round in &report.rounds {

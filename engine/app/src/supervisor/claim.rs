@@ -9,17 +9,13 @@
 //!   NAME.ahead  the same record as it will be once a migration's Commit is sent (see `doubt.rs`)
 //! ```
 
-use super::doubt::{self, Doubt};
+use crate::supervisor::record::{RUNTIME_DIR_VARIABLE, Record, cannot_write};
 use pageferry_engine::error::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-
-/// Overrides where the directory is.
-pub const RUNTIME_DIR_VARIABLE: &str = "PAGEFERRY_RUNTIME_DIR";
 
 /// A name must leave room in a socket's path and be harmless in a shell.
 const NAME_BYTES_MAX: usize = 48;
@@ -29,21 +25,6 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// The directory.
 #[derive(Debug, Clone)]
 pub struct RuntimeDir(PathBuf);
-
-/// Where a guest can be found after its supervisor's death.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// QEMU's process id.
-    pub pid: u32,
-    /// Start time of that process in clock ticks since boot, which tells it from a later process of
-    /// the same id.
-    pub started: u64,
-    /// Its QMP socket.
-    pub qmp: PathBuf,
-    /// What is to be asked about it, if it was sealed for a Commit that nobody has answered yet.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub doubt: Option<Doubt>,
-}
 
 /// A name held by this process.
 #[derive(Debug)]
@@ -171,37 +152,6 @@ impl RuntimeDir {
     }
 }
 
-impl Record {
-    /// A record of a live process.
-    pub fn of(pid: u32, qmp: &Path) -> Result<Self> {
-        let started =
-            start_time(pid).ok_or_else(|| Error::Guest(format!("process {pid} has ended")))?;
-        Ok(Self { pid, started, qmp: qmp.into(), doubt: None })
-    }
-
-    /// Whether that very process still lives.
-    #[must_use]
-    pub fn alive(&self) -> bool {
-        start_time(self.pid) == Some(self.started)
-    }
-
-    /// What is to be asked about the guest of this process, which is in hand and so lives.
-    #[must_use]
-    pub fn doubt_about(self, pid: u32) -> Option<Doubt> {
-        if self.pid == pid && self.alive() { self.doubt } else { None }
-    }
-}
-
-/// Field 22 of /proc/PID/stat, unless field 3 says that the process has ended: nobody may ever reap
-/// a QEMU whose supervisor died, as in a container without an init. Fields are counted after the
-/// command's closing parenthesis.
-fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    let ended = matches!(fields.next()?, "Z" | "X");
-    fields.nth(18)?.parse().ok().filter(|_| !ended)
-}
-
 impl Claim {
     /// The name.
     #[must_use]
@@ -217,7 +167,7 @@ impl Claim {
 
     /// Writes down where the guest is.
     pub fn remember(&self, record: &Record) -> Result<()> {
-        doubt::write(&self.path("json"), record)
+        record.write(&self.path("json"))
     }
 
     /// Leaves the record behind when the claim ends, as is the default.
@@ -243,24 +193,6 @@ impl Drop for Claim {
             let _ = std::fs::remove_file(self.path(extension));
         }
     }
-}
-
-/// What to say when the runtime directory takes no file.
-pub(super) fn cannot_write(path: &Path, e: &std::io::Error) -> Error {
-    let fix = match e.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::NOSPC | Errno::DQUOT) => {
-            format!(
-                "its file system is full: free some room, or set {RUNTIME_DIR_VARIABLE} to another directory"
-            )
-        }
-        Some(Errno::ROFS | Errno::ACCESS | Errno::PERM) => {
-            format!("set {RUNTIME_DIR_VARIABLE} to a directory that you can write")
-        }
-        _ => format!(
-            "see whether the runtime directory is as it should be, or set {RUNTIME_DIR_VARIABLE}"
-        ),
-    };
-    Error::refused(format!("cannot write {}: {e}; {fix}", path.display()))
 }
 
 /// Letters, digits, dot, dash and underscore.
@@ -360,27 +292,5 @@ mod tests {
             assert!(check_name(name).is_err(), "{name:?}");
         }
         assert!(check_name("db-1.prod_x").is_ok());
-    }
-
-    #[test]
-    fn a_process_that_nobody_reaps_is_not_alive() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let record = Record::of(child.id(), Path::new("/x")).unwrap();
-        assert!(record.alive());
-        child.kill().unwrap();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while record.alive() {
-            assert!(std::time::Instant::now() < deadline, "a zombie counts as alive");
-            std::thread::yield_now();
-        }
-        child.wait().unwrap();
-    }
-
-    #[test]
-    fn a_record_tells_a_process_from_a_later_one() {
-        let mut record = Record::of(std::process::id(), Path::new("/x")).unwrap();
-        assert!(record.alive());
-        record.started += 1;
-        assert!(!record.alive());
     }
 }

@@ -11,22 +11,13 @@
 //! guest's, and so that each supervisor that takes the guest up, of whatever version, either asks
 //! it or writes it away.
 
-use crate::supervisor::claim::{Claim, Record, cannot_write};
+use crate::supervisor::claim::Claim;
+use crate::supervisor::record::{Doubt, Record, cannot_write};
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::inquiry::{Keeper, Question};
-use serde::{Deserialize, Serialize};
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-
-/// What a later supervisor needs to ask on, and to put the guest right.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Doubt {
-    /// What is to be asked.
-    pub question: Question,
-    /// The monitor's settings as they were before the migration, in a form of its own.
-    pub settings: Option<serde_json::Value>,
-}
 
 /// The files of one name.
 #[derive(Debug, Clone)]
@@ -50,7 +41,7 @@ impl Files {
         self.remove_ahead()?;
         match self.record()? {
             Some(record) if record.doubt.is_some() => {
-                write(&self.json, &Record { doubt: None, ..record })
+                Record { doubt: None, ..record }.write(&self.json)
             }
             _ => Ok(()),
         }
@@ -82,13 +73,6 @@ impl Files {
     }
 }
 
-/// Replaces a record.
-pub(super) fn write(path: &std::path::Path, record: &Record) -> Result<()> {
-    let text = serde_json::to_vec(record)
-        .map_err(|e| Error::os("writing the guest's record", std::io::Error::other(e)))?;
-    pageferry_engine::host::private::write(path, &text).map_err(|e| cannot_write(path, &e))
-}
-
 /// Keeps the question of a migration with the record of its guest.
 #[derive(Debug)]
 pub struct RecordKeeper {
@@ -116,7 +100,7 @@ impl Keeper for RecordKeeper {
     fn write_ahead(&self, question: &Question) -> Result<()> {
         self.is_ahead.store(false, Ordering::Relaxed);
         let doubt = Doubt { question: question.clone(), settings: self.settings.clone() };
-        write(&self.files.ahead, &Record { doubt: Some(doubt), ..self.record.clone() })?;
+        Record { doubt: Some(doubt), ..self.record.clone() }.write(&self.files.ahead)?;
         self.is_ahead.store(true, Ordering::Relaxed);
         Ok(())
     }

@@ -2,10 +2,12 @@
 
 use super::api::{Answer, Order, Reply, State};
 use super::asking::Asking;
-use super::doubt::{Doubt, Files, RecordKeeper};
+use super::doubt::{Files, RecordKeeper};
+use super::record::Doubt;
 use super::{Inbox, Shared, say};
-use crate::supervisor::claim::{Claim, Record};
+use crate::supervisor::claim::Claim;
 use crate::supervisor::place::{Ended, RunningVm, Vmm};
+use crate::supervisor::record::Record;
 use crossbeam_channel::{Receiver, after, bounded, never, select};
 use pageferry_engine::error::Result;
 use pageferry_engine::inquiry;

@@ -14,6 +14,7 @@ pub mod doubt;
 pub mod hosting;
 pub mod place;
 pub mod receiving;
+pub mod record;
 
 pub use crate::output::say;
 use api::{Order, State, Status};

@@ -5,7 +5,8 @@
 //!   hosting:    RunningVm::guest is what migrates; the rest is its process, its end, and what the operator decides
 //! ```
 
-use crate::supervisor::claim::{Claim, Record};
+use crate::supervisor::claim::Claim;
+use crate::supervisor::record::Record;
 use crossbeam_channel::Receiver;
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};

@@ -1,8 +1,9 @@
 //! Guests of the built-in monitor, as their supervisor holds them: they live in its process and end
 //! with it.
 
-use crate::supervisor::claim::{Claim, Record};
+use crate::supervisor::claim::Claim;
 use crate::supervisor::place::{Ended, IncomingVm, RunningVm, VmFactory, Vmm};
+use crate::supervisor::record::Record;
 use crate::supervisor::spawn;
 use crate::vmm::console::OperatorConsole;
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded, never};

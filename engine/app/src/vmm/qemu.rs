@@ -1,9 +1,10 @@
 //! Guests in QEMU, as their supervisor holds them.
 
 use super::launch::launch;
-use crate::supervisor::claim::{Claim, Record};
-use crate::supervisor::doubt::Doubt;
+use crate::supervisor::claim::Claim;
 use crate::supervisor::place::{Ended, IncomingVm, RunningVm, VmFactory, Vmm};
+use crate::supervisor::record::Doubt;
+use crate::supervisor::record::Record;
 use crate::supervisor::{say, spawn};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry_engine::error::{Error, Result};

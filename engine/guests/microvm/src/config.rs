@@ -1,6 +1,5 @@
 //! What kind of machine is wanted.
 
-use crate::memory::HUGE_PAGE_BYTES;
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::memory::page::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
@@ -10,6 +9,9 @@ pub const MACHINE: &str = "pageferry-microvm-1";
 
 /// Most vCPUs of one machine.
 pub const VCPUS_MAX: u32 = 8;
+
+/// Size of a huge page.
+pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Least memory: what lies below 1 MiB is a PC's, and something must run.
 pub const MEMORY_BYTES_MIN: u64 = 2 << 20;

@@ -1,7 +1,7 @@
 //! The memory of a machine: its files, and its slots in KVM.
 
 use crate::boot::layout::layout;
-use crate::config::MachineConfig;
+use crate::config::{HUGE_PAGE_BYTES, MachineConfig};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use pageferry_engine::dirty::kvm::{KvmSlot, KvmSlots};
@@ -13,9 +13,6 @@ use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use std::fs::File;
 use std::sync::Arc;
-
-/// Size of a huge page.
-pub(crate) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// Memory files of the machine, mapped.
 pub(crate) fn allocate(config: &MachineConfig) -> Result<GuestMemory> {

@@ -16,7 +16,7 @@ use pageferry_engine::dirty::kvm::KickVcpus;
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
-use pageferry_engine::memory::lost::LostPage;
+use pageferry_engine::memory::lost_page::LostPage;
 use pageferry_engine::watch::Watch;
 use pageferry_transport::Access;
 use std::path::PathBuf;

@@ -248,7 +248,7 @@ impl QemuDestination {
         let deadline = Instant::now() + CONT_MAX;
         match self.qemu.qmp.execute("cont", json!({}), deadline) {
             Ok(_) => Ok(()),
-            Err(e @ Error::Qmp { .. }) => match self.qemu.is_running() {
+            Err(e @ Error::VmmRefused { .. }) => match self.qemu.is_running() {
                 Ok(false) => Err(e),
                 Ok(true) => Ok(()),
                 Err(doubt) => Err(Error::Unknown(doubt.chain())),

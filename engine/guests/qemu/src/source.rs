@@ -19,7 +19,7 @@ use pageferry_engine::guest::{
     FixedCosts, GuestDescription, Liveness, PLATFORM_BYTES_MAX, SourceGuest, Vouched,
 };
 use pageferry_engine::memory::GuestMemory;
-use pageferry_engine::memory::lost::LostPage;
+use pageferry_engine::memory::lost_page::LostPage;
 use pageferry_engine::watch::Watch;
 use rustix::fd::AsFd;
 use serde_json::{Value, json};
@@ -537,7 +537,7 @@ impl SourceGuest for QemuSource {
         match self.qemu.qmp.execute("query-balloon", json!({}), deadline) {
             Ok(_) => return Ok(true),
             // No balloon; its free page reporting goes with it.
-            Err(Error::Qmp { .. }) => {}
+            Err(Error::VmmRefused { .. }) => {}
             Err(e) => return Err(e),
         }
         let devices = self.qemu.qmp.execute("query-memory-devices", json!({}), deadline)?;

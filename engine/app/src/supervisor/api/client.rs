@@ -1,13 +1,9 @@
 //! A client of a supervisor.
 
-use crate::supervisor::api::words::{Reply, Request};
+use crate::supervisor::api::words::{CLIENT_MAX, Reply, Request};
 use pageferry_engine::error::{Error, Result};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
-
-/// A client has this long to say what it wants and to take each line.
-pub(crate) const CLIENT_MAX: Duration = Duration::from_secs(10);
 
 /// A client's side: a request, and the lines of its answer.
 #[derive(Debug)]
@@ -24,7 +20,7 @@ impl Client {
     ) -> Result<Self> {
         crate::supervisor::claim::check_name(name)?;
         let nobody = || {
-            let fix = match dir.record(name).filter(crate::supervisor::claim::Record::alive) {
+            let fix = match dir.record(name).filter(crate::supervisor::record::Record::alive) {
                 Some(record) => format!(
                     "its QEMU still runs (pid {}): attach it with `pageferry attach {name}`",
                     record.pid

@@ -1,7 +1,7 @@
 //! Takes orders for a guest through a socket.
 
 use crate::supervisor::Shared;
-use crate::supervisor::api::client::CLIENT_MAX;
+use crate::supervisor::api::words::CLIENT_MAX;
 use crate::supervisor::api::words::{
     Answer, PROGRESS_EVERY, REQUEST_BYTES_MAX, Reply, Request, State,
 };
@@ -50,7 +50,7 @@ pub fn serve(path: &Path, shared: Shared) -> Result<Receiver<Order>> {
     // The name is ours by its lock, so a socket that is still there is a dead supervisor's.
     let _ = std::fs::remove_file(path);
     let listener = pageferry_engine::host::private::listen(path)
-        .map_err(|e| crate::supervisor::claim::cannot_write(path, &e))?;
+        .map_err(|e| crate::supervisor::record::cannot_write(path, &e))?;
     let (sender, orders) = bounded(ORDERS_MAX);
     // One migration at a time: its monitor, for Cancel.
     let current = std::sync::Arc::new(std::sync::Mutex::new(None::<Monitor>));

@@ -1,6 +1,5 @@
 //! What a client and a supervisor say to each other: one JSON line each.
 
-use crate::supervisor::api::client::CLIENT_MAX;
 use crate::supervisor::place::Vmm;
 use crossbeam_channel::Sender;
 use pageferry_engine::report::MigrationReport;
@@ -8,6 +7,9 @@ use pageferry_engine::report::progress::Progress;
 use pageferry_engine::source::MigrateOptions;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+
+/// A client has this long to say what it wants and to take each line.
+pub(crate) const CLIENT_MAX: Duration = Duration::from_secs(10);
 
 /// How often progress is sent.
 pub(crate) const PROGRESS_EVERY: Duration = Duration::from_millis(100);

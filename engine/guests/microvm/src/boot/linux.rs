@@ -465,7 +465,7 @@ mod tests {
 
     #[test]
     fn the_guest_images_kernel_is_loaded_where_there_is_one() {
-        let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/guest/vmlinuz");
+        let kernel = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../.cache/guest/vmlinuz");
         if !kernel.exists() {
             eprintln!("NOT RUN: {} is not there; scripts/guest-image makes it", kernel.display());
             return;

@@ -1,9 +1,14 @@
 //! Options of a QEMU command line, in pieces.
 
-use crate::command::rewrite::{DEFAULT_MEMORY_BYTES, MEMORY_ALIGN_BYTES};
 use crate::command::role::Role;
 use pageferry_engine::error::{Error, Result};
 use std::ffi::OsStr;
+
+/// QEMU's memory without `-m`, on PC machines.
+pub(crate) const DEFAULT_MEMORY_BYTES: u64 = 128 << 20;
+
+/// QEMU rounds the size given with `-m` up to this.
+const MEMORY_ALIGN_BYTES: u64 = 8192;
 
 /// The name of an option without its dashes, or none for a word that is not an option (a disk
 /// image).

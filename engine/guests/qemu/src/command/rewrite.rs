@@ -4,7 +4,9 @@ use crate::command::backend::{
     on, properties, properties_of, rewrite_object, rewrite_properties, string,
 };
 use crate::command::memory_file::MemoryFile;
-use crate::command::options::{memory_option_bytes, option_name, pairs, parse_size, refused, text};
+use crate::command::options::{
+    DEFAULT_MEMORY_BYTES, memory_option_bytes, option_name, pairs, parse_size, refused, text,
+};
 use crate::command::readconfig;
 use crate::command::role::Role;
 use pageferry_engine::error::{Error, Result};
@@ -16,12 +18,6 @@ use std::path::{Path, PathBuf};
 pub(crate) const MONITOR_ID: &str = "pageferry-qmp";
 
 const MEMORY_ID: &str = "pageferry.ram";
-
-/// QEMU's memory without `-m`, on PC machines.
-pub(crate) const DEFAULT_MEMORY_BYTES: u64 = 128 << 20;
-
-/// QEMU rounds the size given with `-m` up to this.
-pub(crate) const MEMORY_ALIGN_BYTES: u64 = 8192;
 
 /// The options of qemu-system-x86_64, old and new, that take no value. Every other option takes the
 /// next word, whatever it looks like.

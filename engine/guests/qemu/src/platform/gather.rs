@@ -178,7 +178,7 @@ pub(crate) fn properties(
         match ask(qmp, "qom-get", json!({ "path": path, "property": name })) {
             Ok(value) => found.extend(flat(name, &value)),
             // One that can only be set.
-            Err(Error::Qmp { .. }) => {}
+            Err(Error::VmmRefused { .. }) => {}
             Err(e) => return Err(e),
         }
     }

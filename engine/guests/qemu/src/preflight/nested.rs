@@ -83,7 +83,7 @@ impl Exposed {
                 let has = match qmp.execute("qom-get", question, deadline) {
                     Ok(value) => value == true,
                     // Not of this architecture, or older than the feature.
-                    Err(Error::Qmp { .. }) => false,
+                    Err(Error::VmmRefused { .. }) => false,
                     Err(e) => return Err(e),
                 };
                 if has && !features.contains(&feature) {
@@ -159,7 +159,7 @@ fn count(qmp: &mut Qmp, vcpus: usize, deadline: Instant) -> Result<Option<Count>
     let names = json!([{ "provider": "kvm", "names": ["nested_run", "guest_mode"] }]);
     match qmp.execute("query-stats", json!({ "target": "vcpu", "providers": names }), deadline) {
         Ok(answer) => Ok(counted(&answer, vcpus)),
-        Err(Error::Qmp { .. }) => Ok(None),
+        Err(Error::VmmRefused { .. }) => Ok(None),
         Err(e) => Err(e),
     }
 }

@@ -126,7 +126,7 @@ impl Qmp {
     /// Events that come meanwhile are kept.
     ///
     /// # Errors
-    /// [`Error::Qmp`] if QEMU refuses it, [`Error::Guest`] if QEMU hangs up, [`Error::Timeout`].
+    /// [`Error::VmmRefused`] if QEMU refuses it, [`Error::Guest`] if QEMU hangs up, [`Error::Timeout`].
     /// After a timeout the connection is still good: the late answer is thrown away.
     pub fn execute(&mut self, command: &str, arguments: Value, deadline: Instant) -> Result<Value> {
         self.send_and_wait(command, arguments, &[], deadline, &mut || Ok(()))
@@ -312,9 +312,11 @@ impl Qmp {
     /// What the answer to a command says.
     fn answer_in(&mut self, command: &str, line: &[u8]) -> Result<Value> {
         match serde_json::from_slice::<Answer>(line) {
-            Ok(Answer { error: Some(error), .. }) => {
-                Err(Error::Qmp { command: command.into(), reason: text::reason(&error.desc) })
-            }
+            Ok(Answer { error: Some(error), .. }) => Err(Error::VmmRefused {
+                vmm: "QEMU",
+                command: command.into(),
+                reason: text::reason(&error.desc),
+            }),
             Ok(Answer { value, .. }) => Ok(value.unwrap_or(Value::Null)),
             Err(e) => Err(self.broke(format!("its answer to {command} is not understood: {e}"))),
         }

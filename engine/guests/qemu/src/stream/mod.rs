@@ -189,7 +189,7 @@ pub fn cancel(qmp: &mut Qmp) -> Result<()> {
     loop {
         let yanks = match qmp.execute("query-yank", json!({}), deadline) {
             Ok(yanks) => yanks,
-            Err(Error::Qmp { .. }) => return Ok(()),
+            Err(Error::VmmRefused { .. }) => return Ok(()),
             Err(e) => return Err(e),
         };
         if !yanks.as_array().is_some_and(|list| list.iter().any(|yank| yank["type"] == "migration"))
