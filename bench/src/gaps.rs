@@ -10,10 +10,12 @@
 //! than the turn.
 
 use crate::downtime::linux::made;
-use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, TestBed};
-use crate::process::Process;
 use crate::progress::Progress;
 use crate::record::{Record, Spec};
+use crate::testbed::machine::{
+    Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, TestBed,
+};
+use crate::testbed::process::Process;
 use crate::ways::{STEADY, attach};
 use anyhow::{Context, Result, bail};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};

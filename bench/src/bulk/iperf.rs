@@ -1,7 +1,7 @@
 //! iperf3, the real one: a server and a client for each transfer, the client's report read as JSON.
 
 use super::TRANSFER_MAX;
-use crate::process::Process;
+use crate::testbed::process::Process;
 use crate::watch::{Sample, Watch};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::Value;

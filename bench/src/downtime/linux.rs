@@ -4,7 +4,7 @@
 
 use super::network::Network;
 use super::{Harness, Move, MoveOptions};
-use crate::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, TestBed};
+use crate::testbed::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, TestBed};
 use crate::ways::ferry;
 use anyhow::{Context, Result, bail};
 use pageferry_engine::net::choice::Transport;

@@ -3,8 +3,8 @@
 
 use super::linux::guest;
 use super::{Harness, Move, MoveOptions};
-use crate::machine::{Accel, GUEST_MAX, TestBed};
-use crate::microvm::Microvm;
+use crate::testbed::machine::{Accel, GUEST_MAX, TestBed};
+use crate::testbed::microvm::Microvm;
 use crate::ways::{Terms, move_microvm};
 use anyhow::{Context, Result, bail};
 use pageferry_engine::net::choice::Transport;

@@ -2,7 +2,7 @@
 
 use super::PeersOptions;
 use crate::downtime::linux::made;
-use crate::machine::{Accel, BEAT, GuestOptions};
+use crate::testbed::machine::{Accel, BEAT, GuestOptions};
 use crate::ways::{Terms, Way};
 use anyhow::{Context, Result};
 use clap::ValueEnum;

@@ -2,9 +2,9 @@
 
 use super::lineage::{Lineage, MicrovmLineage, QemuLineage};
 use super::{CPU, DOWNTIME, GAP, GAP_BEGAN, PeersOptions, SENT, TOTAL};
-use crate::machine::Accel;
 use crate::progress::Progress;
 use crate::record::{Migration, Record};
+use crate::testbed::machine::Accel;
 use crate::ways::{Moved, Way};
 use anyhow::{Context, Result, bail};
 use pageferry_microvm::config::TrackingChoice;

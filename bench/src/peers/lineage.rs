@@ -1,8 +1,8 @@
 //! A guest that goes on from move to move, with all that is needed to move it once more.
 
 use super::PeersOptions;
-use crate::machine::{Begin, GUEST_MAX, Machine, TestBed};
-use crate::microvm::Microvm;
+use crate::testbed::machine::{Begin, GUEST_MAX, Machine, TestBed};
+use crate::testbed::microvm::Microvm;
 use crate::ways::{Moved, Terms, Way, migrate, move_microvm};
 use anyhow::{Context, Result};
 use pageferry_microvm::config::TrackingChoice;

@@ -15,11 +15,11 @@ pub mod args;
 mod field;
 mod lineage;
 
-use crate::machine::{Accel, GuestOptions};
 use crate::progress::Progress;
 use crate::record::ratio::compare_groups;
 use crate::record::{Record, Spec};
 use crate::stats::histogram::Histogram;
+use crate::testbed::machine::{Accel, GuestOptions};
 use crate::ways::{Terms, Way};
 use anyhow::{Context, Result, bail};
 use field::{Field, Peer};

@@ -2,7 +2,7 @@
 //! rdma_cm makes as it makes ours, and the client's report.
 
 use super::{RdmaBenchOptions, TRANSFER_MAX};
-use crate::process::Process;
+use crate::testbed::process::Process;
 use crate::watch::{Sample, Watch};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::net::TcpListener;

@@ -11,16 +11,17 @@
 //! refuses.
 
 mod host;
+pub mod model;
 pub mod ratio;
 pub mod save;
 pub mod show;
 
 pub use host::Host;
 
-use crate::simulate::Checked;
 use crate::stats::Samples;
 use crate::stats::histogram::Distribution;
 use anyhow::{Context, Result, bail};
+use model::Checked;
 use pageferry_engine::report::MigrationReport;
 use ratio::Ratio;
 use serde::{Deserialize, Serialize};

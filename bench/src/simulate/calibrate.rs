@@ -3,15 +3,14 @@
 
 use super::model::{Cable, Costs, Line, Synced, downtime_us, round_us};
 use super::real::{Moved, Setting, move_once};
-use super::scale::SCANNERS;
 use super::traced::Harvested;
 use crate::progress::Progress;
+use crate::record::model::Calibration;
 use crate::record::{Migration, Record};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::{least_squares, median_of};
 use anyhow::{Context, Result, bail};
 use pageferry_engine::report::Outcome;
-use serde::{Deserialize, Serialize};
 
 /// A limit that no downtime keeps: the engine goes on until rounds do not shrink any more, so there
 /// are many small ones.
@@ -29,19 +28,12 @@ const SETTINGS: [Setting; 4] = [
 /// A round of fewer bytes measures latency, not bandwidth.
 const BANDWIDTH_SAMPLE_BYTES_MIN: u64 = 1 << 20;
 
+/// Threads that the engine scans page tables with on a host that has as many cores; walking is
+/// bound by the latency of memory, so they are taken to share it evenly.
+pub const SCANNERS: u32 = 8;
+
 /// Before and after the save.
 const SYNCS_IN_DOWNTIME: usize = 2;
-
-/// What the host costs, and what of the modelled guests must be known besides.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Calibration {
-    /// The host.
-    pub costs: Costs,
-    /// Device state of the synthetic guest, for each page that it writes.
-    pub state_bytes: Line,
-    /// Threads that scanned page tables.
-    pub scanners: u32,
-}
 
 /// Migrations that calibrate makes with so many moves of each guest.
 #[must_use]

@@ -1,22 +1,16 @@
 //! The model beside reality: the same guests over the same cables, once as arithmetic and several
 //! times for real.
 
-use super::calibrate::Calibration;
 use super::model::{Cable, Ending, Outlook, outlook};
 use super::real::{Moved, Setting, move_once};
 use crate::progress::Progress;
+use crate::record::model::{Calibration, DOWNTIME_SHARE_MAX, Point, TOTAL_SHARE_MAX};
 use crate::record::show::digits;
 use crate::record::{Migration, Record, Spec, Table};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::median_of;
 use anyhow::Result;
 use pageferry_engine::report::Outcome;
-use serde::{Deserialize, Serialize};
-
-/// How far off the model may be, of total and of downtime.
-pub const TOTAL_SHARE_MAX: f64 = 0.10;
-/// See [`TOTAL_SHARE_MAX`].
-pub const DOWNTIME_SHARE_MAX: f64 = 0.20;
 
 /// The rates of cables, in Gb/s.
 pub const GBIT: [f64; 4] = [1.0, 2.0, 5.0, 10.0];
@@ -39,34 +33,6 @@ const MODEL_TOTAL: Spec = Spec::fact("total by the model", "ms");
 const MODEL_DOWNTIME: Spec = Spec::fact("downtime by the model", "ms");
 const LAST_PAGES: Spec = Spec::fact("pages dirty at the pause", "");
 const ROUNDS: Spec = Spec::fact("rounds", "");
-
-/// One guest over one cable.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Point {
-    /// The cable, in Gb/s.
-    pub gbit: f64,
-    /// The guest.
-    pub setting: Setting,
-    /// Medians of the real moves, in milliseconds: total and downtime.
-    pub real_ms: (f64, f64),
-    /// The model's.
-    pub model_ms: (f64, f64),
-    /// Rounds: the median of the real ones, and the model's.
-    pub rounds: (f64, u32),
-}
-
-impl Point {
-    /// How far the model is off, as a share of reality: total and downtime.
-    #[must_use]
-    pub fn errors(&self) -> (f64, f64) {
-        (self.model_ms.0 / self.real_ms.0 - 1.0, self.model_ms.1 / self.real_ms.1 - 1.0)
-    }
-
-    fn is_inside(&self) -> (bool, bool) {
-        let (total, downtime) = self.errors();
-        (total.abs() <= TOTAL_SHARE_MAX, downtime.abs() <= DOWNTIME_SHARE_MAX)
-    }
-}
 
 /// What the model says of one point. It is told the setting and the host's costs, and nothing of
 /// the moves.

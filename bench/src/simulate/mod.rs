@@ -19,13 +19,12 @@ pub mod traced;
 
 use crate::progress::Progress;
 use crate::record::Record;
+use crate::record::model::Checked;
 use crate::shaped;
 use anyhow::{Context, Result, bail};
-use calibrate::Calibration;
-use check::Point;
 pub use command::SimulateArgs;
 use scale::Scenario;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use std::path::PathBuf;
 
 /// Moves of each guest: a run that is not quick, and one that is.
@@ -51,50 +50,6 @@ pub struct SimulateOptions {
     pub scenario: Option<Scenario>,
     /// What is assumed of hardware that this host does not have.
     pub assumed: scale::Assumed,
-}
-
-/// A calibrated model and how far it was off.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Checked {
-    /// This host.
-    pub calibration: Calibration,
-    /// The lowest and the highest share by which the model's total was off; none if it was not
-    /// checked.
-    pub total_errors: Option<(f64, f64)>,
-    /// The same of the downtime.
-    pub downtime_errors: Option<(f64, f64)>,
-    /// Points of the check.
-    pub points: usize,
-    /// Lowest and highest rate of a cable among them, in Gb/s.
-    pub gbit: (f64, f64),
-    /// Largest guest among them, in MiB.
-    pub memory_mib_max: u32,
-}
-
-impl Checked {
-    /// Of these points.
-    #[must_use]
-    pub fn new(calibration: Calibration, points: &[Point]) -> Self {
-        let range = |of: fn(&Point) -> f64| {
-            let errors = points.iter().map(of).filter(|error| error.is_finite());
-            errors.fold(None, |range: Option<(f64, f64)>, error| {
-                let (low, high) = range.unwrap_or((error, error));
-                Some((low.min(error), high.max(error)))
-            })
-        };
-        Self {
-            calibration,
-            total_errors: range(|p| p.errors().0),
-            downtime_errors: range(|p| p.errors().1),
-            points: points.len(),
-            gbit: points
-                .iter()
-                .fold((points.first().map_or(0.0, |p| p.gbit), 0.0), |(low, high), p| {
-                    (low.min(p.gbit), high.max(p.gbit))
-                }),
-            memory_mib_max: points.iter().map(|p| p.setting.memory_mib).max().unwrap_or(0),
-        }
-    }
 }
 
 impl SimulateOptions {

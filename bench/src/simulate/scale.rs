@@ -2,13 +2,13 @@
 //! centre. Each row is a model's output and says so, with the range that the check has shown and
 //! with what lies beyond what was checked.
 
-use super::Checked;
-use super::calibrate::Calibration;
+use super::calibrate::SCANNERS;
 use super::check::word;
 use super::guest::{Area, ModelledGuest};
 use super::model::{Cable, Costs, Engine, Outlook, outlook};
 use crate::cost::{self, CostOptions};
 use crate::progress::Progress;
+use crate::record::model::{Calibration, Checked};
 use crate::record::show::digits;
 use crate::record::{Plot, Series, Table};
 use anyhow::{Context, Result};
@@ -40,10 +40,6 @@ impl Tracking {
         }
     }
 }
-
-/// Threads that the engine scans page tables with on a host that has as many cores; walking is
-/// bound by the latency of memory, so they are taken to share it evenly.
-pub const SCANNERS: u32 = 8;
 
 /// A guest and a cable that are modelled, not measured.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -8,11 +8,11 @@ mod qemu;
 pub use command::SweepArgs;
 
 use crate::progress::Progress;
+use crate::record::model::{Calibration, Checked};
 use crate::record::show::digits;
 use crate::record::{Cell, CellEnding, Map, Migration, Record, Spec};
 use crate::shaped::{self, Rate, Shaped};
-use crate::simulate::Checked;
-use crate::simulate::calibrate::{self, Calibration};
+use crate::simulate::calibrate;
 use crate::simulate::check::model_of;
 use crate::simulate::model::{Ending, Outlook};
 use crate::simulate::real::{Moved, Setting, move_once};

@@ -1,9 +1,9 @@
 //! One QEMU with the test guest, started by hand or under `pageferry receive`, and what the host
 //! sees of its guest: console lines, heartbeats, QMP events.
 
-use crate::console::{Beats, Console};
 use crate::downtime::network::Network;
-use crate::said::Said;
+use crate::testbed::console::{Beats, Console};
+use crate::testbed::said::Said;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry_qemu::qmp::Qmp;
 use pageferry_workload::heartbeat::{Gap, GapMeter};

@@ -1,9 +1,9 @@
 //! One `pageferry microvm` with the test guest: the same kernel, initramfs, memory and workload as
 //! in QEMU, in pageferry's own monitor.
 
-use crate::console::Console;
-use crate::machine::{GUEST_MAX, START_MAX, TestBed, next_name};
-use crate::said::Said;
+use crate::testbed::console::Console;
+use crate::testbed::machine::{GUEST_MAX, START_MAX, TestBed, next_name};
+use crate::testbed::said::Said;
 use anyhow::{Context, Result, bail};
 use pageferry_microvm::config::TrackingChoice;
 use rustix::process::{Pid, Signal, kill_process};

@@ -1,15 +1,15 @@
 //! The floor under every downtime between two QEMUs: stop, save, load, cont, with no memory to
 //! move. The destination has the very same memory file, and QEMU's `x-ignore-shared` leaves it out.
 
-use crate::machine::{Begin, GUEST_MAX, Machine, START_MAX, TestBed};
-use crate::ways::{AFTERMATH, STEADY, Sample, downtime_ms, status_of};
+use crate::testbed::machine::{Begin, GUEST_MAX, Machine, START_MAX, TestBed};
+use crate::ways::sample::{AFTERMATH, STEADY, Sample, downtime_ms, status_of};
 use anyhow::{Result, bail};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Moves the guest to a new QEMU on the same memory, which is put in its place.
-pub fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
+pub(super) fn hand_over(bed: &TestBed, source: &mut Machine) -> Result<Sample> {
     let mut destination =
         bed.start(Begin::IncomingStopped, Some(Arc::clone(&source.memory)), false)?;
     source.console.settle(STEADY, START_MAX)?;
