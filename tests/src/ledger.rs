@@ -2,7 +2,6 @@
 //! spot. It boots in less than a second, so that a test can have many; it speaks as the Linux guest
 //! does. Its first words may come before anybody listens: wait for its progress.
 
-use crate::console::console_path;
 use crate::stage::Stage;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,7 +18,7 @@ pub fn qemu_under(stage: &Stage, name: &str, accel: &str) -> String {
     format!(
         "qemu-system-x86_64 -accel {accel} -machine q35 -m 32 -nodefaults -display none -chardev \
          socket,id=console,path={},server=on,wait=off -serial chardev:console -kernel {}",
-        console_path(stage, name).display(),
+        stage.console_path(name).display(),
         program(stage).display()
     )
 }

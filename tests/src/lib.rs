@@ -10,8 +10,10 @@
 //!   throttle     a bound on the speed of a disk
 //!   ledger       a guest of two kilobytes that checks its memory
 //!   huge_pages   huge pages that a test has for itself
+//!   layout       which file of a crate imports which
 //!   slow_fs      a file system in user space that answers slowly
-//!   console      the Linux guest of docs/guest.md, through its serial port
+//!   linux        the Linux guest of docs/guest.md
+//!   console      a guest's serial port
 //! ```
 //!
 //! Every wait has a deadline and panics with everything that was said until then. A test that
@@ -19,7 +21,9 @@
 
 pub mod console;
 pub mod huge_pages;
+pub mod layout;
 pub mod ledger;
+pub mod linux;
 pub mod look;
 pub mod proxy;
 pub mod random;

@@ -237,6 +237,21 @@ impl Stage {
         supervisor
     }
 
+    /// Where the console of a QEMU of this name is.
+    #[must_use]
+    pub fn console_path(&self, name: &str) -> PathBuf {
+        self.path(&format!("{name}.console"))
+    }
+
+    /// Connects to that console.
+    ///
+    /// # Panics
+    /// If there is none.
+    #[must_use]
+    pub fn console(&self, name: &str) -> Console {
+        Console::open(&self.console_path(name))
+    }
+
     /// `pageferry microvm` with these arguments, once it has a guest or waits for one. Its stdin
     /// and stdout are the guest's serial port. `hold` names a point, or none.
     ///

@@ -5,7 +5,8 @@
 //! slowed down below QEMU where this host can do that: without the drain between sync and read,
 //! pages are then lost in nearly every move.
 
-use pageferry_tests::console::{Console, Linux};
+use pageferry_tests::console::Console;
+use pageferry_tests::linux::Linux;
 use pageferry_tests::not_run;
 use pageferry_tests::stage::Stage;
 use pageferry_tests::throttle::Throttle;
@@ -86,13 +87,13 @@ fn a_disk_past_the_page_cache_is_moved_along() {
     let Some(bed) = TestBed::new("a_disk_past_the_page_cache_is_moved_along") else { return };
     let stage = &bed.stage;
     let mut here = stage.run("vm0", &bed.qemu("vm0"), "");
-    let mut console = Console::open(stage, "vm0");
+    let mut console = stage.console("vm0");
     console.wait_ready();
     let mut done = disk_since(&console, (0, 0));
     for index in 1..=MOVES {
         let name = format!("vm{index}");
         let there = stage.receive(&name, &bed.qemu(&name), "");
-        let next = Console::open(stage, &name);
+        let next = stage.console(&name);
         let ended = stage.migrate(&here.name, there.address(), &MOVING).end(MOVE_MAX);
         assert_eq!(ended.status, Some(0), "move {index}: {}", ended.stderr);
         assert_eq!(here.end(), Some(0));
@@ -110,7 +111,7 @@ fn a_disk_goes_on_at_the_source_when_the_destination_dies_with_the_state_loaded(
     let Some(bed) = TestBed::new(name) else { return };
     let stage = &bed.stage;
     let mut source = stage.run("src", &bed.qemu("src"), "");
-    let mut console = Console::open(stage, "src");
+    let mut console = stage.console("src");
     console.wait_ready();
     let done = disk_since(&console, (0, 0));
     let mut doomed = stage.receive("doomed", &bed.qemu("doomed"), "loaded");
@@ -123,7 +124,7 @@ fn a_disk_goes_on_at_the_source_when_the_destination_dies_with_the_state_loaded(
     let done = disk_since(&console, done);
 
     let destination = stage.receive("dst", &bed.qemu("dst"), "");
-    let next = Console::open(stage, "dst");
+    let next = stage.console("dst");
     let ended = stage.migrate("src", destination.address(), &MOVING).end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     assert_eq!(source.end(), Some(0));

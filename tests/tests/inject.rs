@@ -43,7 +43,7 @@ impl Bench {
     fn new() -> Self {
         let stage = Stage::new();
         let source = stage.run("src", &ledger::qemu(&stage, "src"), "");
-        let console = Console::open(&stage, "src");
+        let console = stage.console("src");
         let destination = stage.receive("dst", &ledger::qemu(&stage, "dst"), "");
         let qemu = source.qemu();
         Self { stage, source, destination, console, qemu, written: 0 }
@@ -80,7 +80,7 @@ impl Bench {
 
     fn moves(mut self) {
         self.source = self.stage.attach("src", &[]);
-        let mut next = Console::open(&self.stage, "dst");
+        let mut next = self.stage.console("dst");
         let ended = self.stage.migrate("src", self.destination.address(), &["--verify"]).end(SOON);
         assert_eq!(ended.status, Some(0), "{}", ended.stderr);
         next.progress_since(self.written);

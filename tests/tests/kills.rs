@@ -168,7 +168,7 @@ impl World {
                 let source = stage.run("src", &ledger::qemu(&stage, "src"), at_source);
                 let destination =
                     stage.receive("dst", &ledger::qemu(&stage, "dst"), at_destination);
-                let consoles = (Console::open(&stage, "src"), Console::open(&stage, "dst"));
+                let consoles = (stage.console("src"), stage.console("dst"));
                 let written = consoles.0.progress_since(0);
                 let qemus = (source.qemu(), destination.qemu());
                 Self { plan, stage, source, destination, consoles: Some(consoles), qemus, written }

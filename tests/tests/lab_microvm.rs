@@ -3,7 +3,8 @@
 
 use pageferry::supervisor::api::State;
 use pageferry::supervisor::place::Vmm;
-use pageferry_tests::console::{BOOT_MAX, Linux};
+use pageferry_tests::console::BOOT_MAX;
+use pageferry_tests::linux::Linux;
 use pageferry_tests::stage::Stage;
 use pageferry_tests::{SOON, binary, refuse_outside_the_lab};
 use rustix::process::Signal;

@@ -32,7 +32,7 @@ impl Pair {
         let stage = Stage::new();
         let qemu = |name: &str| ledger::qemu_under(&stage, name, &format!("kvm -cpu {cpu}"));
         let source = stage.run("src", &qemu("src"), hold);
-        let here = Console::open(&stage, "src");
+        let here = stage.console("src");
         let destination = stage.receive("dst", &qemu("dst"), "");
         here.progress_since(0);
         Self { stage, source, destination, here }
@@ -51,7 +51,7 @@ impl Pair {
     #[track_caller]
     fn moves(&self, more: &[&str]) -> Console {
         // After an aborted move this is another QEMU than before.
-        let mut there = Console::open(&self.stage, "dst");
+        let mut there = self.stage.console("dst");
         let ended = self.migrate(more);
         assert_eq!(ended.status, Some(0), "{}", ended.stderr);
         there.progress_since(0);

@@ -21,7 +21,8 @@ use pageferry_engine::report::{MigrationReport, Outcome};
 use pageferry_engine::source::{MigrateOptions, migrate};
 use pageferry_engine::watch::Watch;
 use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
-use pageferry_tests::console::{BOOT_MAX, Console, Linux};
+use pageferry_tests::console::BOOT_MAX;
+use pageferry_tests::linux::Linux;
 use pageferry_tests::stage::{BARE, Ended, Stage, Supervisor};
 use pageferry_tests::{eventually, refuse_outside_the_lab};
 use std::os::unix::process::CommandExt;
@@ -482,7 +483,7 @@ fn linux_under_kvm_moves_by_rdma_and_every_page_is_right() {
     let guest = Linux { memory_mib: 256, written_mib: 8, touched_mib: 16, rate: 1 };
     let stage = Stage::new();
     let mut source = stage.run("src", &guest.qemu(&stage, "src"), "");
-    let console = Console::open(&stage, "src");
+    let console = stage.console("src");
     console.wait_ready();
     let written = console.progress_since(0);
     let receiver = stage.receive_at(
@@ -492,7 +493,7 @@ fn linux_under_kvm_moves_by_rdma_and_every_page_is_right() {
         "",
         &["--insecure"],
     );
-    let mut next = Console::open(&stage, "dst");
+    let mut next = stage.console("dst");
     let more = [
         "--insecure",
         "--transport",

@@ -2,8 +2,8 @@
 //! through failed attempts.
 
 use pageferry::supervisor::api::State;
-use pageferry_tests::console::{Console, Linux};
 use pageferry_tests::huge_pages::HugePages;
+use pageferry_tests::linux::Linux;
 use pageferry_tests::look::{self, memory_file, tracked_mappings};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::stage::Stage;
@@ -22,13 +22,13 @@ const MOVES: u32 = 20;
 fn twenty_moves_back_and_forth_lose_nothing() {
     let stage = Stage::new();
     let mut here = stage.run("vm0", &GUEST.qemu(&stage, "vm0"), "");
-    let mut console = Console::open(&stage, "vm0");
+    let mut console = stage.console("vm0");
     console.wait_ready();
     let mut written = console.progress_since(0);
     for index in 1..=MOVES {
         let name = format!("vm{index}");
         let there = stage.receive(&name, &GUEST.qemu(&stage, &name), "");
-        let next = Console::open(&stage, &name);
+        let next = stage.console(&name);
         let mut more = vec!["--downtime-max", "300ms", "--when-stuck", "switchover"];
         if index == MOVES / 2 {
             more.push("--verify");
@@ -47,7 +47,7 @@ fn twenty_moves_back_and_forth_lose_nothing() {
 fn failed_attempts_of_all_kinds_lose_nothing_and_the_guest_writes_on() {
     let stage = Stage::new();
     let mut source = stage.run("src", &GUEST.qemu(&stage, "src"), "switchover");
-    let mut console = Console::open(&stage, "src");
+    let mut console = stage.console("src");
     console.wait_ready();
     let qemu = source.qemu();
     let destination = stage.receive("dst", &GUEST.qemu(&stage, "dst"), "");
@@ -88,7 +88,7 @@ fn failed_attempts_of_all_kinds_lose_nothing_and_the_guest_writes_on() {
     goes_on("the supervisor was killed in the downtime");
 
     let mut source = stage.attach("src", &[]);
-    let next = Console::open(&stage, "dst");
+    let next = stage.console("dst");
     let ended = stage.migrate("src", destination.address(), &["--verify"]).end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
     assert_eq!(source.end(), Some(0));
@@ -102,7 +102,7 @@ fn a_guest_that_writes_too_fast_stays_unless_the_user_lets_it_go() {
     let stage = Stage::new();
     let guest = Linux { memory_mib: 256, written_mib: 64, touched_mib: 0, rate: 0 };
     let source = stage.run("src", &guest.qemu(&stage, "src"), "");
-    let console = Console::open(&stage, "src");
+    let console = stage.console("src");
     console.wait_ready();
     let destination = stage.receive("dst", &guest.qemu(&stage, "dst"), "");
     let slow = ["--downtime-max", "200ms", "--bandwidth-max", "100MB"];
@@ -116,7 +116,7 @@ fn a_guest_that_writes_too_fast_stays_unless_the_user_lets_it_go() {
     let written = console.progress_since(0);
 
     destination.wait_state(State::Waiting);
-    let mut next = Console::open(&stage, "dst");
+    let mut next = stage.console("dst");
     let all_the_same = [&slow[..], &["--when-stuck", "switchover"]].concat();
     let ended = stage.migrate("src", destination.address(), &all_the_same).end(MOVE_MAX);
     assert_eq!(ended.status, Some(0), "{}", ended.stderr);
@@ -142,7 +142,7 @@ fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
     let mut source = stage.run("src", &qemu("src"), "");
     let here = memory_file(source.qemu(), 256 << 20);
     let allocated = |file: &File| file.metadata().unwrap().blocks() * 512 / HUGE;
-    let console = Console::open(&stage, "src");
+    let console = stage.console("src");
     console.wait_ready();
     // The kernel reports two seconds after it has so much to report.
     let before = eventually("free pages are reported", SOON, || {
@@ -150,7 +150,7 @@ fn a_guest_in_huge_pages_moves_while_it_gives_memory_back() {
     });
     let destination = stage.receive("dst", &qemu("dst"), "");
     let there = memory_file(destination.qemu(), 256 << 20);
-    let mut next = Console::open(&stage, "dst");
+    let mut next = stage.console("dst");
     let written = console.progress_since(0);
     // Slowly, so that the balloon grows under it: down to 160 MiB.
     let options = ["--bandwidth-max", "60MB", "--downtime-max", "2s", "--verify"];

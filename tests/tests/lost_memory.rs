@@ -5,7 +5,7 @@
 use pageferry_engine::destination::Receiver;
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::guest::{DestinationGuest, SourceGuest};
-use pageferry_engine::memory::lost::Poisoned;
+use pageferry_engine::memory::lost_page::Poisoned;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::choice::LinkChoice;
 use pageferry_engine::report::progress::Monitor;

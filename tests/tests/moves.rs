@@ -9,7 +9,6 @@
 
 use pageferry::supervisor::api::State;
 use pageferry_engine::report::progress;
-use pageferry_tests::console::Console;
 use pageferry_tests::look::{self, descriptors, tracked_mappings};
 use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, eventually, ledger};
@@ -107,7 +106,7 @@ fn many_moves_back_and_forth_leave_every_process_as_at_the_start() {
     // to 16 times on two cores: with one, what grows is a leak.
     let stage = Stage::new().behind("export MALLOC_ARENA_MAX=1");
     let mut here = stage.run("vm0", &ledger::qemu(&stage, "vm0"), "");
-    let mut console = Console::open(&stage, "vm0");
+    let mut console = stage.console("vm0");
     let mut written = console.progress_since(0);
     let mut first: Option<[Has; 2]> = None;
     for index in 1..=moves {
@@ -132,7 +131,7 @@ fn many_moves_back_and_forth_leave_every_process_as_at_the_start() {
         }
 
         // Only now: the cancelled attempt had a QEMU of its own.
-        let next = Console::open(&stage, &name);
+        let next = stage.console(&name);
         let (supervisor, qemu) = (here.pid(), here.qemu());
         let ended = stage.migrate(&here.name, there.address(), &[]).end(SOON);
         assert_eq!(ended.status, Some(0), "move {index}: {}", ended.stderr);

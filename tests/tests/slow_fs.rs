@@ -4,7 +4,7 @@
 
 use pageferry::supervisor::api::State;
 use pageferry_qemu::qmp::Qmp;
-use pageferry_tests::console::{Console, Linux};
+use pageferry_tests::linux::Linux;
 use pageferry_tests::slow_fs::SlowFs;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
 use pageferry_tests::words::Words;
@@ -73,13 +73,13 @@ fn a_disk_on_a_slow_file_system_is_moved_along_whatever_becomes_of_its_reads() {
         )
     };
     let mut here = stage.run("vm0", &qemu("vm0", &disk.pinning, "writeback"), "");
-    let mut console = Console::open(stage, "vm0");
+    let mut console = stage.console("vm0");
     console.wait_ready();
     // Through the page cache, then past it, and away from there.
     let ways = [("vm1", "writeback"), ("vm2", "none"), ("vm3", "writeback")];
     for (name, cache) in ways {
         let there = stage.receive(name, &qemu(name, &disk.copying, cache), "");
-        let next = Console::open(stage, name);
+        let next = stage.console(name);
         // Its disk is busy here.
         let before = console.disk_pages().0;
         while console.disk_pages().0 <= before {}

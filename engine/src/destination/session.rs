@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::guest::DestinationGuest;
 use crate::host::room;
 use crate::limits::SETUP_MAX;
-use crate::memory::lost::Poisoned;
+use crate::memory::lost_page::Poisoned;
 use crate::memory::prefault::Prefault;
 use crate::memory::staging;
 use crate::net::Connection;

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
-use crate::memory::lost::Poisoned;
+use crate::memory::lost_page::Poisoned;
 use crate::memory::page::PAGE_BYTES;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 

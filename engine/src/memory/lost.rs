@@ -14,22 +14,10 @@
 use super::{GuestMemory, MemorySlot};
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
-use crate::memory::lost_page::LostPage;
+use crate::memory::lost_page::{LostPage, Poisoned};
 use crate::memory::page::{PAGE_BYTES, PageRun};
 use pageferry_transport::{LOST_MAX, Loss, Lost};
 use rustix::fs::fstat;
-use serde::{Deserialize, Serialize};
-
-/// What becomes of a guest some of whose pages the hardware lost.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Poisoned {
-    /// It stays here.
-    #[default]
-    Refuse,
-    /// It is moved, and a page that can no longer be read when it has to be sent arrives as zeros.
-    Zero,
-}
 
 impl MemorySlot {
     /// Fails if the file ends before the slot does: whoever touches what is missing, dies of it.

@@ -1,7 +1,18 @@
-//! A lost page of guest memory, as the operator is told of it.
+//! Lost pages of guest memory as the operator is told of them, and his choice what becomes of them.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
+
+/// What becomes of a guest some of whose pages the hardware lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Poisoned {
+    /// It stays here.
+    #[default]
+    Refuse,
+    /// It is moved, and a page that can no longer be read when it has to be sent arrives as zeros.
+    Zero,
+}
 
 /// A lost page, as the operator is told of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

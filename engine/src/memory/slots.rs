@@ -3,8 +3,9 @@
 use super::file::FileId;
 use crate::error::{Error, Result};
 use crate::memory::bitmap::DirtyBitmap;
+use crate::memory::extents;
+use crate::memory::lost_page::Poisoned;
 use crate::memory::page::{PAGE_BYTES, PageRun, pages_in};
-use crate::memory::{extents, lost};
 use pageferry_transport::{Access, MemoryRegion};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
@@ -105,7 +106,7 @@ pub struct GuestMemory {
 
 impl GuestMemory {
     /// Maps every block, in this order. Huge pages are reserved for all of them. No guest may run
-    /// in these mappings: a page that the host lost reads as zeros in them ([`lost`]).
+    /// in these mappings: a page that the host lost reads as zeros in them ([`super::lost`]).
     pub fn map(blocks: Vec<SlotSource>, access: Access) -> Result<Self> {
         Self::map_by(blocks, access, MemoryRegion::map_guarded)
     }
@@ -243,7 +244,7 @@ impl GuestMemory {
                 }
             }
         }
-        self.check_readable(lost::Poisoned::Refuse)?;
+        self.check_readable(Poisoned::Refuse)?;
         // A second call finds the same, or less: what it would add costs a fault and no more.
         let _ = self.mapped.set(mapped);
         Ok(zeroed)

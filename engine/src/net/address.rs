@@ -1,7 +1,7 @@
 //! Where a destination listens.
 
-use super::eyeballs;
 use crate::error::{Error, Result};
+use std::collections::VecDeque;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6, ToSocketAddrs};
 use std::path::PathBuf;
@@ -45,8 +45,7 @@ impl Address {
             return Ok(vec![Self::Tcp(scoped)]);
         }
         let resolved = text.to_socket_addrs().map_err(|e| not_an_address(text, &e))?;
-        let addresses: Vec<Self> =
-            eyeballs::in_turns(resolved).into_iter().map(Self::Tcp).collect();
+        let addresses: Vec<Self> = in_turns(resolved).into_iter().map(Self::Tcp).collect();
         if addresses.is_empty() {
             return Err(Error::refused(format!("{text}: the name has no address")));
         }
@@ -82,6 +81,25 @@ impl Address {
             Self::Unix(_) => None,
         }
     }
+}
+
+/// The order in which addresses are tried: the resolver's, but the families take turns, so that one
+/// that leads nowhere costs a single attempt (RFC 8305).
+fn in_turns(addresses: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
+    let mut families: [VecDeque<SocketAddr>; 2] = Default::default();
+    let mut first = None;
+    for address in addresses {
+        let first = *first.get_or_insert(address.is_ipv4());
+        let family = &mut families[usize::from(address.is_ipv4() != first)];
+        if !family.contains(&address) {
+            family.push_back(address);
+        }
+    }
+    let mut ordered = Vec::new();
+    while families.iter().any(|family| !family.is_empty()) {
+        ordered.extend(families.iter_mut().filter_map(VecDeque::pop_front));
+    }
+    ordered
 }
 
 fn not_an_address(text: &str, why: &dyn fmt::Display) -> Error {
@@ -154,6 +172,23 @@ pub fn check_exposure(address: &Address, insecure: bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_families_take_turns_and_the_resolvers_first_is_first() {
+        let ordered = in_turns(addresses(&[
+            "[2001:db8::1]:1",
+            "[2001:db8::2]:1",
+            "[2001:db8::1]:1",
+            "10.0.0.1:1",
+            "[2001:db8::3]:1",
+        ]));
+        let expected = ["[2001:db8::1]:1", "10.0.0.1:1", "[2001:db8::2]:1", "[2001:db8::3]:1"];
+        assert_eq!(ordered, addresses(&expected));
+    }
 
     #[test]
     fn an_address_is_read_as_it_is_written_and_knows_whether_it_is_local() {

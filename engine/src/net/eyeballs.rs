@@ -1,35 +1,14 @@
-//! The connection to a name that has several addresses: whichever answers first, in the order and
-//! at the pace of RFC 8305 ("happy eyeballs").
+//! The connection to a name that has several addresses: whichever answers first, at the pace
+//! of RFC 8305 ("happy eyeballs"). The order is that of [`Address::resolve_all`].
 
 use super::Address;
 use crate::error::{Error, Result};
 use crossbeam_channel::{RecvTimeoutError, unbounded};
-use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// Between the beginnings of two attempts while none has failed: the RFC's recommended Connection
 /// Attempt Delay.
 const ATTEMPT_EVERY: Duration = Duration::from_millis(250);
-
-/// The order in which addresses are tried: the resolver's, but the families take turns, so that one
-/// that leads nowhere costs a single attempt.
-pub(super) fn in_turns(addresses: impl IntoIterator<Item = SocketAddr>) -> Vec<SocketAddr> {
-    let mut families: [VecDeque<SocketAddr>; 2] = Default::default();
-    let mut first = None;
-    for address in addresses {
-        let first = *first.get_or_insert(address.is_ipv4());
-        let family = &mut families[usize::from(address.is_ipv4() != first)];
-        if !family.contains(&address) {
-            family.push_back(address);
-        }
-    }
-    let mut ordered = Vec::new();
-    while families.iter().any(|family| !family.is_empty()) {
-        ordered.extend(families.iter_mut().filter_map(VecDeque::pop_front));
-    }
-    ordered
-}
 
 /// Connects to one of these addresses, within this time for all of them. Says to which.
 pub(super) fn connect_first<C: Send + 'static>(
@@ -83,25 +62,8 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    fn addresses(texts: &[&str]) -> Vec<SocketAddr> {
-        texts.iter().map(|text| text.parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn the_families_take_turns_and_the_resolvers_first_is_first() {
-        let ordered = in_turns(addresses(&[
-            "[2001:db8::1]:1",
-            "[2001:db8::2]:1",
-            "[2001:db8::1]:1",
-            "10.0.0.1:1",
-            "[2001:db8::3]:1",
-        ]));
-        let expected = ["[2001:db8::1]:1", "10.0.0.1:1", "[2001:db8::2]:1", "[2001:db8::3]:1"];
-        assert_eq!(ordered, addresses(&expected));
-    }
-
     fn to(texts: &[&str]) -> Vec<Address> {
-        addresses(texts).into_iter().map(Address::from).collect()
+        texts.iter().map(|text| Address::Tcp(text.parse().unwrap())).collect()
     }
 
     #[test]

@@ -163,7 +163,7 @@ fn run(
     if let Err(error) = &result
         && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
     {
-        control.abort(&error.chain(), refusal::cause(&error), clock::now() + SETUP_MAX);
+        control.abort(&error.chain(), refusal::cause(error), clock::now() + SETUP_MAX);
     }
     result
 }

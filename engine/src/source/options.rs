@@ -1,7 +1,7 @@
 //! What the user asks of a migration.
 
 use crate::guest::Vouched;
-use crate::memory::lost::Poisoned;
+use crate::memory::lost_page::Poisoned;
 use crate::net::choice::LinkChoice;
 use crate::policy::WhenStuck;
 use serde::{Deserialize, Serialize};

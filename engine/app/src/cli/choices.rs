@@ -3,7 +3,7 @@
 
 use clap::ValueEnum;
 use pageferry_engine::guest::Vouched;
-use pageferry_engine::memory::lost;
+use pageferry_engine::memory::lost_page;
 use pageferry_engine::net::choice::{LinkChoice, Transport};
 use pageferry_engine::policy;
 use pageferry_microvm::{machine, payload};
@@ -58,7 +58,7 @@ choice! {
 
 choice! {
     /// What becomes of a guest some of whose pages the hardware lost.
-    Poisoned is lost::Poisoned {
+    Poisoned is lost_page::Poisoned {
         /// It stays here.
         #[default]
         Refuse,
