@@ -254,6 +254,7 @@ mod tests {
     use super::*;
     use crate::destination::listener::{Incoming, SessionListener};
     use crate::net::System;
+    use crate::protocol::Features;
 
     fn says(cause: Cause) -> Message {
         Message::Abort(Abort { reason: "because".into(), cause })
@@ -261,7 +262,7 @@ mod tests {
 
     #[test]
     fn only_what_the_destination_says_of_this_guest_settles_it() {
-        let running = Running { resume_us: 1, running_us: 2 };
+        let running = Running { resume_us: 1, running_us: 2, features: Features::default() };
         assert!(matches!(settles(Ok(Message::Running(running))), Some(Answer::Running(_))));
         for cause in [Cause::Failed, Cause::Lanes] {
             assert!(matches!(settles(Ok(says(cause))), Some(Answer::Discarded(_))), "{cause:?}");
@@ -302,7 +303,8 @@ mod tests {
         };
         assert_eq!(token, Token([1; 16]));
         assert!(matches!(first, Message::Abort(_)), "{first:?}");
-        control.send(&Message::Running(Running { resume_us: 1, running_us: 2 }), soon()).unwrap();
+        let running = Running { resume_us: 1, running_us: 2, features: Features::default() };
+        control.send(&Message::Running(running), soon()).unwrap();
         assert!(matches!(asking.join().unwrap(), Some(Answer::Running(_))));
     }
 

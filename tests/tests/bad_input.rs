@@ -173,7 +173,8 @@ fn another_protocol_version_is_named_on_both_sides() {
     stream.read_to_end(&mut answer).unwrap();
     let answer = String::from_utf8_lossy(&answer);
     assert!(
-        answer.contains("protocol version 9") && answer.contains("same pageferry release"),
+        answer.contains("protocol version 9")
+            && answer.contains("update pageferry at the destination"),
         "{answer}"
     );
     destination.words.wait("protocol version 9", SOON);

@@ -6,7 +6,7 @@
 use pageferry::supervisor::api::State;
 use pageferry_engine::guest::GuestDescription;
 use pageferry_engine::net::socket::SocketConnection;
-use pageferry_engine::protocol::{Cause, Control, Hello, Message};
+use pageferry_engine::protocol::{Cause, Control, Features, Hello, Message};
 use pageferry_tests::look;
 use pageferry_tests::stage::{BARE, Stage, Supervisor};
 use pageferry_tests::{SOON, eventually};
@@ -251,9 +251,15 @@ fn a_sources_words_are_shown_and_not_obeyed() {
         images: Vec::new(),
         platform: Vec::new(),
     };
-    let hello =
-        Hello { software: THEIRS.into(), lanes: 1, guest, state_bytes_max: 1 << 20, rdma: false };
-    control.send(&Message::Hello(hello), Instant::now() + SOON).unwrap();
+    let hello = Hello {
+        software: THEIRS.into(),
+        lanes: 1,
+        guest,
+        state_bytes_max: 1 << 20,
+        rdma: false,
+        features: Features::default().with(THEIRS, Vec::new()),
+    };
+    control.send(&Message::Hello(hello.into()), Instant::now() + SOON).unwrap();
     let answer = control.receive("Abort", Instant::now() + SOON).unwrap();
     assert!(matches!(answer, Message::Abort(_)), "{answer:?}");
     let line = destination.words.wait("refused the guest of", SOON);

@@ -10,8 +10,21 @@
 //!         12   session token           16 bytes (zero for the first control connection)
 //! ```
 
-/// Version of everything that travels between two pageferries: preamble, control messages, frames.
-pub const PROTOCOL_VERSION: u16 = 5;
+use std::ops::RangeInclusive;
+
+/// What a connection names: the version of the preamble, of Hello and Welcome, and of all else that
+/// the two do not agree on by a feature. A destination does not answer a preamble, so a source never
+/// names a version that the release before does not hear: a new one is heard for a release first
+/// ([`VERSIONS_HEARD`]), and named by the next.
+pub const PROTOCOL_VERSION: u16 = 6;
+
+/// What a destination takes: what the release before names, and this one.
+pub const VERSIONS_HEARD: RangeInclusive<u16> = 6..=6;
+
+const _: () = assert!(
+    *VERSIONS_HEARD.start() <= PROTOCOL_VERSION && PROTOCOL_VERSION <= *VERSIONS_HEARD.end(),
+    "a release hears itself"
+);
 
 /// Length of an encoded preamble in bytes.
 pub const PREAMBLE_BYTES: usize = 28;
@@ -56,12 +69,11 @@ pub enum PreambleError {
     /// The magic is missing.
     #[error("the peer does not speak pageferry")]
     NotPageferry,
-    /// Another version.
-    #[error(
-        "the peer speaks protocol version {theirs}, this side {PROTOCOL_VERSION}: use the same pageferry release on both hosts"
-    )]
+    /// A version that is not spoken here. The text reads the same at both ends: the source is told
+    /// it, too.
+    #[error("the source speaks protocol version {theirs}, the destination {}", heard(*theirs))]
     Version {
-        /// The version that the peer named.
+        /// The version that the source named.
         theirs: u16,
     },
     /// An unknown role or an impossible lane.
@@ -72,6 +84,14 @@ pub enum PreambleError {
         /// The lane byte.
         lane: u8,
     },
+}
+
+/// What is heard here instead of this version, and which end is to be updated.
+fn heard(theirs: u16) -> String {
+    let (first, last) = (*VERSIONS_HEARD.start(), *VERSIONS_HEARD.end());
+    let range = if first == last { first.to_string() } else { format!("{first} to {last}") };
+    let end = if theirs < first { "source" } else { "destination" };
+    format!("{range}: update pageferry at the {end}")
 }
 
 impl Preamble {
@@ -95,7 +115,7 @@ impl Preamble {
             return Err(PreambleError::NotPageferry);
         }
         let theirs = u16::from_le_bytes([bytes[8], bytes[9]]);
-        if theirs != PROTOCOL_VERSION {
+        if !VERSIONS_HEARD.contains(&theirs) {
             return Err(PreambleError::Version { theirs });
         }
         let role = match (bytes[10], bytes[11]) {
@@ -129,9 +149,15 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_named() {
+    fn another_version_is_named_with_the_end_to_update() {
         let mut bytes = Preamble { role: Role::Control, token: Token::default() }.encode();
-        bytes[8] = 9;
-        assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs: 9 }));
+        for theirs in (0..=u16::MAX).filter(|version| !VERSIONS_HEARD.contains(version)) {
+            bytes[8..10].copy_from_slice(&theirs.to_le_bytes());
+            assert_eq!(Preamble::decode(&bytes), Err(PreambleError::Version { theirs }));
+        }
+        let said = |theirs| PreambleError::Version { theirs }.to_string();
+        let versions = "the source speaks protocol version 5, the destination 6";
+        assert_eq!(said(5), format!("{versions}: update pageferry at the source"));
+        assert!(said(7).ends_with("update pageferry at the destination"), "{}", said(7));
     }
 }

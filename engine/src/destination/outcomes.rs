@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::guest::DestinationGuest;
 use crate::limits::SETUP_MAX;
 use crate::notice::say;
-use crate::protocol::{Cause, Control, Message, Running, refusal};
+use crate::protocol::{Cause, Control, Features, Message, Running, refusal};
 use pageferry_transport::preamble::Token;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ impl Completed {
         Message::Running(Running {
             resume_us: us(self.resuming, since),
             running_us: us(since, now),
+            features: Features::default(),
         })
     }
 }

@@ -7,7 +7,7 @@ use crate::limits::STATE_WARM_BYTES;
 use crate::memory::GuestMemory;
 use crate::memory::page::{PAGE_BYTES, PageRun};
 use crate::memory::staging::STAGING_BYTES;
-use crate::protocol::{Accept, Hello};
+use crate::protocol::{Accept, Features, Hello};
 use pageferry_transport::{MemoryRegion, Target};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +62,7 @@ impl SessionResources {
             slots.push(target.expose(slot.region())?.into());
             target.expect(slot.region(), &parts)?;
         }
-        Ok(Accept { slots, state: exposed_state, staging: exposed_staging })
+        let (state, staging, features) = (exposed_state, exposed_staging, Features::default());
+        Ok(Accept { slots, state, staging, features })
     }
 }

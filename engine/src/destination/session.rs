@@ -15,9 +15,11 @@ use crate::memory::prefault::Prefault;
 use crate::memory::staging;
 use crate::net::Connection;
 use crate::notice::say;
+use crate::protocol::features::{VERIFY, agree};
 use crate::protocol::refusal::unexpected;
 use crate::protocol::{
-    Control, DestinationEvent, DestinationPhase, Hello, Message, Offer, Prepare, Ready, Welcome,
+    Control, DestinationEvent, DestinationPhase, Features, Hello, Message, Offer, Prepare, Ready,
+    Welcome,
 };
 use crate::report::hold;
 use crate::watch::Watch;
@@ -127,13 +129,25 @@ impl Receiver {
     ) -> Result<(Offer, Box<dyn Target>)> {
         let (listening, rdma) =
             Listening::start(&self.choice, hello.rdma, control.local_ip()?, token, hello.lanes);
-        let welcome =
-            Welcome { software: crate::VERSION.into(), token: token.0, lanes: hello.lanes, rdma };
+        let welcome = Welcome {
+            software: crate::VERSION.into(),
+            token: token.0,
+            lanes: hello.lanes,
+            rdma,
+            features: Features::ours(),
+        };
+        let agreed = agree(&hello.features, &welcome.features);
+        tracing::debug!(theirs = hello.features.names(), ?agreed, "features");
         // Known before anybody is told of it.
         self.listener.expect(token);
         control.send(&Message::Welcome(welcome), clock::now() + SETUP_MAX)?;
         let mut lanes = LaneCollector::new(token, hello.lanes);
         let offer = self.wait_for_offer(control, &mut lanes, guest, watch)?;
+        if offer.verify && !agreed.has(VERIFY) {
+            return Err(Error::Protocol(format!(
+                "an Offer with {VERIFY}, which was not agreed on"
+            )));
+        }
         let target = listening
             .take(&self.choice, offer.lanes, || self.wait_for_lanes(lanes, guest, watch))?;
         let touched = offer.runs(guest.memory().pages())?;
@@ -239,7 +253,8 @@ impl Receiver {
         *phase = phase.on(DestinationEvent::Loaded);
         hold::point("loaded");
         // A connection that breaks now changes nothing: Commit may come on another.
-        let ready = Message::Ready(Ready { load_us, fence_us, verify_us });
+        let features = Features::default();
+        let ready = Message::Ready(Ready { load_us, fence_us, verify_us, features });
         if let Err(e) = control.send(&ready, clock::now() + SETUP_MAX) {
             tracing::warn!(error = %e.chain(), "Ready could not be sent");
         }

@@ -9,6 +9,7 @@ use crate::memory::{GuestMemory, SlotSource};
 use crate::net::System;
 use crate::net::dial::dial;
 use crate::net::socket::SocketConnection;
+use crate::protocol::Features;
 use crate::protocol::control;
 use crate::protocol::control::Control;
 use crate::protocol::message::{Abort, Hello};
@@ -250,8 +251,15 @@ fn dialled(at: SocketAddr, token: Token) -> Control {
 }
 
 fn hello(guest: &EmptyGuest) -> Message {
-    let (software, guest) = ("a test".into(), guest.describe());
-    Message::Hello(Hello { software, lanes: 1, guest, state_bytes_max: 4096, rdma: false })
+    let (software, guest, features) = ("a test".into(), guest.describe(), Features::ours());
+    Message::Hello(Box::new(Hello {
+        software,
+        lanes: 1,
+        guest,
+        state_bytes_max: 4096,
+        rdma: false,
+        features,
+    }))
 }
 
 /// What a receiver says to this, at once.

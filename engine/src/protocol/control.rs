@@ -215,6 +215,7 @@ fn timeout_or(error: std::io::Error, what: String) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use super::super::features::Features;
     use super::super::message::*;
     use super::*;
     use crate::guest::{BlockDescription, GuestDescription, ImageDescription};
@@ -252,6 +253,13 @@ mod tests {
         ]
     }
 
+    fn features() -> impl Strategy<Value = Features> {
+        prop::collection::btree_map("[a-z\u{1b}]{1,16}", any::<Vec<u8>>(), 0..4).prop_map(|list| {
+            list.into_iter()
+                .fold(Features::default(), |all, (name, payload)| all.with(&name, payload))
+        })
+    }
+
     fn cause() -> impl Strategy<Value = Cause> {
         prop_oneof![
             Just(Cause::Refused),
@@ -263,40 +271,59 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Message> {
         prop_oneof![
-            (any::<u8>(), guest(), any::<u64>(), any::<bool>()).prop_map(
-                |(lanes, guest, state_bytes_max, rdma)| {
-                    Message::Hello(Hello {
+            (any::<u8>(), guest(), any::<u64>(), any::<bool>(), features()).prop_map(
+                |(lanes, guest, state_bytes_max, rdma, features)| {
+                    Message::Hello(Box::new(Hello {
                         software: "x".into(),
                         lanes,
                         guest,
                         state_bytes_max,
                         rdma,
+                        features,
+                    }))
+                }
+            ),
+            (any::<([u8; 16], u8)>(), rdma(), features()).prop_map(
+                |((token, lanes), rdma, features)| {
+                    let software = "y".into();
+                    Message::Welcome(Welcome { software, token, lanes, rdma, features })
+                }
+            ),
+            (any::<(Vec<(u64, u64)>, bool, bool)>(), features()).prop_map(
+                |((touched, verify, rdma), features)| {
+                    let lanes = if rdma { Lanes::Rdma } else { Lanes::Tcp };
+                    Message::Offer(Offer { touched, verify, lanes, features })
+                }
+            ),
+            (prop::collection::vec(exposed(), 0..4), exposed(), exposed(), features()).prop_map(
+                |(slots, state, staging, features)| Message::Accept(Accept {
+                    slots,
+                    state,
+                    staging,
+                    features
+                })
+            ),
+            (any::<(u32, u64, bool, Vec<(u64, u32)>, Option<u128>)>(), features()).prop_map(
+                |((fence, state_bytes, was_running, staged, digest), features)| {
+                    Message::Prepare(Prepare {
+                        fence,
+                        state_bytes,
+                        was_running,
+                        staged,
+                        digest,
+                        features,
                     })
                 }
             ),
-            (any::<([u8; 16], u8)>(), rdma()).prop_map(|((token, lanes), rdma)| {
-                Message::Welcome(Welcome { software: "y".into(), token, lanes, rdma })
-            }),
-            any::<(Vec<(u64, u64)>, bool, bool)>().prop_map(|(touched, verify, rdma)| {
-                let lanes = if rdma { Lanes::Rdma } else { Lanes::Tcp };
-                Message::Offer(Offer { touched, verify, lanes })
-            }),
-            (prop::collection::vec(exposed(), 0..4), exposed(), exposed()).prop_map(
-                |(slots, state, staging)| Message::Accept(Accept { slots, state, staging })
-            ),
-            any::<(u32, u64, bool, Vec<(u64, u32)>, Option<u128>)>().prop_map(
-                |(fence, state_bytes, was_running, staged, digest)| {
-                    Message::Prepare(Prepare { fence, state_bytes, was_running, staged, digest })
+            (any::<(u64, u64, u64)>(), features()).prop_map(
+                |((load_us, fence_us, verify_us), features)| {
+                    Message::Ready(Ready { load_us, fence_us, verify_us, features })
                 }
             ),
-            any::<(u64, u64, u64)>().prop_map(|(load_us, fence_us, verify_us)| Message::Ready(
-                Ready { load_us, fence_us, verify_us }
-            )),
             Just(Message::Commit),
-            any::<(u64, u64)>().prop_map(|(resume_us, running_us)| Message::Running(Running {
-                resume_us,
-                running_us
-            })),
+            (any::<(u64, u64)>(), features()).prop_map(|((resume_us, running_us), features)| {
+                Message::Running(Running { resume_us, running_us, features })
+            }),
             (any::<String>(), cause())
                 .prop_map(|(reason, cause)| Message::Abort(Abort { reason, cause })),
         ]
@@ -349,13 +376,14 @@ mod tests {
             images: Vec::new(),
             platform: Vec::new(),
         };
-        Message::Hello(Hello {
+        Message::Hello(Box::new(Hello {
             software: String::new(),
             lanes: 1,
             guest,
             state_bytes_max: 0,
             rdma: false,
-        })
+            features: Features::ours(),
+        }))
     }
 
     #[test]
@@ -412,11 +440,13 @@ mod tests {
             was_running: true,
             staged,
             digest: Some(u128::MAX),
+            features: Features::default(),
         });
         assert_eq!(decode(&encode(&prepare).unwrap()[4..]).unwrap(), prepare);
         let exposed = Exposed { base: u64::MAX, bytes: u64::MAX, key: u32::MAX };
         let slots = vec![exposed; crate::guest::BLOCKS_MAX];
-        let accept = Message::Accept(Accept { slots, state: exposed, staging: exposed });
+        let (state, staging, features) = (exposed, exposed, Features::default());
+        let accept = Message::Accept(Accept { slots, state, staging, features });
         assert_eq!(decode(&encode(&accept).unwrap()[4..]).unwrap(), accept);
     }
 

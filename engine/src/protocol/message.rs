@@ -1,6 +1,11 @@
 //! The kinds of control messages, and the checks on what a peer may put into them.
+//!
+//! These types are the wire format, and it stays: what comes later is a feature ([`super::features`])
+//! and puts what it has to say into the `features` at a message's end, or into a variant at the end
+//! of [`Message`].
 
 use super::bounded;
+use super::features::Features;
 use crate::error::{Error, Result};
 use crate::guest::{BLOCKS_MAX, GuestDescription};
 use crate::memory::page::PageRun;
@@ -26,8 +31,8 @@ pub const REASON_BYTES_MAX: usize = 8 << 10;
 /// One control message.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Message {
-    /// The source opens a session.
-    Hello(Hello),
+    /// The source opens a session. Boxed, as it is far larger than all others.
+    Hello(Box<Hello>),
     /// The destination's answer to Hello.
     Welcome(Welcome),
     /// What will be written.
@@ -61,6 +66,8 @@ pub struct Hello {
     pub state_bytes_max: u64,
     /// Whether the source would open its lanes by RDMA.
     pub rdma: bool,
+    /// What the source can.
+    pub features: Features,
 }
 
 /// See [`Message::Welcome`]; counted as the second Hello of the design.
@@ -75,6 +82,8 @@ pub struct Welcome {
     pub lanes: u8,
     /// Whether they may be opened by RDMA.
     pub rdma: RdmaAnswer,
+    /// What the destination can.
+    pub features: Features,
 }
 
 /// Whether a destination takes lanes by RDMA.
@@ -105,6 +114,8 @@ pub struct Offer {
     pub verify: bool,
     /// The lanes that carry it.
     pub lanes: Lanes,
+    /// What features put here.
+    pub features: Features,
 }
 
 /// A region that the destination exposed.
@@ -128,6 +139,8 @@ pub struct Accept {
     pub state: Exposed,
     /// Where pages go whose memory is not registered when the guest is paused.
     pub staging: Exposed,
+    /// What features put here.
+    pub features: Features,
 }
 
 /// See [`Message::Prepare`].
@@ -144,6 +157,8 @@ pub struct Prepare {
     pub staged: Vec<(u64, u32)>,
     /// Digest of all memory, where it was asked for.
     pub digest: Option<u128>,
+    /// What features put here.
+    pub features: Features,
 }
 
 /// See [`Message::Ready`].
@@ -155,6 +170,8 @@ pub struct Ready {
     pub fence_us: u64,
     /// How long the digest took, in microseconds.
     pub verify_us: u64,
+    /// What features put here.
+    pub features: Features,
 }
 
 /// See [`Message::Running`].
@@ -164,6 +181,8 @@ pub struct Running {
     pub resume_us: u64,
     /// How long it had been running when this was sent, in microseconds.
     pub running_us: u64,
+    /// What features put here.
+    pub features: Features,
 }
 
 /// See [`Message::Abort`].
@@ -238,7 +257,7 @@ impl Offer {
             }
             at = run.end();
         }
-        Self { touched, verify, lanes }
+        Self { touched, verify, lanes, features: Features::default() }
     }
 
     /// The runs, checked against a memory of `pages` pages.
@@ -366,7 +385,8 @@ mod tests {
 
         #[test]
         fn a_hostile_offer_is_refused_without_panic(touched: Vec<(u64, u64)>, pages: u64) {
-            let _ = Offer { touched, verify: false, lanes: Lanes::Tcp }.runs(pages);
+            let features = Features::default();
+            let _ = Offer { touched, verify: false, lanes: Lanes::Tcp, features }.runs(pages);
         }
     }
 

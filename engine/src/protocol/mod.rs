@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   source                                                  destination
-//!     | -- preamble, Hello { guest, lanes, rdma } ------------> | same machine, same memory?
-//!     | <---------------------- Welcome { token, lanes, rdma } -- |
+//!     | -- preamble, Hello { guest, lanes, features } --------> | same machine, same memory?
+//!     | <---------------------- Welcome { token, features } ----- |
 //!     | == lanes open, each with the token ===================> |
 //!     |    tracking on, touched pages found                     |
 //!     | -- Offer { touched, lanes } ---------------------------> | room for it? memory exposed,
@@ -24,11 +24,13 @@
 
 pub(crate) mod bounded;
 pub mod control;
+pub mod features;
 pub mod message;
 pub mod phase;
 pub mod refusal;
 
 pub use control::Control;
+pub use features::Features;
 pub use message::{
     Abort, Accept, Cause, Hello, Lanes, Message, Offer, Prepare, RdmaAnswer, Ready, Running,
     Welcome,

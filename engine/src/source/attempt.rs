@@ -9,7 +9,7 @@ use crate::memory::lost_page::{self, LostPage};
 use crate::net::address::check_exposure;
 use crate::net::{Address, Network};
 use crate::protocol::refusal::{self, aborted};
-use crate::protocol::{Control, Hello, Message, SourceEvent, SourcePhase};
+use crate::protocol::{Control, Features, Hello, Message, SourceEvent, SourcePhase};
 use crate::report::progress::Monitor;
 use crate::report::stage::Stage;
 use crate::report::{MigrationReport, Outcome};
@@ -144,10 +144,11 @@ fn run(
         guest: guest.describe(),
         state_bytes_max: guest.state_bytes_max(),
         rdma: wish.rdma(),
+        features: Features::ours(),
     };
     let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { SETUP_MAX };
-    let mut session =
-        session::open(network, reached, hello, &wish, patience).map_err(refuse_unreachable)?;
+    let mut session = session::open(network, reached, hello, &options.needs(), &wish, patience)
+        .map_err(refuse_unreachable)?;
     report.transport = session.opened.link.kind().name().into();
     report.lanes = session.opened.link.lanes() as u32;
     report.link.clone_from(&session.opened.taken);

@@ -4,6 +4,7 @@ use crate::guest::Vouched;
 use crate::memory::lost_page::Poisoned;
 use crate::net::choice::LinkChoice;
 use crate::policy::WhenStuck;
+use crate::protocol::features::{Need, VERIFY};
 use serde::{Deserialize, Serialize};
 
 /// What the user asked for.
@@ -52,6 +53,12 @@ impl MigrateOptions {
             insecure: false,
             vouched: Vouched::default(),
         }
+    }
+
+    /// What the destination must know for it.
+    pub(crate) fn needs(&self) -> Vec<Need> {
+        let verify = self.verify.then_some(Need { feature: VERIFY, option: "--verify" });
+        verify.into_iter().collect()
     }
 }
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::limits::SETUP_MAX;
 use crate::net::dial::{dial, greet};
 use crate::net::{Address, Network};
+use crate::protocol::features::{Need, agree};
 use crate::protocol::refusal::aborted;
 use crate::protocol::{Cause, Control, Hello, Message};
 use crate::source::lanes;
@@ -64,11 +65,13 @@ pub(crate) fn over() -> Error {
     Error::Protocol("the session is over".into())
 }
 
-/// Opens a session: Hello, Welcome, lanes. `patience` is for the destination to say Welcome.
+/// Opens a session: Hello, Welcome, lanes. The destination must know what the migration `needs`.
+/// `patience` is for it to say Welcome.
 pub fn open(
     network: &dyn Network,
     reached: Reached,
     hello: Hello,
+    needs: &[Need],
     wish: &Wish,
     patience: Duration,
 ) -> Result<Session> {
@@ -83,19 +86,23 @@ pub fn open(
         round_trip_us.set(round_trip_us.get().min(clock::elapsed(dialled).as_micros() as u64));
         Ok(connection)
     };
-    let lanes_asked = hello.lanes;
+    let (lanes_asked, ours) = (hello.lanes, hello.features.clone());
     let asked = clock::now();
-    control.send(&Message::Hello(hello), asked + SETUP_MAX)?;
+    control.send(&Message::Hello(hello.into()), asked + SETUP_MAX)?;
     let welcome = match control.receive("Welcome", asked + patience)? {
         Message::Welcome(welcome) => welcome,
         Message::Abort(abort) => return Err(aborted(abort)),
         other => return Err(Error::Protocol(format!("{} in answer to Hello", other.name()))),
     };
     let (token, lanes) = (welcome.check(lanes_asked)?, welcome.lanes);
+    let agreed = agree(&ours, &welcome.features);
+    tracing::debug!(theirs = welcome.features.names(), ?agreed, "features");
     let dial_lanes =
         || (0..lanes).map(|lane| dial(Preamble { role: Role::Lane(lane), token })).collect();
-    let opened =
-        lanes::open(wish, &welcome.rdma, &to, control.local_ip()?, token, lanes, dial_lanes)
-            .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
+    let from = control.local_ip()?;
+    let opened = agreed
+        .require(needs)
+        .and_then(|()| lanes::open(wish, &welcome.rdma, &to, from, token, lanes, dial_lanes))
+        .inspect_err(|e| control.abort(&e.chain(), Cause::Refused, clock::now() + SETUP_MAX))?;
     Ok(Session { control: Some(control), opened, token, round_trip_us: round_trip_us.get() })
 }

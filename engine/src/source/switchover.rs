@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::guest::SourceGuest;
 use crate::memory::bitmap::DirtyBitmap;
 use crate::protocol::refusal::aborted;
-use crate::protocol::{Control, Message, Prepare, Ready, Running};
+use crate::protocol::{Control, Features, Message, Prepare, Ready, Running};
 use crate::report::{Downtime, hold};
 use crate::source::pump::Pump;
 use crate::watch::Watch;
@@ -214,9 +214,10 @@ impl<'g> Drained<'g> {
             was_running: self.was_running,
             staged: self.staged,
             digest: self.digest,
+            features: Features::default(),
         };
         control.send(&Message::Prepare(prepare), deadline)?;
-        let Ready { load_us, fence_us, verify_us } = match control
+        let Ready { load_us, fence_us, verify_us, .. } = match control
             .receive_watched("Ready", deadline, watch)?
         {
             Message::Ready(ready) => ready,
