@@ -6,6 +6,7 @@
 //!   Moving       `pageferry migrate` under way
 //!   Proxy        a TCP proxy between source and destination that can cut and stall connections
 //!   random       numbers by seed
+//!   recorded     conversations of each protocol version that is still spoken
 //!   look         what /proc and a second QMP monitor say about a QEMU
 //!   throttle     a bound on the speed of a disk
 //!   ledger       a guest of two kilobytes that checks its memory
@@ -27,6 +28,7 @@ pub mod linux;
 pub mod look;
 pub mod proxy;
 pub mod random;
+pub mod recorded;
 pub mod simulation;
 pub mod slow_fs;
 pub mod stage;
