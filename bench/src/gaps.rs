@@ -9,9 +9,9 @@
 //! two. The migration never switches over: its round 0 is held to a rate at which it lasts longer
 //! than the turn.
 
-use crate::downtime::linux::made;
 use crate::progress::Progress;
 use crate::record::{Record, Spec};
+use crate::testbed::images::{self, Images};
 use crate::testbed::machine::{
     Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, START_MAX, TestBed,
 };
@@ -20,14 +20,11 @@ use crate::ways::{STEADY, attach};
 use anyhow::{Context, Result, bail};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::Serialize;
-use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 const GAP: Spec = Spec::headline("longest gap", "ms");
 
-/// Where scripts/guest-image puts the guest.
-const GUEST: &str = ".cache/guest";
 /// How long heartbeats are counted where nothing ends by itself.
 const WINDOW: Duration = Duration::from_secs(2);
 /// What comes after an end belongs to it: memory is disarmed beside the guest.
@@ -130,17 +127,13 @@ fn go_to(cpus: &CpuSet) -> Result<()> {
 }
 
 fn guest(args: &GapsArgs) -> Result<GuestOptions> {
+    let Images { kernel, initrd } = images::guest()?;
     Ok(GuestOptions {
         accel: Accel::Tcg,
         beat: BEAT,
-        kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
-        initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
-        pageferry: made(
-            &std::env::current_exe()
-                .context("the path of this program")?
-                .with_file_name("pageferry"),
-            "cargo build --release -p pageferry",
-        )?,
+        kernel,
+        initrd,
+        pageferry: images::pageferry()?,
         lanes: 1,
         memory_mib: args.memory,
         working_mib: args.working,

@@ -174,7 +174,9 @@ fn a_linux_guest_is_moved_and_its_heartbeats_are_heard() {
     }
     let directory = tempfile::tempdir().unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"));
-    command.current_dir(repository).args(["downtime", "--guest", "linux", "--moves", "2", "--out"]);
+    // The guest is found from wherever it is called.
+    command.current_dir(directory.path());
+    command.args(["downtime", "--guest", "linux", "--moves", "2", "--out"]);
     let Output { status, stderr, .. } = command.arg(directory.path()).output().unwrap();
     assert!(status.success(), "{}", text(&stderr));
     let record = the_record(directory.path());

@@ -93,7 +93,7 @@ fn what_cannot_be_is_said_at_once_in_one_line() {
     let wrong: [(&[&str], &str); 5] = [
         (&["--ways", "microvm"], "--accel kvm"),
         (&["--memory", "128", "--working", "64", "--touched", "64"], "--memory 128"),
-        (&["--kernel", "/nowhere/vmlinuz"], "scripts/guest-image"),
+        (&["--kernel", "/nowhere/vmlinuz"], "--kernel"),
         (&["--rdma-address", "192.0.2.1"], "192.0.2.1"),
         (&["--out", "/proc/nowhere"], "--out"),
     ];

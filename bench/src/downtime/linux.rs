@@ -4,16 +4,13 @@
 
 use super::network::Network;
 use super::{Harness, Move, MoveOptions};
+use crate::testbed::images::{self, Images};
 use crate::testbed::machine::{Accel, BEAT, Begin, GUEST_MAX, GuestOptions, Machine, TestBed};
 use crate::ways::ferry;
 use anyhow::{Context, Result, bail};
 use pageferry_engine::net::choice::Transport;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-/// Where scripts/guest-image puts the guest.
-const GUEST: &str = ".cache/guest";
 
 /// A guest in a QEMU, and all that its QEMUs share.
 pub struct Linux {
@@ -53,28 +50,19 @@ impl Linux {
 
 /// What a Linux guest of these options is.
 pub(super) fn guest(options: &MoveOptions, accel: Accel, beat: Duration) -> Result<GuestOptions> {
+    let Images { kernel, initrd } = images::guest()?;
     Ok(GuestOptions {
         accel,
         beat,
-        kernel: made(&Path::new(GUEST).join("vmlinuz"), "scripts/guest-image makes it")?,
-        initrd: made(&Path::new(GUEST).join("initramfs.gz"), "scripts/guest-image makes it")?,
-        pageferry: made(
-            &std::env::current_exe()
-                .context("the path of this program")?
-                .with_file_name("pageferry"),
-            "cargo build --release -p pageferry",
-        )?,
+        kernel,
+        initrd,
+        pageferry: images::pageferry()?,
         lanes: options.lanes,
         memory_mib: options.memory_mib,
         working_mib: options.working_mib,
         touched_mib: 0,
         rate_mb: options.rate_mb,
     })
-}
-
-/// The absolute path of what must be there.
-pub(crate) fn made(path: &Path, fix: &str) -> Result<PathBuf> {
-    path.canonicalize().with_context(|| format!("{} is not there: {fix}", path.display()))
 }
 
 impl Harness for Linux {

@@ -1,10 +1,10 @@
 //! What `pageferry-bench peers` takes.
 
 use super::PeersOptions;
-use crate::downtime::linux::made;
+use crate::testbed::images::{self, made};
 use crate::testbed::machine::{Accel, BEAT, GuestOptions};
 use crate::ways::{Terms, Way};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::ValueEnum;
 use pageferry::cli::choices::Tracking;
 use pageferry::cli::units::{downtime_max, duration};
@@ -39,12 +39,12 @@ pub struct PeersArgs {
     /// Address of an RDMA port of this host, for the ways by RDMA.
     #[arg(long, value_name = "IP")]
     rdma_address: Option<IpAddr>,
-    /// The guest's kernel.
-    #[arg(long, default_value = ".cache/guest/vmlinuz")]
-    kernel: PathBuf,
-    /// The guest's initramfs.
-    #[arg(long, default_value = ".cache/guest/initramfs.gz")]
-    initrd: PathBuf,
+    /// The guest's kernel. [default: the repository's, made where it is missing]
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// The guest's initramfs. [default: as above]
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
     /// Guest memory in MiB.
     #[arg(long)]
     memory: Option<u32>,
@@ -114,9 +114,13 @@ impl PeersArgs {
     /// What is to be done. Fails on what is missing.
     pub fn options(self) -> Result<PeersOptions> {
         let preset = self.scenario.preset(self.quick);
-        let pageferry = std::env::current_exe()
-            .context("the path of this program")?
-            .with_file_name("pageferry");
+        let (kernel, initrd) = match (self.kernel, self.initrd) {
+            (Some(kernel), Some(initrd)) => (kernel, initrd),
+            (kernel, initrd) => {
+                let guest = images::guest()?;
+                (kernel.unwrap_or(guest.kernel), initrd.unwrap_or(guest.initrd))
+            }
+        };
         let all = Way::value_variants()
             .iter()
             .filter(|way| self.accel == Accel::Kvm || **way != Way::Microvm);
@@ -125,9 +129,9 @@ impl PeersArgs {
             guest: GuestOptions {
                 accel: self.accel,
                 beat: self.beat.unwrap_or(BEAT),
-                kernel: made(&self.kernel, "scripts/guest-image makes it")?,
-                initrd: made(&self.initrd, "scripts/guest-image makes it")?,
-                pageferry: made(&pageferry, "cargo build --release -p pageferry")?,
+                kernel: made(&kernel, "give another --kernel")?,
+                initrd: made(&initrd, "give another --initrd")?,
+                pageferry: images::pageferry()?,
                 lanes: self.lanes.unwrap_or_else(pageferry_engine::source::default_lanes),
                 memory_mib: self.memory.unwrap_or(preset.memory_mib),
                 working_mib: self.working.unwrap_or(preset.working_mib),

@@ -3,6 +3,7 @@
 //! [`PATIENCE`] is cancelled, and the guest stays.
 
 use crate::shaped::{End, Shaped};
+use crate::testbed::images;
 use anyhow::{Context, Result, anyhow, bail};
 use pageferry_qemu::qmp::{Event, Qmp};
 use serde_json::{Value, json};
@@ -29,9 +30,6 @@ const CHANNELS: u32 = 2;
 const PORT: u16 = 7600;
 /// Status lines of the guest, one a second, after which it has its steady rate.
 const STEADY_LINES: u32 = 2;
-
-/// Where scripts/guest-image puts the guest.
-const GUEST: &str = ".cache/guest";
 
 /// A way of QEMU's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,12 +108,7 @@ impl Drop for Qemu {
 
 /// Fails, with the fix, where there is no guest to boot.
 pub fn check() -> Result<()> {
-    for file in ["vmlinuz", "initramfs.gz"] {
-        let path = Path::new(GUEST).join(file);
-        if !path.is_file() {
-            bail!("--qemu: {} is not there: scripts/guest-image makes it", path.display());
-        }
-    }
+    images::guest().context("--qemu")?;
     let started =
         Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status();
     started.map(drop).context("--qemu: starting qemu-system-x86_64; scripts/setup installs it")
@@ -213,6 +206,7 @@ fn start(
     size: GuestSize,
     incoming: bool,
 ) -> Result<Qemu> {
+    let images = images::guest()?;
     let mut command = Command::new("qemu-system-x86_64");
     command.args([
         "-accel",
@@ -227,8 +221,8 @@ fn start(
     ]);
     command.args(["-m", &format!("{}M", size.memory_mib)]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", socket.display()));
-    command.arg("-kernel").arg(Path::new(GUEST).join("vmlinuz"));
-    command.arg("-initrd").arg(Path::new(GUEST).join("initramfs.gz"));
+    command.arg("-kernel").arg(&images.kernel);
+    command.arg("-initrd").arg(&images.initrd);
     command.arg("-append").arg(format!(
         "console=ttyS0 quiet panic=-1 tsc=reliable pf.mib={} pf.rate={}",
         size.working_mib, size.rate_mb

@@ -3,6 +3,7 @@
 
 pub mod console;
 pub mod cpu;
+pub mod images;
 pub mod machine;
 pub mod microvm;
 pub mod process;
