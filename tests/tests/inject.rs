@@ -4,28 +4,13 @@
 //! `PAGEFERRY_KILLS=40` for more kills at random; `scripts/test` makes some.
 
 use pageferry::supervisor::api::State;
+use pageferry_qemu::inject::POINTS;
 use pageferry_tests::console::Console;
 use pageferry_tests::random::Random;
 use pageferry_tests::stage::{Stage, Supervisor};
 use pageferry_tests::{SOON, eventually, ledger};
 use std::time::{Duration, Instant};
 
-/// Points at which the injected call can be held, in their order (engine/guests/qemu/src/inject).
-const POINTS: [&str; 13] = [
-    "inject-seized",
-    "inject-stopped",
-    "inject-written",
-    "inject-diverted",
-    "inject-blocked",
-    "inject-entered",
-    "inject-left",
-    "inject-made",
-    "inject-taken",
-    "inject-closed",
-    "inject-returning",
-    "inject-unblocked",
-    "inject-restored",
-];
 /// Kills at random of the short form.
 const KILLS: u32 = 15;
 

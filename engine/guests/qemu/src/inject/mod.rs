@@ -56,6 +56,23 @@ const CODE_BYTES_MAX: u64 = 256 << 20;
 /// Code that is looked through at once.
 const CODE_PIECE_BYTES: u64 = 1 << 20;
 
+/// Points at which the injected call can be held, in their order. Tests kill the tracer at each.
+pub const POINTS: [&str; 13] = [
+    "inject-seized",
+    "inject-stopped",
+    "inject-written",
+    "inject-diverted",
+    "inject-blocked",
+    "inject-entered",
+    "inject-left",
+    "inject-made",
+    "inject-taken",
+    "inject-closed",
+    "inject-returning",
+    "inject-unblocked",
+    "inject-restored",
+];
+
 /// Makes a userfaultfd inside the process `pid`, whose handle is `pidfd`, and takes it over. The
 /// process keeps nothing of it. Its main thread is paused for less than a millisecond.
 ///

@@ -467,23 +467,6 @@ fn injector() {
     }
 }
 
-/// All points at which the tracer can be held, in their order.
-const POINTS: [&str; 13] = [
-    "inject-seized",
-    "inject-stopped",
-    "inject-written",
-    "inject-diverted",
-    "inject-blocked",
-    "inject-entered",
-    "inject-left",
-    "inject-made",
-    "inject-taken",
-    "inject-closed",
-    "inject-returning",
-    "inject-unblocked",
-    "inject-restored",
-];
-
 #[test]
 fn a_tracer_killed_at_any_step_leaves_the_process_as_it_was() {
     let busy = Busy::new();
