@@ -8,9 +8,7 @@ use pageferry::supervisor::api::State;
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::{DirtySource, Synced};
-use pageferry_engine::guest::{
-    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
-};
+use pageferry_engine::guest::{DestinationGuest, Facts, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::bitmap::DirtyBitmap;
 use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
@@ -19,7 +17,7 @@ use pageferry_engine::policy::WhenStuck;
 use pageferry_engine::report::progress::Monitor;
 use pageferry_engine::report::{MigrationReport, Outcome};
 use pageferry_engine::source::{MigrateOptions, migrate};
-use pageferry_engine::watch::Watch;
+use pageferry_synthetic::wrapped::{Hooks, Wrapped};
 use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::console::BOOT_MAX;
 use pageferry_tests::linux::Linux;
@@ -167,7 +165,7 @@ fn twenty_moves_by_rdma_back_and_forth_lose_nothing_in_eight_messages() {
 /// Touches memory for the first time when it is being paused, and has more device state than a
 /// registration of 2 MiB.
 struct Late {
-    inner: SyntheticSource,
+    memory: std::sync::Arc<GuestMemory>,
     touched: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
@@ -190,76 +188,30 @@ impl DirtySource for LateTracking {
     }
 }
 
-impl SourceGuest for Late {
-    fn pause(&mut self) -> pageferry_engine::Result<()> {
+impl Hooks for Late {
+    fn facts(&mut self, facts: Facts) -> Facts {
+        Facts {
+            state_bytes_max: facts.state_bytes_max + 64 * PADDING_BYTES as u64,
+            state_bytes_expected: facts.state_bytes_expected + PADDING_BYTES as u64 / 2,
+            ..facts
+        }
+    }
+    fn tracking(&mut self, inner: Box<dyn DirtySource>) -> Box<dyn DirtySource> {
+        Box::new(LateTracking { inner, touched: std::sync::Arc::clone(&self.touched) })
+    }
+    fn before_pause(&mut self) -> pageferry_engine::Result<()> {
         for page in LATE {
-            let region = self.inner.memory().slots()[0].region();
+            let region = self.memory.slots()[0].region();
             region.write((page * PAGE_BYTES) as usize, &page.to_le_bytes())?;
         }
         self.touched.store(true, std::sync::atomic::Ordering::SeqCst);
-        self.inner.pause()
+        Ok(())
     }
-    fn start_tracking(
-        &mut self,
-        watch: &mut Watch<'_>,
-    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
-        let touched = std::sync::Arc::clone(&self.touched);
-        Ok(Box::new(LateTracking { inner: self.inner.start_tracking(watch)?, touched }))
-    }
-    fn save(
+    fn after_save(
         &mut self,
         sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
     ) -> pageferry_engine::Result<()> {
-        self.inner.save(sink)?;
         vec![0; PADDING_BYTES].chunks(256 << 10).try_for_each(sink)
-    }
-    fn state_bytes_max(&self) -> u64 {
-        self.inner.state_bytes_max() + 64 * PADDING_BYTES as u64
-    }
-    fn state_bytes_expected(&self) -> u64 {
-        self.inner.state_bytes_expected() + PADDING_BYTES as u64 / 2
-    }
-    fn describe(&self) -> GuestDescription {
-        self.inner.describe()
-    }
-    fn preflight(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.preflight()
-    }
-    fn memory(&self) -> &std::sync::Arc<GuestMemory> {
-        self.inner.memory()
-    }
-    fn fixed_costs(&self) -> FixedCosts {
-        self.inner.fixed_costs()
-    }
-    fn liveness(&self) -> Liveness {
-        self.inner.liveness()
-    }
-    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
-        self.inner.may_discard()
-    }
-    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
-        self.inner.is_running()
-    }
-    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.drain_io()
-    }
-    fn arm(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.arm()
-    }
-    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.begin_save()
-    }
-    fn seal(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.seal()
-    }
-    fn resume(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.resume()
-    }
-    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
-        self.inner.retire(tracking);
-    }
-    fn end(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.end()
     }
 }
 
@@ -270,8 +222,9 @@ fn nothing_is_registered_in_the_downtime_whatever_the_guest_touches_last() {
         return;
     }
     for lanes in [1, 4] {
-        let inner = SyntheticSource::start(SMALL).unwrap();
-        let mut guest = Late { inner, touched: std::sync::Arc::default() };
+        let guest = SyntheticSource::start(SMALL).unwrap();
+        let memory = std::sync::Arc::clone(guest.memory());
+        let mut guest = Wrapped { guest, hooks: Late { memory, touched: Default::default() } };
         let (report, destination) =
             attempt(&mut guest, THERE, Transport::Rdma, lanes, |options| options.verify = true);
         assert_eq!(report.outcome, Outcome::Completed, "{:?}", report.reason);

@@ -4,10 +4,7 @@
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
 use pageferry_engine::dirty::{DirtySource, Synced};
-use pageferry_engine::guest::{
-    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
-};
-use pageferry_engine::memory::GuestMemory;
+use pageferry_engine::guest::{DestinationGuest, SourceGuest};
 use pageferry_engine::memory::bitmap::DirtyBitmap;
 use pageferry_engine::memory::page::PageRun;
 use pageferry_engine::net::choice::{LinkChoice, Transport};
@@ -16,13 +13,12 @@ use pageferry_engine::report::progress::Monitor;
 use pageferry_engine::report::stage::Stage;
 use pageferry_engine::report::{MigrationReport, Outcome};
 use pageferry_engine::source::{MigrateOptions, migrate};
-use pageferry_engine::watch::Watch;
+use pageferry_synthetic::wrapped::{Hooks, Wrapped};
 use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_tests::proxy::{Proxy, Which};
 use pageferry_tests::{SOON, eventually};
 use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// 16 MiB, half of it touched; two threads write some 80 MB/s together.
@@ -213,10 +209,10 @@ fn a_destination_that_refuses_to_run_gives_the_guest_back() {
     destination.into_source().expect("it runs there").check().unwrap();
 }
 
-/// A synthetic guest whose tracking also reports pages that were not written, fewer each round: so
+/// The tracking also reports pages that were not written, fewer each round: so
 /// many rounds, whatever the machine's speed. A page reported without need is sent once more, and
 /// that is all.
-struct ManyRounds(SyntheticSource);
+struct ManyRounds;
 
 /// See [`ManyRounds`].
 struct Shrinking {
@@ -234,69 +230,9 @@ impl DirtySource for Shrinking {
     }
 }
 
-impl SourceGuest for ManyRounds {
-    fn start_tracking(
-        &mut self,
-        watch: &mut Watch<'_>,
-    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
-        Ok(Box::new(Shrinking { inner: self.0.start_tracking(watch)?, pages: 4000.0 }))
-    }
-    fn describe(&self) -> GuestDescription {
-        self.0.describe()
-    }
-    fn preflight(&mut self) -> pageferry_engine::Result<()> {
-        self.0.preflight()
-    }
-    fn memory(&self) -> &Arc<GuestMemory> {
-        self.0.memory()
-    }
-    fn state_bytes_max(&self) -> u64 {
-        self.0.state_bytes_max()
-    }
-    fn state_bytes_expected(&self) -> u64 {
-        self.0.state_bytes_expected()
-    }
-    fn fixed_costs(&self) -> FixedCosts {
-        self.0.fixed_costs()
-    }
-    fn liveness(&self) -> Liveness {
-        self.0.liveness()
-    }
-    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
-        self.0.may_discard()
-    }
-    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
-        self.0.is_running()
-    }
-    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
-        self.0.drain_io()
-    }
-    fn arm(&mut self) -> pageferry_engine::Result<()> {
-        self.0.arm()
-    }
-    fn pause(&mut self) -> pageferry_engine::Result<()> {
-        self.0.pause()
-    }
-    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
-        self.0.begin_save()
-    }
-    fn save(
-        &mut self,
-        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
-    ) -> pageferry_engine::Result<()> {
-        self.0.save(sink)
-    }
-    fn seal(&mut self) -> pageferry_engine::Result<()> {
-        self.0.seal()
-    }
-    fn resume(&mut self) -> pageferry_engine::Result<()> {
-        self.0.resume()
-    }
-    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
-        self.0.retire(tracking);
-    }
-    fn end(&mut self) -> pageferry_engine::Result<()> {
-        self.0.end()
+impl Hooks for ManyRounds {
+    fn tracking(&mut self, inner: Box<dyn DirtySource>) -> Box<dyn DirtySource> {
+        Box::new(Shrinking { inner, pages: 4000.0 })
     }
 }
 
@@ -309,7 +245,8 @@ fn control_messages(mib: u64, rounds: u32) -> u64 {
         pages_per_second: Some(100),
         ..SMALL
     };
-    let mut guest = ManyRounds(SyntheticSource::start(options).unwrap());
+    let guest = SyntheticSource::start(options).unwrap();
+    let mut guest = Wrapped { guest, hooks: ManyRounds };
     let destination = SyntheticDestination::new(options.pages).unwrap();
     assert_eq!(destination.memory().bytes(), mib << 20);
     let (report, destination) = attempt(&mut guest, destination, 2, Trouble::Nothing, |options| {

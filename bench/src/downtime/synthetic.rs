@@ -6,16 +6,13 @@ use super::{Harness, Move, MoveOptions};
 use anyhow::{Context, Result, bail};
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
-use pageferry_engine::dirty::DirtySource;
-use pageferry_engine::guest::{
-    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
-};
+use pageferry_engine::guest::{DestinationGuest, GuestDescription, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::choice::LinkChoice;
 use pageferry_engine::report::progress::Monitor;
 use pageferry_engine::source::migrate;
-use pageferry_engine::watch::Watch;
+use pageferry_synthetic::wrapped::{Hooks, Wrapped};
 use pageferry_synthetic::{SyntheticDestination, SyntheticOptions, SyntheticSource};
 use pageferry_transport::MemoryRegion;
 use std::net::SocketAddr;
@@ -108,7 +105,7 @@ impl Harness for Synthetic {
             gate: Arc::clone(&self.gate),
             planted_pause: self.options.planted_pause,
         };
-        let mut source = Leaving { inner: source, gate: Arc::clone(&self.gate) };
+        let mut source = Wrapped { guest: source, hooks: Leaving(Arc::clone(&self.gate)) };
         self.service.reset_gap();
         let (report, arrived) = std::thread::scope(|scope| {
             let receiving = scope.spawn(|| receive(listener, destination));
@@ -119,7 +116,7 @@ impl Harness for Synthetic {
         // It runs where the engine says that it does. Its service runs with it.
         self.guest = match arrived.and_then(SyntheticDestination::into_source) {
             Some(guest) => Some(guest),
-            None => Some(source.inner),
+            None => Some(source.guest),
         };
         self.gate.open();
         Ok(Move { report })
@@ -145,78 +142,16 @@ fn receive(listener: SessionListener, mut guest: Arriving) -> Option<SyntheticDe
     }
 }
 
-/// The guest at the source: its service is paused with it.
-struct Leaving {
-    inner: SyntheticSource,
-    gate: Arc<Gate>,
-}
+/// The service of the guest at the source is paused with it.
+struct Leaving(Arc<Gate>);
 
-impl SourceGuest for Leaving {
-    fn pause(&mut self) -> pageferry_engine::Result<()> {
-        self.gate.close();
-        self.inner.pause()
-    }
-    fn resume(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.resume()?;
-        self.gate.open();
+impl Hooks for Leaving {
+    fn before_pause(&mut self) -> pageferry_engine::Result<()> {
+        self.0.close();
         Ok(())
     }
-    fn describe(&self) -> GuestDescription {
-        self.inner.describe()
-    }
-    fn preflight(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.preflight()
-    }
-    fn memory(&self) -> &Arc<GuestMemory> {
-        self.inner.memory()
-    }
-    fn state_bytes_max(&self) -> u64 {
-        self.inner.state_bytes_max()
-    }
-    fn state_bytes_expected(&self) -> u64 {
-        self.inner.state_bytes_expected()
-    }
-    fn fixed_costs(&self) -> FixedCosts {
-        self.inner.fixed_costs()
-    }
-    fn liveness(&self) -> Liveness {
-        self.inner.liveness()
-    }
-    fn may_discard(&mut self) -> pageferry_engine::Result<bool> {
-        self.inner.may_discard()
-    }
-    fn is_running(&mut self) -> pageferry_engine::Result<bool> {
-        self.inner.is_running()
-    }
-    fn start_tracking(
-        &mut self,
-        watch: &mut Watch<'_>,
-    ) -> pageferry_engine::Result<Box<dyn DirtySource>> {
-        self.inner.start_tracking(watch)
-    }
-    fn drain_io(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.drain_io()
-    }
-    fn arm(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.arm()
-    }
-    fn begin_save(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.begin_save()
-    }
-    fn save(
-        &mut self,
-        sink: &mut dyn FnMut(&[u8]) -> pageferry_engine::Result<()>,
-    ) -> pageferry_engine::Result<()> {
-        self.inner.save(sink)
-    }
-    fn seal(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.seal()
-    }
-    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
-        self.inner.retire(tracking);
-    }
-    fn end(&mut self) -> pageferry_engine::Result<()> {
-        self.inner.end()
+    fn after_resume(&mut self) {
+        self.0.open();
     }
 }
 
@@ -243,9 +178,6 @@ impl DestinationGuest for Arriving {
     }
     fn memory(&self) -> &Arc<GuestMemory> {
         self.inner.memory()
-    }
-    fn liveness(&self) -> Liveness {
-        self.inner.liveness()
     }
     fn seal(&mut self, was_running: bool) -> pageferry_engine::Result<()> {
         self.inner.seal(was_running)

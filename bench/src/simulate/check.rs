@@ -10,6 +10,7 @@ use crate::record::{Migration, Record, Spec, Table};
 use crate::shaped::{Rate, Shaped};
 use crate::stats::median_of;
 use anyhow::Result;
+use pageferry_engine::guest::SourceGuest;
 use pageferry_engine::report::Outcome;
 
 /// The rates of cables, in Gb/s.
@@ -41,12 +42,12 @@ pub fn model_of(setting: &Setting, rate: Rate, calibration: &Calibration) -> Opt
     let state_bytes = calibration.state_bytes.of(setting.pages().1 as f64);
     let cable = Cable { bytes_per_second: rate.payload_bytes_per_second(), round_trip_us: 0.0 };
     // Only asked what it expects of itself.
-    let guest = setting.idle().ok()?;
+    let facts = setting.idle().ok()?.facts().ok()?;
     Some(outlook(
         &setting.modelled(state_bytes),
         &cable,
         &calibration.costs,
-        &setting.engine(&guest),
+        &setting.engine(&facts),
     ))
 }
 

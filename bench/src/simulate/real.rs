@@ -3,12 +3,12 @@
 
 use super::guest::{Area, ModelledGuest};
 use super::model::Engine;
-use super::traced::{Trace, Traced};
+use super::traced::{Clocks, Trace, Traced};
 use crate::shaped::{End, Shaped};
 use anyhow::{Context, Result, bail};
 use pageferry_engine::destination::listener::SessionListener;
 use pageferry_engine::destination::{Receiver, Served};
-use pageferry_engine::guest::SourceGuest;
+use pageferry_engine::guest::{Facts, SourceGuest};
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::net::Address;
 use pageferry_engine::net::choice::{LinkChoice, Transport};
@@ -101,15 +101,15 @@ impl Setting {
     /// What the engine is told. A guest that writes faster than the cable carries is to be
     /// measured, not to be refused.
     #[must_use]
-    pub fn engine(&self, guest: &dyn SourceGuest) -> Engine {
+    pub fn engine(&self, facts: &Facts) -> Engine {
         Engine {
             limits: Limits {
                 downtime_us_max: self.downtime_us_max,
                 when_stuck: WhenStuck::Switchover,
                 rounds_max: MigrateOptions::to("").rounds_max,
             },
-            fixed: guest.fixed_costs(),
-            state_bytes: guest.state_bytes_expected(),
+            fixed: facts.fixed_costs,
+            state_bytes: facts.state_bytes_expected,
         }
     }
 
@@ -170,11 +170,11 @@ impl Setting {
 /// Moves the guest once over the cable. It is wherever it runs then.
 pub fn move_once(
     setting: &Setting,
-    guest: SyntheticSource,
+    mut guest: SyntheticSource,
     shaped: &Shaped,
 ) -> Result<(SyntheticSource, Moved)> {
-    let engine = setting.engine(&guest);
-    let mut source = Traced::new(guest);
+    let engine = setting.engine(&guest.facts()?);
+    let mut source = Traced { guest, hooks: Clocks::default() };
     let pages = setting.pages().0;
     let (opened, listening) = channel();
     let (moved, arrived) = std::thread::scope(|scope| {
@@ -200,11 +200,11 @@ pub fn move_once(
     });
     let died = || anyhow::anyhow!("a thread of the migration panicked");
     let (moved, arrived) = (moved.map_err(|_| died())?, arrived.map_err(|_| died())?);
-    let trace = source.trace();
+    let trace = source.hooks.trace();
     // If nobody listened, why is the destination's to say.
     let arrived = arrived?;
     let (report, begun) = moved?;
-    let guest = arrived.and_then(SyntheticDestination::into_source).unwrap_or(source.inner);
+    let guest = arrived.and_then(SyntheticDestination::into_source).unwrap_or(source.guest);
     Ok((guest, Moved { report, trace, begun }))
 }
 

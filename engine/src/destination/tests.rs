@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::destination::admission::listed;
-use crate::guest::{BlockDescription, GuestDescription, Liveness};
+use crate::guest::{BlockDescription, GuestDescription};
 use crate::memory::page::PAGE_BYTES;
 use crate::memory::{GuestMemory, SlotSource};
 use crate::net::System;
@@ -69,10 +69,6 @@ impl DestinationGuest for EmptyGuest {
 
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
-    }
-
-    fn liveness(&self) -> Liveness {
-        Arc::new(|| Ok(()))
     }
 
     fn load(&mut self, _: &MemoryRegion, _: usize) -> Result<()> {

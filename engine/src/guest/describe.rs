@@ -5,8 +5,27 @@ use crate::protocol::bounded;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// The parts of a downtime that do not depend on the remaining, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What the engine must know of a guest that it moves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// What the destination must match.
+    pub description: GuestDescription,
+    /// Largest device state that [`save`](super::SourceGuest::save) may produce, in bytes: room for
+    /// it is made at both ends.
+    pub state_bytes_max: u64,
+    /// What the device state will probably be, in bytes: the downtime is predicted from it.
+    pub state_bytes_expected: u64,
+    /// What a downtime costs besides pushing pages; the sync's part is measured by the engine.
+    pub fixed_costs: FixedCosts,
+    /// Whether memory may be taken away from it while it runs (balloon, free page reporting,
+    /// virtio-mem). No dirty source reports that, so the engine looks for holes at the end. True
+    /// where it was false, as after hot-plugging, aborts the migration.
+    pub may_discard: bool,
+}
+
+/// The parts of a downtime that do not depend on the remaining dirty pages, in microseconds. All
+/// zero, the default, says that nothing is known: then predictions are too short.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FixedCosts {
     /// Stopping the vCPUs.
     pub pause_us: u64,
@@ -89,3 +108,8 @@ pub struct Vouched {
 
 /// Fails once the process that runs the guest has ended. Cheap enough for every batch.
 pub type Liveness = Arc<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// That of a guest that lives in this process.
+pub(crate) fn always_alive() -> Liveness {
+    Arc::new(|| Ok(()))
+}

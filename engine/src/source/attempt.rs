@@ -127,7 +127,8 @@ fn run(
 ) -> Result<()> {
     report.memory_bytes = guest.memory().bytes();
     crate::host::own_code::map_own_code();
-    let discards = guest.may_discard()?;
+    let facts = guest.facts()?;
+    let discards = facts.may_discard;
     let wish_for = |to: &Address| -> Result<Wish> {
         let wish = Wish::new(&options.link, to, discards)?;
         Ok(broken.map_or(wish.clone(), |why| wish.by_tcp(&format!("RDMA broke: {why}"))))
@@ -141,8 +142,8 @@ fn run(
     let hello = Hello {
         software: crate::VERSION.into(),
         lanes: options.lanes,
-        guest: guest.describe(),
-        state_bytes_max: guest.state_bytes_max(),
+        guest: facts.description.clone(),
+        state_bytes_max: facts.state_bytes_max,
         rdma: wish.rdma(),
         features: Features::ours(),
     };
@@ -154,7 +155,8 @@ fn run(
     report.link.clone_from(&session.opened.taken);
     monitor.take(&session.opened.taken);
 
-    let mut ferry = Ferry { network, guest, options, monitor, report, phase: SourcePhase::Copying };
+    let mut ferry =
+        Ferry { network, guest, facts, options, monitor, report, phase: SourcePhase::Copying };
     let result = ferry.cross(&mut session, to, witness);
     let phase = ferry.phase;
     // After Commit the connection is the inquiry's, which counts for itself.

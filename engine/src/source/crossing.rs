@@ -3,7 +3,7 @@
 
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::guest::SourceGuest;
+use crate::guest::{Facts, SourceGuest};
 use crate::inquiry::{Inquiry, Question, RUNNING_MAX};
 use crate::limits::{SETUP_MAX, STATE_WARM_BYTES};
 use crate::memory::GuestMemory;
@@ -55,6 +55,8 @@ const BALLOON_PLUGGED: &str = "memory may be taken away from the guest since it 
 pub(crate) struct Ferry<'m> {
     pub(super) network: &'m dyn Network,
     pub(super) guest: &'m mut dyn SourceGuest,
+    /// As they were when they were asked last.
+    pub(super) facts: Facts,
     pub(super) options: &'m MigrateOptions,
     pub(super) monitor: &'m Monitor,
     pub(super) report: &'m mut MigrationReport,
@@ -74,7 +76,7 @@ impl Ferry<'_> {
         let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
         let (options, monitor, guest) = (self.options, self.monitor, &mut *self.guest);
         let memory = Arc::clone(guest.memory());
-        let state = MemoryRegion::anonymous(guest.state_bytes_max() as usize)?;
+        let state = MemoryRegion::anonymous(self.facts.state_bytes_max as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
 
         // Tracking first, then the look at what was ever touched: a page touched in between is
@@ -89,6 +91,7 @@ impl Ferry<'_> {
             })?
         };
         guest.drain_io()?;
+        self.facts = guest.facts()?;
         let touched = memory.touched()?;
         let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
         let staging = MemoryRegion::anonymous(STAGING_BYTES)?;
@@ -117,7 +120,7 @@ impl Ferry<'_> {
             Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
                 .with_staging(Staging::new(staging, accept.staging.into()))
                 .with_witness(witness);
-        let state_ahead = 2 * guest.state_bytes_expected() as usize + STATE_BYTES_UNFORESEEN;
+        let state_ahead = 2 * self.facts.state_bytes_expected as usize + STATE_BYTES_UNFORESEEN;
         pump.expect_downtime(state_ahead)?;
         let control = session.control.as_mut().ok_or_else(session::over)?;
 
@@ -134,6 +137,7 @@ impl Ferry<'_> {
             let mut rounds = Rounds {
                 monitor,
                 report: self.report,
+                facts: &self.facts,
                 round_trip_us: session.round_trip_us,
                 options,
                 zeros: discards.then_some(&zeros),
@@ -145,7 +149,7 @@ impl Ferry<'_> {
             hold::point("armed");
             // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing
             // is. What was sent before was not noted.
-            if !discards && guest.may_discard()? {
+            if !discards && guest.facts()?.may_discard {
                 return Err(if by_rdma {
                     pageferry_transport::Error::State(lanes::BALLOONED).into()
                 } else {

@@ -26,9 +26,8 @@ use std::time::Duration;
 const SECOND_ATTEMPT_EVERY: Duration = Duration::from_millis(500);
 
 /// Moves a guest. On return it runs at exactly one place: at the destination if the outcome is
-/// `completed` (what is left of it here is stopped for good, to be taken away with
-/// [`SourceGuest::end`]), here if it is `aborted` (unless its own QEMU ended). If it is `unknown`
-/// the guest is stopped here.
+/// `completed` (what is left of it here is stopped for good, and the caller's to take away), here
+/// if it is `aborted` (unless its own process ended). If it is `unknown` the guest is stopped here.
 ///
 /// A path by RDMA that breaks before Commit is given up for TCP, if the choice is left to us.
 pub fn migrate(

@@ -3,7 +3,7 @@
 use crate::clock;
 use crate::dirty::DirtySource;
 use crate::error::{Error, Result};
-use crate::guest::{FixedCosts, SourceGuest};
+use crate::guest::{Facts, FixedCosts, SourceGuest};
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::PAGE_BYTES;
 use crate::policy::{Decision, Estimator, Expected, Finished, Limits, Policy, predict_downtime_us};
@@ -18,6 +18,7 @@ use std::sync::Arc;
 pub(crate) struct Rounds<'r> {
     pub(super) monitor: &'r Monitor,
     pub(super) report: &'r mut MigrationReport,
+    pub(super) facts: &'r Facts,
     pub(super) round_trip_us: u64,
     pub(super) options: &'r MigrateOptions,
     /// If memory may be taken away from the guest: what is written over it.
@@ -28,8 +29,8 @@ pub(crate) struct Rounds<'r> {
 
 impl Rounds<'_> {
     /// What the downtime costs beside pages, states and syncs.
-    fn fixed_costs(&mut self, guest: &dyn SourceGuest, pump: &Pump<'_>) -> Result<FixedCosts> {
-        let fixed = guest.fixed_costs();
+    fn fixed_costs(&mut self, pump: &Pump<'_>) -> Result<FixedCosts> {
+        let fixed = self.facts.fixed_costs;
         if self.zeros.is_none() {
             return Ok(fixed);
         }
@@ -82,9 +83,9 @@ impl Rounds<'_> {
             let finished =
                 Finished { round: index, pages, elapsed, looking, sync, remaining_pages };
             let expected = Expected {
-                state_bytes: guest.state_bytes_expected(),
+                state_bytes: self.facts.state_bytes_expected,
                 round_trip_us: self.round_trip_us,
-                fixed: self.fixed_costs(guest, pump)?,
+                fixed: self.fixed_costs(pump)?,
             };
             let bytes = pages * PAGE_BYTES;
             let seen = estimator.observe(&finished, &expected);

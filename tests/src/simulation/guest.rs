@@ -10,7 +10,7 @@ use super::chance::Chance;
 use super::world::{Process, World};
 use pageferry_engine::dirty::{DirtySource, Synced};
 use pageferry_engine::guest::{
-    BlockDescription, DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+    BlockDescription, DestinationGuest, Facts, FixedCosts, GuestDescription, Liveness, SourceGuest,
 };
 use pageferry_engine::memory::bitmap::DirtyBitmap;
 use pageferry_engine::memory::page::{PAGE_BYTES, PageRun};
@@ -424,6 +424,18 @@ impl SimulatedSource {
         lock(&self.machine.state).sealed
     }
 
+    /// Ends it here: it runs at the destination.
+    pub fn end(&mut self) -> Result<()> {
+        self.step("end")?;
+        if !lock(&self.machine.state).sealed {
+            self.machine
+                .world
+                .fail("a guest is ended at the source that was not handed over".into());
+        }
+        self.machine.go();
+        Ok(())
+    }
+
     /// A step of its monitor. Nothing comes of it if whoever asks is dead.
     fn step(&self, name: &'static str) -> Result<()> {
         self.machine.world.step(name);
@@ -463,29 +475,29 @@ impl Drop for Written {
 }
 
 impl SourceGuest for SimulatedSource {
-    fn describe(&self) -> GuestDescription {
-        describe(&self.memory)
-    }
     fn preflight(&mut self) -> Result<()> {
         Ok(())
+    }
+    fn facts(&mut self) -> Result<Facts> {
+        Ok(Facts {
+            description: describe(&self.memory),
+            state_bytes_max: 8 << 10,
+            state_bytes_expected: 1 << 10,
+            fixed_costs: FixedCosts {
+                pause_us: 100,
+                sync_us: 0,
+                save_us: 100,
+                load_us: 100,
+                resume_us: 100,
+            },
+            may_discard: false,
+        })
     }
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
-    fn state_bytes_max(&self) -> u64 {
-        8 << 10
-    }
-    fn state_bytes_expected(&self) -> u64 {
-        1 << 10
-    }
-    fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 100, sync_us: 0, save_us: 100, load_us: 100, resume_us: 100 }
-    }
     fn liveness(&self) -> Liveness {
         liveness(&self.machine)
-    }
-    fn may_discard(&mut self) -> Result<bool> {
-        Ok(false)
     }
     fn is_running(&mut self) -> Result<bool> {
         self.step("is running")?;
@@ -511,9 +523,6 @@ impl SourceGuest for SimulatedSource {
         drop(state);
         self.machine.halt();
         self.machine.world.step("paused");
-        Ok(())
-    }
-    fn begin_save(&mut self) -> Result<()> {
         Ok(())
     }
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
@@ -559,16 +568,6 @@ impl SourceGuest for SimulatedSource {
     }
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.retired = Some(tracking);
-    }
-    fn end(&mut self) -> Result<()> {
-        self.step("end")?;
-        if !lock(&self.machine.state).sealed {
-            self.machine
-                .world
-                .fail("a guest is ended at the source that was not handed over".into());
-        }
-        self.machine.go();
-        Ok(())
     }
 }
 

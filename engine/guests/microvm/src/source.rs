@@ -14,7 +14,7 @@ use kvm_ioctls::VcpuFd;
 use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::dirty::kvm::KickVcpus;
 use pageferry_engine::error::{Error, Result};
-use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{Facts, FixedCosts, Liveness, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::lost_page::LostPage;
 use pageferry_engine::watch::Watch;
@@ -195,6 +195,13 @@ impl KvmSource {
         self.plan()?.last_ticks(self.machine.memory())
     }
 
+    /// Ends it here: it runs at the destination.
+    pub fn end(&mut self) -> Result<()> {
+        self.halt()?;
+        self.retired = None;
+        Ok(())
+    }
+
     fn plan(&self) -> Result<&PayloadPlan> {
         self.payload
             .as_ref()
@@ -225,10 +232,6 @@ impl KvmSource {
 }
 
 impl SourceGuest for KvmSource {
-    fn describe(&self) -> GuestDescription {
-        self.machine.describe(Some(&self.profile))
-    }
-
     fn preflight(&mut self) -> Result<()> {
         if self.sealed {
             return Err(Error::refused("the guest is stopped after a migration in doubt"));
@@ -237,6 +240,25 @@ impl SourceGuest for KvmSource {
             self.view = Some(Arc::new(self.machine.memory().map_again(Access::Read)?));
         }
         self.alive()
+    }
+
+    fn facts(&mut self) -> Result<Facts> {
+        let vcpus = u64::from(self.machine.config().vcpus);
+        Ok(Facts {
+            description: self.machine.describe(Some(&self.profile)),
+            state_bytes_max: STATE_BYTES_MAX + VCPU_STATE_BYTES_MAX * vcpus,
+            state_bytes_expected: STATE_BYTES_EXPECTED + VCPU_STATE_BYTES_EXPECTED * vcpus,
+            // A vCPU's state is some twenty ioctls of a few microseconds, at both ends.
+            fixed_costs: FixedCosts {
+                pause_us: self.kick_us,
+                sync_us: 0,
+                save_us: 100,
+                load_us: 200,
+                resume_us: 50,
+            },
+            // No balloon, no free page reporting: memory is taken away from nobody.
+            may_discard: false,
+        })
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {
@@ -252,26 +274,8 @@ impl SourceGuest for KvmSource {
         }
     }
 
-    fn state_bytes_max(&self) -> u64 {
-        STATE_BYTES_MAX + VCPU_STATE_BYTES_MAX * u64::from(self.machine.config().vcpus)
-    }
-
-    fn state_bytes_expected(&self) -> u64 {
-        STATE_BYTES_EXPECTED + VCPU_STATE_BYTES_EXPECTED * u64::from(self.machine.config().vcpus)
-    }
-
-    fn fixed_costs(&self) -> FixedCosts {
-        // A vCPU's state is some twenty ioctls of a few microseconds, at both ends.
-        FixedCosts { pause_us: self.kick_us, sync_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
-    }
-
     fn liveness(&self) -> Liveness {
         self.machine.vcpus().liveness()
-    }
-
-    fn may_discard(&mut self) -> Result<bool> {
-        // No balloon, no free page reporting: memory is taken away from nobody.
-        Ok(false)
     }
 
     fn is_running(&mut self) -> Result<bool> {
@@ -293,10 +297,6 @@ impl SourceGuest for KvmSource {
 
     fn drain_io(&mut self) -> Result<()> {
         // No device here writes guest memory.
-        Ok(())
-    }
-
-    fn arm(&mut self) -> Result<()> {
         Ok(())
     }
 
@@ -334,11 +334,5 @@ impl SourceGuest for KvmSource {
 
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.retired = Some(tracking);
-    }
-
-    fn end(&mut self) -> Result<()> {
-        self.halt()?;
-        self.retired = None;
-        Ok(())
     }
 }

@@ -352,9 +352,9 @@ fn a_lesser_processor_is_refused_before_anything_is_touched() {
         return;
     }
     let config = config(1, TrackingChoice::Log);
-    let guest = start(&config, Pattern::Sequential);
+    let mut guest = start(&config, Pattern::Sequential);
     let mut destination = KvmDestination::new(&config, Console::none()).unwrap();
-    let mut description = guest.describe();
+    let mut description = guest.facts().unwrap().description;
     destination.admit(&description).unwrap();
     description.platform.truncate(10);
     let error = destination.admit(&description).unwrap_err().chain();
@@ -392,9 +392,6 @@ impl DestinationGuest for Refusing<'_> {
     }
     fn memory(&self) -> &std::sync::Arc<pageferry_engine::memory::GuestMemory> {
         self.0.memory()
-    }
-    fn liveness(&self) -> pageferry_engine::guest::Liveness {
-        self.0.liveness()
     }
     fn load(&mut self, state: &MemoryRegion, len: usize) -> pageferry_engine::Result<()> {
         let mut blob = vec![0; len];

@@ -16,7 +16,7 @@ use pageferry_engine::dirty::pagemap::arming::background::after_disarm;
 use pageferry_engine::dirty::pagemap::{PagemapSource, TrackedRange};
 use pageferry_engine::error::{Error, Result};
 use pageferry_engine::guest::{
-    FixedCosts, GuestDescription, Liveness, PLATFORM_BYTES_MAX, SourceGuest, Vouched,
+    Facts, FixedCosts, GuestDescription, Liveness, PLATFORM_BYTES_MAX, SourceGuest, Vouched,
 };
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::lost_page::LostPage;
@@ -340,6 +340,34 @@ impl QemuSource {
         }
     }
 
+    /// Whether it has a balloon or virtio-mem.
+    fn may_discard(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + QMP_MAX;
+        match self.qemu.qmp.execute("query-balloon", json!({}), deadline) {
+            Ok(_) => return Ok(true),
+            // No balloon; its free page reporting goes with it.
+            Err(Error::VmmRefused { .. }) => {}
+            Err(e) => return Err(e),
+        }
+        let devices = self.qemu.qmp.execute("query-memory-devices", json!({}), deadline)?;
+        Ok(devices
+            .as_array()
+            .is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
+    }
+
+    /// Ends the guest here: it runs at the destination, or the operator says that it shall not run.
+    pub fn end(&mut self) -> Result<()> {
+        self.give_away();
+        self.relieve();
+        let ended = self.qemu.quit();
+        self.retired = None;
+        // One that does not end is ended by its guardian, once this supervisor is gone.
+        if ended.is_ok() {
+            self.stand_down();
+        }
+        ended
+    }
+
     /// Nothing is to be put right any more.
     fn stand_down(&mut self) {
         self.armed = None;
@@ -445,10 +473,6 @@ fn no_refusal(error: Error) -> Error {
 }
 
 impl SourceGuest for QemuSource {
-    fn describe(&self) -> GuestDescription {
-        GuestDescription { platform: self.platform.clone(), ..self.qemu.description().clone() }
-    }
-
     fn vouch(&mut self, vouched: &Vouched) {
         self.vouched.clone_from(vouched);
     }
@@ -511,39 +535,27 @@ impl SourceGuest for QemuSource {
         Ok(())
     }
 
+    fn facts(&mut self) -> Result<Facts> {
+        let private_bytes = self.qemu.private_bytes();
+        Ok(Facts {
+            may_discard: self.may_discard()?,
+            description: GuestDescription {
+                platform: self.platform.clone(),
+                ..self.qemu.description().clone()
+            },
+            // Video memory may be written twice: once ahead of the pause, once after it.
+            state_bytes_max: DEVICE_STATE_BYTES_MAX + 2 * private_bytes,
+            state_bytes_expected: private_bytes,
+            fixed_costs: FIXED_COSTS,
+        })
+    }
+
     fn memory(&self) -> &Arc<GuestMemory> {
         self.qemu.memory()
     }
 
-    fn state_bytes_max(&self) -> u64 {
-        // Video memory may be written twice: once ahead of the pause, once after it.
-        DEVICE_STATE_BYTES_MAX + 2 * self.qemu.private_bytes()
-    }
-
-    fn state_bytes_expected(&self) -> u64 {
-        self.qemu.private_bytes()
-    }
-
-    fn fixed_costs(&self) -> FixedCosts {
-        FIXED_COSTS
-    }
-
     fn liveness(&self) -> Liveness {
         self.qemu.liveness()
-    }
-
-    fn may_discard(&mut self) -> Result<bool> {
-        let deadline = Instant::now() + QMP_MAX;
-        match self.qemu.qmp.execute("query-balloon", json!({}), deadline) {
-            Ok(_) => return Ok(true),
-            // No balloon; its free page reporting goes with it.
-            Err(Error::VmmRefused { .. }) => {}
-            Err(e) => return Err(e),
-        }
-        let devices = self.qemu.qmp.execute("query-memory-devices", json!({}), deadline)?;
-        Ok(devices
-            .as_array()
-            .is_some_and(|list| list.iter().any(|device| device["type"] == "virtio-mem")))
     }
 
     fn name_guest_physical(&mut self, pages: &mut [LostPage]) {
@@ -733,17 +745,5 @@ impl SourceGuest for QemuSource {
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.retired = Some(tracking);
         self.give_away();
-    }
-
-    fn end(&mut self) -> Result<()> {
-        self.give_away();
-        self.relieve();
-        let ended = self.qemu.quit();
-        self.retired = None;
-        // One that does not end is ended by its guardian, once this supervisor is gone.
-        if ended.is_ok() {
-            self.stand_down();
-        }
-        ended
     }
 }

@@ -4,7 +4,7 @@ use crate::memory::{Memory, describe};
 use crate::source::SyntheticSource;
 use crate::writer::State;
 use pageferry_engine::error::{Error, Result};
-use pageferry_engine::guest::{DestinationGuest, GuestDescription, Liveness};
+use pageferry_engine::guest::{DestinationGuest, GuestDescription};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_transport::MemoryRegion;
 use std::sync::Arc;
@@ -46,10 +46,6 @@ impl DestinationGuest for SyntheticDestination {
 
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory.engine
-    }
-
-    fn liveness(&self) -> Liveness {
-        Arc::new(|| Ok(()))
     }
 
     fn load(&mut self, state: &MemoryRegion, len: usize) -> Result<()> {

@@ -11,6 +11,7 @@ mod destination;
 mod memory;
 mod options;
 mod source;
+pub mod wrapped;
 mod writer;
 
 pub use destination::SyntheticDestination;

@@ -6,7 +6,7 @@ use crate::writer::{Engine, State, Writer, splitmix};
 use pageferry_engine::dirty::DirtySource;
 use pageferry_engine::dirty::pagemap::{PagemapSource, Poison, TrackedRange, own_userfaultfd};
 use pageferry_engine::error::{Error, Result};
-use pageferry_engine::guest::{FixedCosts, GuestDescription, Liveness, SourceGuest};
+use pageferry_engine::guest::{Facts, FixedCosts, SourceGuest};
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::memory::page::PAGE_BYTES;
 use pageferry_engine::watch::Watch;
@@ -96,6 +96,12 @@ impl SyntheticSource {
         Ok(())
     }
 
+    /// Ends the guest here: it runs at the destination.
+    pub fn end(&mut self) {
+        assert!(self.sealed, "a guest ends at the source only after Commit");
+        self.stopped = None;
+    }
+
     pub(crate) fn go(&mut self) {
         if let Some(writers) = self.stopped.take() {
             self.running = Some(Engine::start(writers, &self.memory, &self.options));
@@ -117,10 +123,6 @@ impl Drop for SyntheticSource {
 }
 
 impl SourceGuest for SyntheticSource {
-    fn describe(&self) -> GuestDescription {
-        describe(&self.memory.engine)
-    }
-
     fn preflight(&mut self) -> Result<()> {
         if self.sealed {
             return Err(Error::refused("the guest is stopped after a migration in doubt"));
@@ -128,28 +130,24 @@ impl SourceGuest for SyntheticSource {
         pageferry_engine::dirty::pagemap::probe()
     }
 
+    fn facts(&mut self) -> Result<Facts> {
+        Ok(Facts {
+            description: describe(&self.memory.engine),
+            state_bytes_max: 4096 + self.options.pages * 8,
+            state_bytes_expected: self.options.touched_pages * 2,
+            fixed_costs: FixedCosts {
+                pause_us: 200,
+                sync_us: 0,
+                save_us: 200,
+                load_us: 200,
+                resume_us: 100,
+            },
+            may_discard: self.options.discards,
+        })
+    }
+
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.memory.engine
-    }
-
-    fn state_bytes_max(&self) -> u64 {
-        4096 + self.options.pages * 8
-    }
-
-    fn state_bytes_expected(&self) -> u64 {
-        self.options.touched_pages * 2
-    }
-
-    fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 200, sync_us: 0, save_us: 200, load_us: 200, resume_us: 100 }
-    }
-
-    fn liveness(&self) -> Liveness {
-        Arc::new(|| Ok(()))
-    }
-
-    fn may_discard(&mut self) -> Result<bool> {
-        Ok(self.options.discards)
     }
 
     fn is_running(&mut self) -> Result<bool> {
@@ -168,19 +166,12 @@ impl SourceGuest for SyntheticSource {
     }
 
     fn drain_io(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn arm(&mut self) -> Result<()> {
+        // It has no devices.
         Ok(())
     }
 
     fn pause(&mut self) -> Result<()> {
         self.halt()
-    }
-
-    fn begin_save(&mut self) -> Result<()> {
-        Ok(())
     }
 
     fn save(&mut self, sink: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
@@ -199,16 +190,6 @@ impl SourceGuest for SyntheticSource {
     fn resume(&mut self) -> Result<()> {
         self.sealed = false;
         self.go();
-        Ok(())
-    }
-
-    fn retire(&mut self, tracking: Box<dyn DirtySource>) {
-        drop(tracking);
-    }
-
-    fn end(&mut self) -> Result<()> {
-        assert!(self.sealed, "a guest ends at the source only after Commit");
-        self.stopped = None;
         Ok(())
     }
 }

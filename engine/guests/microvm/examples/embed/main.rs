@@ -20,7 +20,7 @@ use pageferry_engine::dirty::kvm::KickVcpus;
 use pageferry_engine::dirty::log::LogSource;
 use pageferry_engine::dirty::ring::RingSource;
 use pageferry_engine::guest::{
-    DestinationGuest, FixedCosts, GuestDescription, Liveness, SourceGuest,
+    DestinationGuest, Facts, FixedCosts, GuestDescription, Liveness, SourceGuest,
 };
 use pageferry_engine::memory::GuestMemory;
 use pageferry_engine::net::choice::LinkChoice;
@@ -63,37 +63,37 @@ impl Source {
 }
 
 impl SourceGuest for Source {
-    // What the destination's machine must equal; `platform` is for its `admit`.
-    fn describe(&self) -> GuestDescription {
-        self.vm.describe(postcard::to_stdvec(&self.profile).unwrap_or_default())
-    }
     // Refuse what cannot be moved: a device that is passed through, a guest that has ended.
     fn preflight(&mut self) -> Result<()> {
         (self.vm.vcpus.liveness())()
+    }
+    fn facts(&mut self) -> Result<Facts> {
+        Ok(Facts {
+            // What the destination's machine must equal; `platform` is for its `admit`.
+            description: self.vm.describe(postcard::to_stdvec(&self.profile).unwrap_or_default()),
+            // A bound: room for so much is set aside at both ends.
+            state_bytes_max: STATE_BYTES_MAX,
+            // A guess, from which the downtime is predicted.
+            state_bytes_expected: 12 << 10,
+            // Measured once for your monitor, in microseconds; these are guesses.
+            fixed_costs: FixedCosts {
+                pause_us: 100,
+                sync_us: 0,
+                save_us: 100,
+                load_us: 200,
+                resume_us: 50,
+            },
+            // True if you have a balloon, free page reporting or virtio-mem.
+            may_discard: false,
+        })
     }
     // The memory, as mapped for the lanes.
     fn memory(&self) -> &Arc<GuestMemory> {
         &self.vm.memory
     }
-    // A bound: room for so much is set aside at both ends.
-    fn state_bytes_max(&self) -> u64 {
-        STATE_BYTES_MAX
-    }
-    // A guess, from which the downtime is predicted.
-    fn state_bytes_expected(&self) -> u64 {
-        12 << 10
-    }
-    // Measured once for your monitor, in microseconds; these are guesses.
-    fn fixed_costs(&self) -> FixedCosts {
-        FixedCosts { pause_us: 100, sync_us: 0, save_us: 100, load_us: 200, resume_us: 50 }
-    }
     // Asked between batches: fails once the guest has ended by itself.
     fn liveness(&self) -> Liveness {
         self.vm.vcpus.liveness()
-    }
-    // True if you have a balloon, free page reporting or virtio-mem.
-    fn may_discard(&mut self) -> Result<bool> {
-        Ok(false)
     }
     // Whether your operator has it run; it will do the same at the destination.
     fn is_running(&mut self) -> Result<bool> {
@@ -107,12 +107,9 @@ impl SourceGuest for Source {
             None => Box::new(LogSource::watched(Arc::clone(&self.vm.slots), kick, watch)?),
         })
     }
-    // Wait for transfers of disks and NICs into guest memory that are under way.
+    // Wait for transfers of disks and NICs into guest memory that are under way. The default pauses
+    // the guest for it; this one has no devices.
     fn drain_io(&mut self) -> Result<()> {
-        Ok(())
-    }
-    // What can be done before the pause: no more hot-plugging, buffers allocated.
-    fn arm(&mut self) -> Result<()> {
         Ok(())
     }
     // Stop devices, then vCPUs: all at once, with the exits that are half done finished.
@@ -141,14 +138,9 @@ impl SourceGuest for Source {
         }
         Ok(())
     }
-    // Keep it until `end`: taking it down would cost time now.
+    // It runs at the destination. Keep this a while: taking it down would cost time now.
     fn retire(&mut self, tracking: Box<dyn DirtySource>) {
         self.retired = Some(tracking);
-    }
-    // It runs at the destination: release what it has here.
-    fn end(&mut self) -> Result<()> {
-        self.retired = None;
-        Ok(())
     }
 }
 
@@ -245,7 +237,8 @@ fn move_guest() -> Result<()> {
         return Err(Error::Guest(report.reason.unwrap_or_default()));
     }
     let left = source.vm.counters()?;
-    source.end()?;
+    // It runs there: release what it has here.
+    source.retired = None;
     let Destination { vm, .. } = destination?;
 
     vm.wait_for_a_pass()?;
