@@ -2,7 +2,7 @@
 
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::guest::SourceGuest;
+use crate::guest::{Facts, SourceGuest};
 use crate::limits::SETUP_MAX;
 use crate::memory::holes::Witness;
 use crate::memory::lost_page::{self, LostPage};
@@ -13,8 +13,8 @@ use crate::protocol::{Control, Features, Hello, Message, SourceEvent, SourcePhas
 use crate::report::progress::Monitor;
 use crate::report::stage::Stage;
 use crate::report::{MigrationReport, Outcome};
-use crate::source::crossing::Ferry;
 use crate::source::lanes::Wish;
+use crate::source::session::Session;
 use crate::source::{MigrateOptions, session};
 use pageferry_transport::TransportKind;
 use std::time::Duration;
@@ -37,6 +37,17 @@ pub(crate) enum End {
     Final,
 }
 
+/// One attempt, and what all of its steps have at hand.
+pub(super) struct Attempt<'m> {
+    pub(super) network: &'m dyn Network,
+    pub(super) options: &'m MigrateOptions,
+    pub(super) monitor: &'m Monitor,
+    /// Why a first attempt broke: this one goes by TCP.
+    pub(super) broken: Option<&'m str>,
+    pub(super) report: MigrationReport,
+    pub(super) phase: SourcePhase,
+}
+
 /// One attempt; by TCP if a first one broke.
 pub(super) fn attempt(
     network: &dyn Network,
@@ -45,13 +56,14 @@ pub(super) fn attempt(
     monitor: &Monitor,
     broken: Option<&str>,
 ) -> (MigrationReport, End) {
-    let mut report = MigrationReport::new(guest.memory().bytes());
-    let ready = ready(guest, options, monitor);
+    let report = MigrationReport::new(guest.memory().bytes());
+    let phase = SourcePhase::Copying;
+    let mut attempt = Attempt { network, options, monitor, broken, report, phase };
+    let ready = attempt.ready(guest);
     // What stands against a move may be that the guest must not run here: then nothing lets it run.
     let untouched = ready.is_err();
-    let result = ready.and_then(|addresses| {
-        run(network, guest, &addresses, options, monitor, broken, &mut report)
-    });
+    let result = ready.and_then(|addresses| attempt.run(guest, &addresses));
+    let mut report = attempt.report;
     report.outcome = match &result {
         Ok(()) => Outcome::Completed,
         Err(Error::Unknown(_)) => Outcome::Unknown,
@@ -99,76 +111,78 @@ fn name_lost_pages(guest: &mut dyn SourceGuest) -> Vec<LostPage> {
     pages
 }
 
-/// What must hold before anything is touched. Returns the destination's addresses.
-fn ready(
-    guest: &mut dyn SourceGuest,
-    options: &MigrateOptions,
-    monitor: &Monitor,
-) -> Result<Vec<Address>> {
-    monitor.enter(Stage::Setup);
-    let addresses = Address::resolve_all(&options.to)?;
-    addresses.iter().try_for_each(|address| check_exposure(address, options.insecure))?;
-    guest.vouch(&options.vouched);
-    guest.preflight()?;
-    // The guest may run here, so an earlier question is settled; found after this attempt's death
-    // it would be wrong.
-    monitor.keeper().map_or(Ok(()), |keeper| keeper.forget()).map_err(refuse_unreachable)?;
-    Ok(addresses)
-}
-
-fn run(
-    network: &dyn Network,
-    guest: &mut dyn SourceGuest,
-    addresses: &[Address],
-    options: &MigrateOptions,
-    monitor: &Monitor,
-    broken: Option<&str>,
-    report: &mut MigrationReport,
-) -> Result<()> {
-    report.memory_bytes = guest.memory().bytes();
-    crate::host::own_code::map_own_code();
-    let facts = guest.facts()?;
-    let discards = facts.may_discard;
-    let wish_for = |to: &Address| -> Result<Wish> {
-        let wish = Wish::new(&options.link, to, discards)?;
-        Ok(broken.map_or(wish.clone(), |why| wish.by_tcp(&format!("RDMA broke: {why}"))))
-    };
-    // What is refused wherever it goes, is refused before anybody is troubled.
-    addresses.iter().try_for_each(|to| wish_for(to).map(drop))?;
-    let witness = discards.then(|| Witness::new(guest.memory())).transpose()?;
-    let reached = session::reach(network, addresses).map_err(refuse_unreachable)?;
-    let to = &reached.address.clone();
-    let wish = wish_for(to)?;
-    let hello = Hello {
-        software: crate::VERSION.into(),
-        lanes: options.lanes,
-        guest: facts.description.clone(),
-        state_bytes_max: facts.state_bytes_max,
-        rdma: wish.rdma(),
-        features: Features::ours(),
-    };
-    let patience = if broken.is_some() { SECOND_ATTEMPT_MAX } else { SETUP_MAX };
-    let mut session = session::open(network, reached, hello, &options.needs(), &wish, patience)
-        .map_err(refuse_unreachable)?;
-    report.transport = session.opened.link.kind().name().into();
-    report.lanes = session.opened.link.lanes() as u32;
-    report.link.clone_from(&session.opened.taken);
-    monitor.take(&session.opened.taken);
-
-    let mut ferry =
-        Ferry { network, guest, facts, options, monitor, report, phase: SourcePhase::Copying };
-    let result = ferry.cross(&mut session, to, witness);
-    let phase = ferry.phase;
-    // After Commit the connection is the inquiry's, which counts for itself.
-    let Some(control) = &mut session.control else { return result };
-    let result = result.map_err(|error| with_the_peers_reason(error, phase, control, monitor));
-    report.control_messages += control.messages();
-    if let Err(error) = &result
-        && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
-    {
-        control.abort(&error.chain(), refusal::cause(error), clock::now() + SETUP_MAX);
+impl Attempt<'_> {
+    /// What must hold before anything is touched. Returns the destination's addresses.
+    fn ready(&self, guest: &mut dyn SourceGuest) -> Result<Vec<Address>> {
+        let (options, monitor) = (self.options, self.monitor);
+        monitor.enter(Stage::Setup);
+        let addresses = Address::resolve_all(&options.to)?;
+        addresses.iter().try_for_each(|address| check_exposure(address, options.insecure))?;
+        guest.vouch(&options.vouched);
+        guest.preflight()?;
+        // The guest may run here, so an earlier question is settled; found after this attempt's
+        // death it would be wrong.
+        monitor.keeper().map_or(Ok(()), |keeper| keeper.forget()).map_err(refuse_unreachable)?;
+        Ok(addresses)
     }
-    result
+
+    /// What the lanes to this address may be. `discards` says that memory may be taken away from
+    /// the guest.
+    fn wish(&self, to: &Address, discards: bool) -> Result<Wish> {
+        let wish = Wish::new(&self.options.link, to, discards)?;
+        Ok(match self.broken {
+            Some(why) => wish.by_tcp(&format!("RDMA broke: {why}")),
+            None => wish,
+        })
+    }
+
+    /// The session, and the crossing over it.
+    fn run(&mut self, guest: &mut dyn SourceGuest, addresses: &[Address]) -> Result<()> {
+        self.report.memory_bytes = guest.memory().bytes();
+        crate::host::own_code::map_own_code();
+        let facts = guest.facts()?;
+        let discards = facts.may_discard;
+        // What is refused wherever it goes, is refused before anybody is troubled.
+        addresses.iter().try_for_each(|to| self.wish(to, discards).map(drop))?;
+        let witness = discards.then(|| Witness::new(guest.memory())).transpose()?;
+        let (mut session, to) = self.open(addresses, &facts)?;
+        let result = self.cross(guest, &facts, &mut session, &to, witness);
+        // After Commit the connection is the inquiry's, which counts for itself.
+        let Some(control) = &mut session.control else { return result };
+        let (phase, monitor) = (self.phase, self.monitor);
+        let result = result.map_err(|error| with_the_peers_reason(error, phase, control, monitor));
+        self.report.control_messages += control.messages();
+        if let Err(error) = &result
+            && phase.on(SourceEvent::Failed) == SourcePhase::Resumed
+        {
+            control.abort(&error.chain(), refusal::cause(error), clock::now() + SETUP_MAX);
+        }
+        result
+    }
+
+    /// A session with the first of these addresses that can be reached, and which it is.
+    fn open(&mut self, addresses: &[Address], facts: &Facts) -> Result<(Session, Address)> {
+        let reached = session::reach(self.network, addresses).map_err(refuse_unreachable)?;
+        let to = reached.address.clone();
+        let wish = self.wish(&to, facts.may_discard)?;
+        let hello = Hello {
+            software: crate::VERSION.into(),
+            lanes: self.options.lanes,
+            guest: facts.description.clone(),
+            state_bytes_max: facts.state_bytes_max,
+            rdma: wish.rdma(),
+            features: Features::ours(),
+        };
+        let patience = if self.broken.is_some() { SECOND_ATTEMPT_MAX } else { SETUP_MAX };
+        let session =
+            session::open(self.network, reached, hello, &self.options.needs(), &wish, patience)
+                .map_err(refuse_unreachable)?;
+        self.report.transport = session.opened.link.kind().name().into();
+        self.report.lanes = session.opened.link.lanes() as u32;
+        self.report.link.clone_from(&session.opened.taken);
+        self.monitor.take(&session.opened.taken);
+        Ok((session, to))
+    }
 }
 
 /// A destination that fails ends its lanes at once, and says why when its copy is dead: that reason

@@ -9,20 +9,23 @@ use crate::limits::{SETUP_MAX, STATE_WARM_BYTES};
 use crate::memory::GuestMemory;
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::holes::Witness;
+use crate::memory::page::PageRun;
 use crate::memory::staging::{STAGING_BYTES, Staging};
-use crate::net::{Address, Network};
+use crate::net::Address;
 use crate::policy::WhenStuck;
 use crate::protocol::refusal::aborted;
 use crate::protocol::{Accept, Control, Message, Offer, SourceEvent, SourcePhase};
+use crate::report::hold;
 use crate::report::progress::Monitor;
 use crate::report::stage::Stage;
-use crate::report::{MigrationReport, hold};
+use crate::source::attempt::Attempt;
+use crate::source::flow::Flow;
 use crate::source::pump::Pump;
 use crate::source::rounds::Rounds;
 use crate::source::session::Session;
-use crate::source::switchover::Paused;
+use crate::source::switchover::{Committed, Drained, Paused, Prepared};
 use crate::source::{MigrateOptions, lanes, session};
-use pageferry_transport::{MemoryRegion, STRIPE_BYTES, TransportKind};
+use pageferry_transport::{Initiator, MemoryRegion, STRIPE_BYTES, TransportKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,11 +35,6 @@ const ACCEPT_MAX: Duration = Duration::from_secs(60);
 /// Of the device state, what is registered ahead at both ends beside twice what is expected: more
 /// than the states of devices and vCPUs that nobody foresees. Video memory may come twice.
 const STATE_BYTES_UNFORESEEN: usize = 8 << 20;
-
-/// How often the source looks for memory that was touched for the first time, right before the
-/// pause. Each look takes as long as registering what the one before has found; what the last finds
-/// goes by the staging region.
-const FRESH_LOOKS_MAX: u32 = 4;
 
 /// How long a guest may be paused at most, beside what was asked for and predicted.
 const DOWNTIME_MAX: Duration = Duration::from_secs(20);
@@ -51,161 +49,122 @@ const STUCK_BYTES_PER_SECOND_MIN: u64 = 10 << 20;
 const BALLOON_PLUGGED: &str = "memory may be taken away from the guest since it began to move: a balloon or virtio-mem was plugged \
                                in; move it again";
 
-/// One migration over an open session.
-pub(crate) struct Ferry<'m> {
-    pub(super) network: &'m dyn Network,
-    pub(super) guest: &'m mut dyn SourceGuest,
-    /// As they were when they were asked last.
-    pub(super) facts: Facts,
-    pub(super) options: &'m MigrateOptions,
-    pub(super) monitor: &'m Monitor,
-    pub(super) report: &'m mut MigrationReport,
-    pub(super) phase: SourcePhase,
+/// What an attempt carries, and the buffers that it needs for it.
+struct Cargo {
+    memory: Arc<GuestMemory>,
+    state: Arc<MemoryRegion>,
+    staging: Arc<MemoryRegion>,
+    zeros: Arc<MemoryRegion>,
+    /// Whether memory may be taken away from the guest: then zeros are written over it.
+    discards: bool,
 }
 
-impl Ferry<'_> {
+impl Attempt<'_> {
     /// From the start of tracking to the destination's word that it runs the guest. There is a
     /// witness if memory may be taken away from it.
-    pub(crate) fn cross(
+    pub(super) fn cross(
         &mut self,
+        guest: &mut dyn SourceGuest,
+        facts: &Facts,
         session: &mut Session,
         to: &Address,
         witness: Option<Witness>,
     ) -> Result<()> {
-        let discards = witness.is_some();
-        let by_rdma = session.opened.link.kind() == TransportKind::Rdma;
-        let (options, monitor, guest) = (self.options, self.monitor, &mut *self.guest);
-        let memory = Arc::clone(guest.memory());
-        let state = MemoryRegion::anonymous(self.facts.state_bytes_max as usize)?;
-        state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
+        let (options, monitor, alive) = (self.options, self.monitor, guest.liveness());
+        let cargo = Cargo::of(guest.memory(), facts, witness.is_some())?;
 
         // Tracking first, then the look at what was ever touched: a page touched in between is
         // dirty.
-        memory.look_again()?;
-        let readable = || memory.check_readable(options.poisoned);
-        let alive = guest.liveness();
-        let mut tracking = {
-            let control = session.control()?;
-            guest.start_tracking(&mut || {
-                monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
-            })?
-        };
+        cargo.memory.look_again()?;
+        let control = session.control()?;
+        let tracking = guest.start_tracking(&mut || {
+            monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
+        })?;
         guest.drain_io()?;
-        self.facts = guest.facts()?;
-        let touched = memory.touched()?;
-        let zeros = MemoryRegion::anonymous(STRIPE_BYTES as usize)?;
-        let staging = MemoryRegion::anonymous(STAGING_BYTES)?;
-        let link = session.opened.link.as_mut();
-        for region in
-            memory.slots().iter().map(|slot| slot.region()).chain([&state, &staging, &zeros])
-        {
-            link.register(region)?;
-        }
-        // The state first: it is written last, in the downtime, and must not wait behind all of
-        // memory then.
-        let warm = 0..STATE_WARM_BYTES.min(state.len());
-        link.expect(&state, std::slice::from_ref(&warm))?;
-        for (slot, parts) in memory.slots().iter().zip(memory.parts(&touched)) {
-            link.expect(slot.region(), &parts)?;
-        }
-        let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
-        let accept = offer_memory(session.control()?, offer, &memory, &state, monitor)?;
+        let facts = guest.facts()?;
+        let touched = cargo.memory.touched()?;
 
-        let mut dirty = DirtyBitmap::new(memory.pages());
-        touched.iter().for_each(|run| dirty.insert(*run));
-        let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
-        let remote_state = (Arc::clone(&state), accept.state.into());
-        let rate_max = options.bytes_per_second_max;
-        let mut pump =
-            Pump::new(session.opened.link.as_mut(), &memory, slots, remote_state, rate_max)
-                .with_staging(Staging::new(staging, accept.staging.into()))
-                .with_witness(witness);
-        let state_ahead = 2 * self.facts.state_bytes_expected as usize + STATE_BYTES_UNFORESEEN;
-        pump.expect_downtime(state_ahead)?;
-        let control = session.control.as_mut().ok_or_else(session::over)?;
+        // Both ends hear what will be written, and where it is to go.
+        cargo.announce(session.opened.link.as_mut(), &touched)?;
+        let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
+        let accept = offer_memory(session.control()?, offer, &cargo, monitor)?;
+        let link = session.opened.link.as_mut();
+        let by_rdma = link.kind() == TransportKind::Rdma;
+        let mut flow = Flow {
+            pump: cargo.pump(link, &accept, witness, options.bytes_per_second_max),
+            tracking,
+            dirty: DirtyBitmap::new(cargo.memory.pages()),
+        };
+        touched.iter().for_each(|run| flow.dirty.insert(*run));
+        let state_ahead = state_bytes_ahead(&facts);
+        flow.pump.expect_downtime(state_ahead)?;
 
         // The guest runs, and rounds shrink.
         monitor.enter(Stage::Rounds);
-        {
-            let mut watch = || {
-                monitor
-                    .check()
-                    .and_then(|()| readable())
-                    .and_then(|()| alive())
-                    .and_then(|()| check_peer(control))
-            };
-            let mut rounds = Rounds {
-                monitor,
-                report: self.report,
-                facts: &self.facts,
-                round_trip_us: session.round_trip_us,
-                options,
-                zeros: discards.then_some(&zeros),
-                holes_us: u64::MAX,
-            };
-            rounds.run(guest, &mut pump, tracking.as_mut(), &mut dirty, &mut watch)?;
-            // Whatever can be done ahead of the pause; what was written until then goes now.
-            guest.arm()?;
-            hold::point("armed");
-            // Asked again: it may have been plugged in during the rounds, and from `arm` on nothing
-            // is. What was sent before was not noted.
-            if !discards && guest.facts()?.may_discard {
-                return Err(if by_rdma {
-                    pageferry_transport::Error::State(lanes::BALLOONED).into()
-                } else {
-                    Error::Guest(BALLOON_PLUGGED.into())
-                });
-            }
-            let mut draining = || watch().and_then(|()| tracking.drain_early());
-            if discards {
-                pump.push_freed(&mut dirty, &zeros, &mut draining)?;
-            }
-            pump.push(&mut dirty, &mut draining, &mut |_| {})?;
-            let tag = pump.fence()?;
-            pump.wait_fence(tag, &mut draining)?;
-            if by_rdma {
-                // Nothing shall be registered once the guest is paused, not even in the background.
-                pump.wait_for_downtime(state_ahead, &mut watch)?;
-                pump.make_ready(touched.iter().copied(), &mut watch)?;
-                for _ in 0..FRESH_LOOKS_MAX {
-                    // What is found is sent after the pause, which settles all I/O.
-                    tracking.sync(&mut dirty)?;
-                    if pump.make_ready(dirty.runs(u64::MAX), &mut watch)? {
-                        break;
-                    }
-                }
-            }
+        let control = session.control.as_mut().ok_or_else(session::over)?;
+        let readable = || cargo.memory.check_readable(options.poisoned);
+        let guest_is_well = || monitor.check().and_then(|()| readable()).and_then(|()| alive());
+        let mut watch = || guest_is_well().and_then(|()| check_peer(control));
+        let zeros = cargo.discards.then_some(&cargo.zeros);
+        Rounds::new(self, &facts, session.round_trip_us, zeros)
+            .run(guest, &mut flow, &mut watch)?;
+
+        // Whatever can be done ahead of the pause; what was written until then goes now.
+        guest.arm()?;
+        hold::point("armed");
+        refuse_new_balloon(guest, zeros.is_some(), by_rdma)?;
+        flow.push_ahead(zeros, &mut watch)?;
+        if by_rdma {
+            flow.register_ahead(state_ahead, &touched, &mut watch)?;
         }
 
         // The guest is paused.
-        pump.guest_paused();
+        flow.pump.guest_paused();
         monitor.check()?;
-        let downtime_end = clock::now() + downtime_max(options, memory.bytes());
-        let mut watch = || {
-            monitor
-                .check()
-                .and_then(|()| readable())
-                .and_then(|()| alive())
-                .and_then(|()| not_after(downtime_end))
-        };
+        let downtime_end = clock::now() + downtime_max(options, cargo.memory.bytes());
+        let mut watch = || guest_is_well().and_then(|()| not_after(downtime_end));
         let (to_ask, token) = (to.clone(), session.token);
         let paused = Paused::enter(guest, |was_running| {
             keep_ahead(monitor, &Question { to: to_ask, token, was_running });
         })?;
         self.phase = self.phase.on(SourceEvent::Pause);
         monitor.enter(Stage::Switchover);
-        let tracked = tracking.as_mut();
-        let mut drained = paused.drain(
-            &mut pump,
-            &mut dirty,
-            tracked,
-            &state,
-            discards.then_some(&zeros),
-            &mut watch,
-        )?;
+        let mut drained = flow.drain(paused, &cargo.state, zeros, &mut watch)?;
         if options.verify {
             drained.digest()?;
         }
+        self.report_drained(&drained, &flow.pump);
+
+        // The whole guest is on its way: should its QEMU die here now, it lives on there.
+        // A queue pair that breaks is heard of at this end alone.
+        let pump = &mut flow.pump;
+        let mut watch =
+            || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
+        let prepared = drained.prepare(control, downtime_end, &mut watch)?;
+        // The lanes have read everything by now.
+        readable()?;
+        cargo.memory.check_sizes()?;
+        monitor.check()?;
+
+        // The guest is the destination's.
+        let (committed, sent) = self.commit(prepared, control)?;
+        let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
+        self.report.downtime_us = self.settle(committed, sent, inquiry).inspect_err(|error| {
+            // It is paused for as long as it takes, so before the tracking is undone, which grows
+            // with memory. What fails here is tried once more, and told, by who called.
+            if !matches!(error, Error::Unknown(_)) && guest.resume().is_ok() {
+                hold::point("resumed");
+            }
+        })?;
+        let Flow { pump, tracking, .. } = flow;
+        drop(pump);
+        guest.retire(tracking);
+        // The destination would have aborted before Ready, had its digest been another.
+        self.report.verified = options.verify.then_some(true);
+        Ok(())
+    }
+
+    fn report_drained(&mut self, drained: &Drained<'_>, pump: &Pump<'_>) {
         self.report.bytes_written = pump.bytes_written();
         self.report.bytes_skipped = pump.bytes_skipped();
         self.report.state_bytes = drained.state_bytes();
@@ -214,42 +173,89 @@ impl Ferry<'_> {
         if drained.registrations() > 0 {
             tracing::warn!("{} registrations of memory in the downtime", drained.registrations());
         }
-        // The whole guest is on its way: should its QEMU die here now, it lives on there.
-        // A queue pair that breaks is heard of at this end alone.
-        let mut watch =
-            || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
-        let prepared = drained.prepare(control, downtime_end, &mut watch)?;
-        // The lanes have read everything by now.
-        readable()?;
-        memory.check_sizes()?;
-        monitor.check()?;
+    }
 
-        // The guest is the destination's.
+    /// Seals the guest and sends Commit; says also whether it could be sent.
+    fn commit(
+        &mut self,
+        prepared: Prepared<'_>,
+        control: &mut Control,
+    ) -> Result<(Committed, Result<()>)> {
         self.phase = self.phase.on(SourceEvent::CommitSent);
-        let (committed, sent) = prepared
-            .commit(control, clock::now() + RUNNING_MAX, || reveal(monitor))
+        let committed = prepared
+            .commit(control, clock::now() + RUNNING_MAX, || reveal(self.monitor))
             .inspect_err(|_| self.phase = SourcePhase::Paused)?;
-        monitor.enter(Stage::Committed);
-        let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
-        let downtime = match self.settle(committed, sent, inquiry) {
-            Ok(downtime) => downtime,
-            Err(doubt @ Error::Unknown(_)) => return Err(doubt),
-            Err(error) => {
-                // It is paused for as long as it takes, so before the tracking is undone, which
-                // grows with memory. What fails here is tried once more, and told, by who called.
-                if self.guest.resume().is_ok() {
-                    hold::point("resumed");
-                }
-                return Err(error);
-            }
-        };
-        drop(pump);
-        self.guest.retire(tracking);
-        self.report.downtime_us = downtime;
-        // The destination would have aborted before Ready, had its digest been another.
-        self.report.verified = options.verify.then_some(true);
+        self.monitor.enter(Stage::Committed);
+        Ok(committed)
+    }
+}
+
+impl Cargo {
+    fn of(memory: &Arc<GuestMemory>, facts: &Facts, discards: bool) -> Result<Self> {
+        let state = MemoryRegion::anonymous(facts.state_bytes_max as usize)?;
+        state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
+        Ok(Self {
+            memory: Arc::clone(memory),
+            state,
+            staging: MemoryRegion::anonymous(STAGING_BYTES)?,
+            zeros: MemoryRegion::anonymous(STRIPE_BYTES as usize)?,
+            discards,
+        })
+    }
+
+    /// Tells the link what it will read from.
+    fn announce(&self, link: &mut dyn Initiator, touched: &[PageRun]) -> Result<()> {
+        let slots = self.memory.slots();
+        let regions = slots.iter().map(|slot| slot.region());
+        for region in regions.chain([&self.state, &self.staging, &self.zeros]) {
+            link.register(region)?;
+        }
+        // The state first: it is written last, in the downtime, and must not wait behind all of
+        // memory then.
+        let warm = 0..STATE_WARM_BYTES.min(self.state.len());
+        link.expect(&self.state, std::slice::from_ref(&warm))?;
+        for (slot, parts) in slots.iter().zip(self.memory.parts(touched)) {
+            link.expect(slot.region(), &parts)?;
+        }
         Ok(())
     }
+
+    /// What sends it to the regions that the destination has named.
+    fn pump<'p>(
+        &'p self,
+        link: &'p mut dyn Initiator,
+        accept: &Accept,
+        witness: Option<Witness>,
+        bytes_per_second_max: Option<u64>,
+    ) -> Pump<'p> {
+        let slots = accept.slots.iter().map(|slot| (*slot).into()).collect();
+        let state = (Arc::clone(&self.state), accept.state.into());
+        Pump::new(link, &self.memory, slots, state, bytes_per_second_max)
+            .with_staging(Staging::new(Arc::clone(&self.staging), accept.staging.into()))
+            .with_witness(witness)
+    }
+}
+
+/// Of the device state, what is registered ahead.
+fn state_bytes_ahead(facts: &Facts) -> usize {
+    2 * facts.state_bytes_expected as usize + STATE_BYTES_UNFORESEEN
+}
+
+/// Asked again behind `arm`, from which on nothing is plugged in: a balloon may have been in the
+/// rounds. What was sent before was not noted.
+fn refuse_new_balloon(
+    guest: &mut dyn SourceGuest,
+    was_expected: bool,
+    by_rdma: bool,
+) -> Result<()> {
+    if was_expected || !guest.facts()?.may_discard {
+        return Ok(());
+    }
+    Err(if by_rdma {
+        pageferry_transport::Error::State(lanes::BALLOONED).into()
+    } else {
+        Error::Guest(BALLOON_PLUGGED.into())
+    })
 }
 
 /// Has the question written down that Commit will be. Without it the guest can be moved all the
@@ -295,8 +301,7 @@ fn not_after(end: Instant) -> Result<()> {
 fn offer_memory(
     control: &mut Control,
     offer: Offer,
-    memory: &GuestMemory,
-    state: &MemoryRegion,
+    cargo: &Cargo,
     monitor: &Monitor,
 ) -> Result<Accept> {
     let deadline = clock::now() + ACCEPT_MAX;
@@ -306,9 +311,9 @@ fn offer_memory(
         Message::Abort(abort) => return Err(aborted(abort)),
         other => return Err(Error::Protocol(format!("{} in answer to Offer", other.name()))),
     };
-    let slot_bytes: Vec<u64> =
-        memory.slots().iter().map(|slot| slot.region().len() as u64).collect();
-    accept.check(&slot_bytes, state.len() as u64)?;
+    let slots = cargo.memory.slots().iter();
+    let slot_bytes: Vec<u64> = slots.map(|slot| slot.region().len() as u64).collect();
+    accept.check(&slot_bytes, cargo.state.len() as u64)?;
     Ok(accept)
 }
 

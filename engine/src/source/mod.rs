@@ -2,6 +2,7 @@
 
 mod attempt;
 mod crossing;
+mod flow;
 pub mod lanes;
 mod options;
 pub mod pump;

@@ -6,7 +6,7 @@ use crate::inquiry::{Answer, Inquiry, RUNNING_MAX};
 use crate::net::Address;
 use crate::protocol::SourceEvent;
 use crate::report::{Downtime, hold};
-use crate::source::crossing::Ferry;
+use crate::source::attempt::Attempt;
 use crate::source::switchover::Committed;
 use std::time::Duration;
 
@@ -28,10 +28,10 @@ fn unanswered(to: &Address, asked_for: Duration) -> String {
     )
 }
 
-impl Ferry<'_> {
+impl Attempt<'_> {
     /// After Commit: acts on the destination's word, and asks again where there is none. Returns
     /// the downtime. A question that is still open in the end is left with the monitor.
-    pub(crate) fn settle(
+    pub(super) fn settle(
         &mut self,
         committed: Committed,
         sent: Result<()>,
