@@ -1,6 +1,7 @@
 //! What a guest is, for both ends to compare, and what it costs.
 
 use crate::error::Result;
+use crate::memory::page::PAGE_BYTES;
 use crate::protocol::bounded;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -21,6 +22,13 @@ pub struct Facts {
     /// virtio-mem). No dirty source reports that, so the engine looks for holes at the end. True
     /// where it was false, as after hot-plugging, aborts the migration.
     pub may_discard: bool,
+}
+
+impl Facts {
+    /// What both ends set aside for the device state: a page at least.
+    pub(crate) fn state_region_bytes(&self) -> u64 {
+        self.state_bytes_max.max(PAGE_BYTES)
+    }
 }
 
 /// The parts of a downtime that do not depend on the remaining dirty pages, in microseconds. All

@@ -169,7 +169,7 @@ impl Attempt<'_> {
             software: crate::VERSION.into(),
             lanes: self.options.lanes,
             guest: facts.description.clone(),
-            state_bytes_max: facts.state_bytes_max,
+            state_bytes_max: facts.state_region_bytes(),
             rdma: wish.rdma(),
             features: Features::ours(),
         };

@@ -192,7 +192,7 @@ impl Attempt<'_> {
 
 impl Cargo {
     fn of(memory: &Arc<GuestMemory>, facts: &Facts, discards: bool) -> Result<Self> {
-        let state = MemoryRegion::anonymous(facts.state_bytes_max as usize)?;
+        let state = MemoryRegion::anonymous(facts.state_region_bytes() as usize)?;
         state.populate(0, STATE_WARM_BYTES.min(state.len()))?;
         Ok(Self {
             memory: Arc::clone(memory),
