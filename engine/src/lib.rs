@@ -62,5 +62,10 @@ pub mod watch;
 pub use error::{Error, Result};
 pub use pageferry_transport::clock;
 
+/// The example of docs/embedding.md is compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+pub struct Embedding;
+
 /// This release, as it introduces itself to a peer.
 pub const VERSION: &str = concat!("pageferry ", env!("CARGO_PKG_VERSION"));
