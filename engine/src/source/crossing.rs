@@ -20,6 +20,7 @@ use crate::report::progress::Monitor;
 use crate::report::stage::Stage;
 use crate::source::attempt::Attempt;
 use crate::source::flow::Flow;
+use crate::source::lanes::Opened;
 use crate::source::pump::Pump;
 use crate::source::rounds::Rounds;
 use crate::source::session::Session;
@@ -70,83 +71,12 @@ impl Attempt<'_> {
         to: &Address,
         witness: Option<Witness>,
     ) -> Result<()> {
-        let (options, monitor, alive) = (self.options, self.monitor, guest.liveness());
         let cargo = Cargo::of(guest.memory(), facts, witness.is_some())?;
-
-        // Tracking first, then the look at what was ever touched: a page touched in between is
-        // dirty.
-        cargo.memory.look_again()?;
-        let control = session.control()?;
-        let tracking = guest.start_tracking(&mut || {
-            monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
-        })?;
-        guest.drain_io()?;
-        let facts = guest.facts()?;
-        let touched = cargo.memory.touched()?;
-
-        // Both ends hear what will be written, and where it is to go.
-        cargo.announce(session.opened.link.as_mut(), &touched)?;
-        let offer = Offer::pack(&touched, options.verify, session.opened.lanes());
-        let accept = offer_memory(session.control()?, offer, &cargo, monitor)?;
-        let link = session.opened.link.as_mut();
-        let by_rdma = link.kind() == TransportKind::Rdma;
-        let mut flow = Flow {
-            pump: cargo.pump(link, &accept, witness, options.bytes_per_second_max),
-            tracking,
-            dirty: DirtyBitmap::new(cargo.memory.pages()),
-        };
-        touched.iter().for_each(|run| flow.dirty.insert(*run));
-        let state_ahead = state_bytes_ahead(&facts);
-        flow.pump.expect_downtime(state_ahead)?;
-
-        // The guest runs, and rounds shrink.
-        monitor.enter(Stage::Rounds);
         let control = session.control.as_mut().ok_or_else(session::over)?;
-        let readable = || cargo.memory.check_readable(options.poisoned);
-        let guest_is_well = || monitor.check().and_then(|()| readable()).and_then(|()| alive());
-        let mut watch = || guest_is_well().and_then(|()| check_peer(control));
-        let zeros = cargo.discards.then_some(&cargo.zeros);
-        Rounds::new(self, &facts, session.round_trip_us, zeros)
-            .run(guest, &mut flow, &mut watch)?;
-
-        // Whatever can be done ahead of the pause; what was written until then goes now.
-        guest.arm()?;
-        hold::point("armed");
-        refuse_new_balloon(guest, zeros.is_some(), by_rdma)?;
-        flow.push_ahead(zeros, &mut watch)?;
-        if by_rdma {
-            flow.register_ahead(state_ahead, &touched, &mut watch)?;
-        }
-
-        // The guest is paused.
-        flow.pump.guest_paused();
-        monitor.check()?;
-        let downtime_end = clock::now() + downtime_max(options, cargo.memory.bytes());
-        let mut watch = || guest_is_well().and_then(|()| not_after(downtime_end));
-        let (to_ask, token) = (to.clone(), session.token);
-        let paused = Paused::enter(guest, |was_running| {
-            keep_ahead(monitor, &Question { to: to_ask, token, was_running });
-        })?;
-        self.phase = self.phase.on(SourceEvent::Pause);
-        monitor.enter(Stage::Switchover);
-        let mut drained = flow.drain(paused, &cargo.state, zeros, &mut watch)?;
-        if options.verify {
-            drained.digest()?;
-        }
-        self.report_drained(&drained, &flow.pump);
-
-        // The whole guest is on its way: should its QEMU die here now, it lives on there.
-        // A queue pair that breaks is heard of at this end alone.
-        let pump = &mut flow.pump;
-        let mut watch =
-            || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
-        let prepared = drained.prepare(control, downtime_end, &mut watch)?;
-        // The lanes have read everything by now.
-        readable()?;
-        cargo.memory.check_sizes()?;
-        monitor.check()?;
-
-        // The guest is the destination's.
+        let mut flow = self.begin(guest, &cargo, &mut session.opened, control, witness)?;
+        self.send_while_it_runs(guest, &cargo, &mut flow, control, session.round_trip_us)?;
+        let question = |was_running| Question { to: to.clone(), token: session.token, was_running };
+        let prepared = self.switch_over(guest, &cargo, &mut flow, control, question)?;
         let (committed, sent) = self.commit(prepared, control)?;
         let inquiry = Inquiry::new(to.clone(), session.token, session.control.take());
         self.report.downtime_us = self.settle(committed, sent, inquiry).inspect_err(|error| {
@@ -160,8 +90,114 @@ impl Attempt<'_> {
         drop(pump);
         guest.retire(tracking);
         // The destination would have aborted before Ready, had its digest been another.
-        self.report.verified = options.verify.then_some(true);
+        self.report.verified = self.options.verify.then_some(true);
         Ok(())
+    }
+
+    /// Follows the guest's writes, and tells both ends what will be written, and where it is to go.
+    fn begin<'p>(
+        &self,
+        guest: &mut dyn SourceGuest,
+        cargo: &'p Cargo,
+        opened: &'p mut Opened,
+        control: &mut Control,
+        witness: Option<Witness>,
+    ) -> Result<Flow<'p>> {
+        let (options, monitor, alive) = (self.options, self.monitor, guest.liveness());
+        // Tracking first, then the look at what was ever touched: a page touched in between is
+        // dirty.
+        cargo.memory.look_again()?;
+        let tracking = guest.start_tracking(&mut || {
+            monitor.check().and_then(|()| alive()).and_then(|()| check_peer(control))
+        })?;
+        guest.drain_io()?;
+        let facts = guest.facts()?;
+        let touched = cargo.memory.touched()?;
+
+        cargo.announce(opened.link.as_mut(), &touched)?;
+        let offer = Offer::pack(&touched, options.verify, opened.lanes());
+        let accept = offer_memory(control, offer, cargo, monitor)?;
+        let mut dirty = DirtyBitmap::new(cargo.memory.pages());
+        touched.iter().for_each(|run| dirty.insert(*run));
+        let by_rdma = opened.link.kind() == TransportKind::Rdma;
+        let rate_max = options.bytes_per_second_max;
+        let mut pump = cargo.pump(opened.link.as_mut(), &accept, witness, rate_max);
+        pump.expect_downtime(state_bytes_ahead(&facts))?;
+        Ok(Flow { pump, tracking, dirty, touched, facts, by_rdma })
+    }
+
+    /// The guest runs, and rounds shrink. Then what can be done ahead of the pause.
+    fn send_while_it_runs(
+        &mut self,
+        guest: &mut dyn SourceGuest,
+        cargo: &Cargo,
+        flow: &mut Flow<'_>,
+        control: &mut Control,
+        round_trip_us: u64,
+    ) -> Result<()> {
+        let (options, monitor, alive) = (self.options, self.monitor, guest.liveness());
+        let mut watch = || {
+            monitor
+                .check()
+                .and_then(|()| cargo.memory.check_readable(options.poisoned))
+                .and_then(|()| alive())
+                .and_then(|()| check_peer(control))
+        };
+        monitor.enter(Stage::Rounds);
+        Rounds::new(self, round_trip_us, cargo.taken_away()).run(guest, flow, &mut watch)?;
+        // What was written until then goes now.
+        guest.arm()?;
+        hold::point("armed");
+        refuse_new_balloon(guest, cargo.discards, flow.by_rdma)?;
+        flow.push_ahead(cargo.taken_away(), &mut watch)?;
+        if flow.by_rdma {
+            flow.register_ahead(state_bytes_ahead(&flow.facts), &mut watch)?;
+        }
+        Ok(())
+    }
+
+    /// The guest is paused, and all of it sent, until the destination holds it.
+    fn switch_over<'g>(
+        &mut self,
+        guest: &'g mut dyn SourceGuest,
+        cargo: &Cargo,
+        flow: &mut Flow<'_>,
+        control: &mut Control,
+        question: impl FnOnce(bool) -> Question,
+    ) -> Result<Prepared<'g>> {
+        let (options, monitor, alive) = (self.options, self.monitor, guest.liveness());
+        let readable = || cargo.memory.check_readable(options.poisoned);
+        flow.pump.guest_paused();
+        monitor.check()?;
+        let downtime_end = clock::now() + downtime_max(options, cargo.memory.bytes());
+        let mut watch = || {
+            monitor
+                .check()
+                .and_then(|()| readable())
+                .and_then(|()| alive())
+                .and_then(|()| not_after(downtime_end))
+        };
+        let paused =
+            Paused::enter(guest, |was_running| keep_ahead(monitor, &question(was_running)))?;
+        self.phase = self.phase.on(SourceEvent::Pause);
+        monitor.enter(Stage::Switchover);
+        let mut drained = flow.drain(paused, &cargo.state, cargo.taken_away(), &mut watch)?;
+        if options.verify {
+            drained.digest()?;
+        }
+        self.report_drained(&drained, &flow.pump);
+
+        // The whole guest is on its way: should its QEMU die here now, it lives on there.
+        // A queue pair that breaks is heard of at this end alone.
+        let (by_rdma, pump) = (flow.by_rdma, &mut flow.pump);
+        let mut watch =
+            || monitor.check().and_then(|()| if by_rdma { pump.look() } else { Ok(()) });
+        let prepared = drained.prepare(control, downtime_end, &mut watch)?;
+        // The lanes have read everything by now.
+        readable()?;
+        cargo.memory.check_sizes()?;
+        monitor.check()?;
+        Ok(prepared)
     }
 
     fn report_drained(&mut self, drained: &Drained<'_>, pump: &Pump<'_>) {
@@ -201,6 +237,11 @@ impl Cargo {
             zeros: MemoryRegion::anonymous(STRIPE_BYTES as usize)?,
             discards,
         })
+    }
+
+    /// What is written over memory that was taken away from the guest, where that may happen.
+    fn taken_away(&self) -> Option<&Arc<MemoryRegion>> {
+        self.discards.then_some(&self.zeros)
     }
 
     /// Tells the link what it will read from.

@@ -2,6 +2,7 @@
 
 use crate::dirty::DirtySource;
 use crate::error::Result;
+use crate::guest::Facts;
 use crate::memory::bitmap::DirtyBitmap;
 use crate::memory::page::PageRun;
 use crate::source::pump::Pump;
@@ -20,6 +21,12 @@ pub(super) struct Flow<'p> {
     pub(super) pump: Pump<'p>,
     pub(super) tracking: Box<dyn DirtySource>,
     pub(super) dirty: DirtyBitmap,
+    /// What the guest had ever touched when tracking began.
+    pub(super) touched: Vec<PageRun>,
+    /// As they were then.
+    pub(super) facts: Facts,
+    /// Whether the link pins what it reads.
+    pub(super) by_rdma: bool,
 }
 
 impl Flow<'_> {
@@ -29,7 +36,7 @@ impl Flow<'_> {
         zeros: Option<&Arc<MemoryRegion>>,
         watch: &mut Watch<'_>,
     ) -> Result<()> {
-        let Self { pump, tracking, dirty } = self;
+        let Self { pump, tracking, dirty, .. } = self;
         let mut draining = || watch().and_then(|()| tracking.drain_early());
         if let Some(zeros) = zeros {
             pump.push_freed(dirty, zeros, &mut draining)?;
@@ -43,11 +50,10 @@ impl Flow<'_> {
     pub(super) fn register_ahead(
         &mut self,
         state_bytes: usize,
-        touched: &[PageRun],
         watch: &mut Watch<'_>,
     ) -> Result<()> {
         self.pump.wait_for_downtime(state_bytes, watch)?;
-        self.pump.make_ready(touched.iter().copied(), watch)?;
+        self.pump.make_ready(self.touched.iter().copied(), watch)?;
         for _ in 0..FRESH_LOOKS_MAX {
             // What is found is sent after the pause, which settles all I/O.
             self.tracking.sync(&mut self.dirty)?;

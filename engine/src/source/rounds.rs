@@ -2,7 +2,7 @@
 
 use crate::clock;
 use crate::error::{Error, Result};
-use crate::guest::{Facts, FixedCosts, SourceGuest};
+use crate::guest::{FixedCosts, SourceGuest};
 use crate::memory::page::PAGE_BYTES;
 use crate::policy::{
     Decision, Estimator, Expected, Finished, Limits, Observation, Policy, predict_downtime_us,
@@ -10,7 +10,6 @@ use crate::policy::{
 use crate::report::Round;
 use crate::source::attempt::Attempt;
 use crate::source::flow::Flow;
-use crate::source::pump::Pump;
 use crate::watch::Watch;
 use pageferry_transport::MemoryRegion;
 use std::sync::Arc;
@@ -18,7 +17,6 @@ use std::sync::Arc;
 /// The pre-copy rounds of an attempt.
 pub(super) struct Rounds<'r, 'm> {
     attempt: &'r mut Attempt<'m>,
-    facts: &'r Facts,
     round_trip_us: u64,
     /// If memory may be taken away from the guest: what is written over it.
     zeros: Option<&'r Arc<MemoryRegion>>,
@@ -29,11 +27,10 @@ pub(super) struct Rounds<'r, 'm> {
 impl<'r, 'm> Rounds<'r, 'm> {
     pub(super) fn new(
         attempt: &'r mut Attempt<'m>,
-        facts: &'r Facts,
         round_trip_us: u64,
         zeros: Option<&'r Arc<MemoryRegion>>,
     ) -> Self {
-        Self { attempt, facts, round_trip_us, zeros, holes_us: u64::MAX }
+        Self { attempt, round_trip_us, zeros, holes_us: u64::MAX }
     }
 
     /// Sends what is dirty, syncs, and decides, until the policy says to switch over.
@@ -53,9 +50,9 @@ impl<'r, 'm> Rounds<'r, 'm> {
         for index in 0.. {
             let finished = self.round(index, guest, flow, watch)?;
             let expected = Expected {
-                state_bytes: self.facts.state_bytes_expected,
+                state_bytes: flow.facts.state_bytes_expected,
                 round_trip_us: self.round_trip_us,
-                fixed: self.fixed_costs(&flow.pump)?,
+                fixed: self.fixed_costs(flow)?,
             };
             let seen = estimator.observe(&finished, &expected);
             self.report(&finished, &seen, flow.pump.bytes_written());
@@ -76,7 +73,7 @@ impl<'r, 'm> Rounds<'r, 'm> {
         flow: &mut Flow<'_>,
         watch: &mut Watch<'_>,
     ) -> Result<Finished> {
-        let Flow { pump, tracking, dirty } = flow;
+        let Flow { pump, tracking, dirty, .. } = flow;
         let begun = clock::now();
         let monitor = self.attempt.monitor;
         monitor
@@ -105,12 +102,12 @@ impl<'r, 'm> Rounds<'r, 'm> {
     }
 
     /// What the downtime costs beside pages, states and syncs.
-    fn fixed_costs(&mut self, pump: &Pump<'_>) -> Result<FixedCosts> {
-        let fixed = self.facts.fixed_costs;
+    fn fixed_costs(&mut self, flow: &Flow<'_>) -> Result<FixedCosts> {
+        let fixed = flow.facts.fixed_costs;
         if self.zeros.is_none() {
             return Ok(fixed);
         }
-        let look = pump.time_a_look_for_holes()?;
+        let look = flow.pump.time_a_look_for_holes()?;
         self.holes_us = self.holes_us.min(look.as_micros() as u64);
         Ok(FixedCosts { sync_us: fixed.sync_us + self.holes_us, ..fixed })
     }
