@@ -1,4 +1,4 @@
-//! Memory of a monitor that is built on vm-memory, as pageferry takes it. Behind the feature
+//! Memory of a VMM that is built on vm-memory, as pageferry takes it. Behind the feature
 //! `vm-memory`.
 //!
 //! ```text
@@ -10,7 +10,7 @@
 //! the other end knows it, is its guest address.
 //!
 //! ```
-//! use pageferry::memory::rust_vmm::{guest_memory, kvm_slots};
+//! use pageferry_engine::embed::vm_memory::{guest_memory, kvm_slots};
 //! use pageferry_transport::Access;
 //! use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 //!
