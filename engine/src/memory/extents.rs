@@ -8,7 +8,7 @@
 //! there.
 
 use crate::memory::page::PAGE_BYTES;
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{SeekFrom, fstatfs, seek};
 use rustix::io::Errno;
 use std::fs::File;
 use std::ops::Range;
@@ -16,6 +16,9 @@ use std::os::fd::AsRawFd;
 
 /// What one `SEEK_HOLE` may have to look through.
 const WINDOW_BYTES: u64 = 64 << 20;
+
+/// `TMPFS_MAGIC` of `linux/magic.h`; memfds lie there too.
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Of x86-64; `linux/mman.h` has the structures.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -40,6 +43,16 @@ struct Cachestat {
 /// The parts of this range that the file has, rising. What changes meanwhile may be told either
 /// way, and a hole that was punched meanwhile may be followed by more that are told as data.
 pub(super) fn data_within(file: &File, range: Range<u64>) -> Result<Vec<Range<u64>>, Errno> {
+    // Elsewhere what is cached is not all that the file has.
+    let is_shmem = fstatfs(file).is_ok_and(|about| about.f_type as u64 == TMPFS_MAGIC);
+    found_within(file, range, |window| is_shmem.then(|| count(file, window)).flatten())
+}
+
+fn found_within(
+    file: &File,
+    range: Range<u64>,
+    count: impl Fn(Range<u64>) -> Option<u64>,
+) -> Result<Vec<Range<u64>>, Errno> {
     let mut found: Vec<Range<u64>> = Vec::new();
     let mut add = |part: Range<u64>| match found.last_mut() {
         Some(last) if last.end == part.start => last.end = part.end,
@@ -49,10 +62,15 @@ pub(super) fn data_within(file: &File, range: Range<u64>) -> Result<Vec<Range<u6
     while at < range.end {
         let end = range.end.min(at + WINDOW_BYTES);
         let pages = (end - at).div_ceil(PAGE_BYTES);
-        match count(file, at..end) {
+        match count(at..end) {
             Some(0) => {}
             Some(there) if there >= pages => add(at..end),
-            there => sought(file, at..end, there.map(|there| pages - there), &mut add)?,
+            Some(there) => sought(file, at..end, Some(pages - there), &mut add)?,
+            // Asked in windows, `SEEK_HOLE` would look through the rest of the file once for each.
+            None => {
+                sought(file, at..range.end, None, &mut add)?;
+                break;
+            }
         }
         at = end;
     }
@@ -103,7 +121,8 @@ fn count(file: &File, range: Range<u64>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{Advice, MemfdFlags, fadvise, ftruncate, memfd_create};
+    use std::cell::Cell;
     use std::os::unix::fs::FileExt;
 
     /// Full windows, empty ones, and some with both; with and without the kernel's count.
@@ -124,11 +143,25 @@ mod tests {
             file.write_all_at(&vec![1; (run.end - run.start) as usize], run.start).unwrap();
         }
         assert_eq!(data_within(&file, 0..bytes).unwrap(), runs);
-        let mut plainly = Vec::new();
-        sought(&file, 0..bytes, None, &mut |part| plainly.push(part)).unwrap();
-        assert_eq!(plainly, runs);
+        let asked = Cell::new(0);
+        let uncounted = |_| {
+            asked.set(asked.get() + 1);
+            None
+        };
+        assert_eq!(found_within(&file, 0..bytes, uncounted).unwrap(), runs);
+        assert_eq!(asked.get(), 1, "the file is walked once, and not once a window");
         let part = data_within(&file, 4 * PAGE_BYTES..10 * PAGE_BYTES).unwrap();
         assert_eq!((part.len(), part[0].start, part[0].end), (1, 9 * PAGE_BYTES, 10 * PAGE_BYTES));
         assert_eq!(count(&file, 0..10 * PAGE_BYTES), Some(2), "this kernel counts");
+    }
+    #[test]
+    fn what_a_file_on_a_disk_has_is_found_although_nothing_of_it_is_cached() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.set_len(WINDOW_BYTES).unwrap();
+        file.write_all_at(&[1; 2 * PAGE_BYTES as usize], 0).unwrap();
+        file.sync_all().unwrap();
+        fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+        let found = data_within(&file, 0..WINDOW_BYTES).unwrap();
+        assert_eq!(found, [0..2 * PAGE_BYTES]);
     }
 }
