@@ -418,6 +418,10 @@ fn put_right(qmp: &Path, was_running: bool, settings: Option<&Settings>) -> Resu
 
 /// Ends a QEMU whose guest is another host's, by force if somebody else holds its monitor.
 fn end_qemu(qmp: &Path, pidfd: &OwnedFd, pid: u32) -> Result<()> {
+    // At its path another QEMU may listen by now, if this process was stopped for a while.
+    if super::process::ended(pidfd, Duration::ZERO)? {
+        return Ok(());
+    }
     match Qmp::connect(qmp, Instant::now() + QUIT_MAX) {
         Ok(mut qmp) => super::process::quit(&mut qmp, pidfd, pid),
         Err(_) => super::process::kill(pidfd, pid),
