@@ -21,7 +21,7 @@ use crate::state::vm::{ClockState, VmState, target_of};
 use crossbeam_channel::bounded;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_pit_config};
 use kvm_ioctls::{VcpuFd, VmFd};
-use pageferry_engine::dirty::kvm::{KickVcpus, KvmSlots};
+use pageferry_engine::dirty::kvm::{KickVcpus, KvmSlots, new_vm};
 use pageferry_engine::dirty::log::LogSource;
 use pageferry_engine::dirty::probe::Trust;
 use pageferry_engine::dirty::ring::{RING_ENTRIES, RingSet, RingSource};
@@ -75,7 +75,7 @@ impl Machine {
         }
         let ring_entries = choose_ring(config)?;
         let made = |what| move |e| Error::os(what, e);
-        let vm = Arc::new(kvm.create_vm().map_err(made("making a virtual machine"))?);
+        let vm = Arc::new(new_vm(&kvm)?);
         let rings = ring_entries.map(|entries| RingSet::enable(&vm, entries)).transpose()?;
         // Below the top of the hole, where nothing else lies: what real mode takes on older Intel
         // processors.

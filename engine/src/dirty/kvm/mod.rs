@@ -26,6 +26,24 @@ pub fn open() -> Result<Kvm> {
     })
 }
 
+/// A machine without vCPUs and memory. KVM gives up in the middle when a signal comes, and says so
+/// (EINTR): it is asked again, as every VMM has to.
+///
+/// # Errors
+/// [`Error::Os`] with KVM's answer.
+pub fn new_vm(kvm: &Kvm) -> Result<VmFd> {
+    for _ in 0..INTERRUPTED_MAX {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            made => return made.map_err(|e| Error::os("making a virtual machine", e)),
+        }
+    }
+    Err(Error::os("making a virtual machine", std::io::Error::from_raw_os_error(libc::EINTR)))
+}
+
+/// So many signals in a row come from nobody who wants a machine made.
+const INTERRUPTED_MAX: u32 = 1000;
+
 /// KVM keeps the address space in the upper half of a slot's number.
 const ADDRESS_SPACE_SHIFT: u32 = 16;
 

@@ -75,7 +75,7 @@ impl Payload {
 
     /// A machine of so many pages, with rings or without.
     pub fn new(pages: u64, ring_entries: Option<u32>) -> Result<Self> {
-        let vm = Arc::new(kvm::open()?.create_vm().map_err(|e| os("making a virtual machine", e))?);
+        let vm = Arc::new(kvm::new_vm(&kvm::open()?)?);
         let enabled = ring_entries.map(|entries| RingSet::enable(&vm, entries)).transpose()?;
         // Needed on older Intel processors, and unknown to other kinds of KVM.
         let _ = vm.set_tss_address(TASK_STATE_SEGMENT);

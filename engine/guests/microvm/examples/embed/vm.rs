@@ -6,7 +6,7 @@
 
 use kvm_bindings::{kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use pageferry_engine::dirty::kvm::{KvmSlot, KvmSlots};
+use pageferry_engine::dirty::kvm::{KvmSlot, KvmSlots, new_vm};
 use pageferry_engine::dirty::probe;
 use pageferry_engine::dirty::probe::Trust;
 use pageferry_engine::dirty::ring::{RING_ENTRIES, RingSet};
@@ -87,7 +87,7 @@ impl Vm {
     pub fn new() -> Result<Self> {
         let made = |what| move |e| Error::os(what, e);
         let kvm = Kvm::new().map_err(made("opening /dev/kvm"))?;
-        let fd = Arc::new(kvm.create_vm().map_err(made("making a virtual machine"))?);
+        let fd = Arc::new(new_vm(&kvm)?);
         // Rings come before the first vCPU, or never.
         let enabled = match probe::trust()? {
             Trust::Ring { .. } => Some(RingSet::enable(&fd, RING_ENTRIES)?),
