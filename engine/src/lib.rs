@@ -3,18 +3,19 @@
 //! # The way of the data
 //!
 //! ```text
-//!   source                                                             destination
-//!   dirty::DirtySource   which pages were written (re-armed first)
-//!      | sync
-//!   memory::bitmap  what must be sent
+//!   source                                            destination
+//!   dirty::DirtySource    which pages were written
+//!      | sync             (protected again first)
+//!   memory::bitmap        what must be sent
 //!      | runs
-//!   source::pump::Pump        PageRun -> WorkRequest, credits, fences
-//!      | post                                                          memory::GuestMemory, all zeros,
-//!      +========= pageferry_transport: lanes, one-sided writes =======> mapped and exposed
-//!      | what was measured                                             memory::prefault ahead of them
-//!   policy::Policy       another round, or the switchover, or give up
-//!      |
-//!   switchover           Paused -> Drained -> Prepared -> Committed    guest::DestinationGuest: load, seal, run
+//!   source::pump::Pump    PageRun -> WorkRequest,
+//!      | post             credits, fences             memory::GuestMemory, all zeros,
+//!      +=== pageferry_transport: one-sided writes ==> mapped and exposed
+//!      | what was measured                            memory::prefault ahead of them
+//!   policy::Policy        another round, or the
+//!      |                  switchover, or give up
+//!   source::switchover    Paused -> Drained           guest::DestinationGuest:
+//!                         -> Prepared -> Committed    load, seal, run
 //! ```
 //!
 //! [`source::migrate`] and [`destination::Receiver::serve`] read as the protocol does: eight control

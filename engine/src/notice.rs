@@ -10,6 +10,6 @@ pub const TARGET: &str = "pageferry::operator";
 pub fn say(text: &str) {
     // A simulated process keeps what it says to itself.
     if !clock::tell(text) {
-        tracing::info!(target: "pageferry::operator", "{text}");
+        tracing::info!(target: TARGET, "{text}");
     }
 }

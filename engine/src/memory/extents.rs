@@ -17,9 +17,6 @@ use std::os::fd::AsRawFd;
 /// What one `SEEK_HOLE` may have to look through.
 const WINDOW_BYTES: u64 = 64 << 20;
 
-/// `TMPFS_MAGIC` of `linux/magic.h`; memfds lie there too.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
-
 /// Of x86-64; `linux/mman.h` has the structures.
 const SYS_CACHESTAT: libc::c_long = 451;
 
@@ -43,8 +40,8 @@ struct Cachestat {
 /// The parts of this range that the file has, rising. What changes meanwhile may be told either
 /// way, and a hole that was punched meanwhile may be followed by more that are told as data.
 pub(super) fn data_within(file: &File, range: Range<u64>) -> Result<Vec<Range<u64>>, Errno> {
-    // Elsewhere what is cached is not all that the file has.
-    let is_shmem = fstatfs(file).is_ok_and(|about| about.f_type as u64 == TMPFS_MAGIC);
+    // Memfds lie on a tmpfs too. Elsewhere what is cached is not all that the file has.
+    let is_shmem = fstatfs(file).is_ok_and(|about| about.f_type == libc::TMPFS_MAGIC);
     found_within(file, range, |window| is_shmem.then(|| count(file, window)).flatten())
 }
 
